@@ -1,0 +1,150 @@
+"""Instructions: what one rank does, one small frozen dataclass per kind. Each prints as one token and parses back.
+
+Tokens are <stage><kind><microbatch>, after torch.distributed.pipelining's notation: `2F0` is the forward of microbatch 0
+on stage 2. Communication names its peer stage: `0SA1>1` sends the activations of microbatch 1 from stage 0 to stage 1,
+`1RA1<0` receives them there; SG and RG are the gradients that travel back.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}F{self.microbatch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """The whole backward (inputs and weights), with the recomputation of the stage's blocks where the plan asks."""
+
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}B{self.microbatch}"
+
+
+@dataclass(frozen=True, slots=True)
+class SendActivation:
+    stage: int
+    microbatch: int
+    peer: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}SA{self.microbatch}>{self.peer}"
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveActivation:
+    stage: int
+    microbatch: int
+    peer: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}RA{self.microbatch}<{self.peer}"
+
+
+@dataclass(frozen=True, slots=True)
+class SendGradient:
+    stage: int
+    microbatch: int
+    peer: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}SG{self.microbatch}>{self.peer}"
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveGradient:
+    stage: int
+    microbatch: int
+    peer: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}RG{self.microbatch}<{self.peer}"
+
+
+@dataclass(frozen=True, slots=True)
+class Prologue:
+    """Batch-wide values that need every microbatch at once (the loss's token count), reduced over data."""
+
+    stage: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}P"
+
+
+@dataclass(frozen=True, slots=True)
+class ReduceGradients:
+    """Wait until the stage's gradients are whole: over data, over model axes for shared parameters, over tied stages."""
+
+    stage: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}D"
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerStep:
+    """The user's optimizer, outside the call; it stands in the program so that time and memory are accounted."""
+
+    stage: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}O"
+
+
+Instruction = (
+    Forward
+    | Backward
+    | SendActivation
+    | ReceiveActivation
+    | SendGradient
+    | ReceiveGradient
+    | Prologue
+    | ReduceGradients
+    | OptimizerStep
+)
+
+_COMPUTE = {"F": Forward, "B": Backward}
+_TRANSFER = {"SA": SendActivation, "RA": ReceiveActivation, "SG": SendGradient, "RG": ReceiveGradient}
+_ONCE = {"P": Prologue, "D": ReduceGradients, "O": OptimizerStep}
+_TOKEN = re.compile(r"(\d+)([A-Z]{1,2})(\d+)?(?:[<>](\d+))?")
+
+
+def parse_instruction(token: str) -> Instruction:
+    """The inverse of `str(instruction)`; ValueError for anything else."""
+    match = _TOKEN.fullmatch(token)
+    if match:
+        stage, kind, microbatch, peer = match.groups()
+        found: Instruction | None = None
+        if kind in _COMPUTE and microbatch:
+            found = _COMPUTE[kind](int(stage), int(microbatch))
+        elif kind in _TRANSFER and microbatch and peer:
+            found = _TRANSFER[kind](int(stage), int(microbatch), int(peer))
+        elif kind in _ONCE:
+            found = _ONCE[kind](int(stage))
+        if found is not None and str(found) == token:
+            return found
+    raise ValueError(f"not an instruction: {token!r}; expected a token such as 2F0, 2B0, 0SA1>1, 1RA1<0, 0D")
+
+
+@dataclass(frozen=True)
+class Program:
+    """actions[s] is what every rank of stage s executes, in order. Ranks of one stage run the same list."""
+
+    actions: tuple[tuple[Instruction, ...], ...]
+
+    def __str__(self) -> str:
+        return "\n".join(" ".join(map(str, row)) for row in self.actions)
+
+    @classmethod
+    def parse(cls, text: str) -> Program:
+        return cls(tuple(tuple(parse_instruction(t) for t in line.split()) for line in text.splitlines()))
