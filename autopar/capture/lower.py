@@ -111,9 +111,8 @@ class _Lowering:
         elif kind == "wrap_with_autocast":
             device, dtype, enabled, _cache, body, *operands = args
             if enabled:
-                raise self.unsupported(
-                    node, f"opens torch.autocast({device!r}, {dtype}) inside the module; wrap the call of the model instead"
-                )
+                first = next((n for n in body.graph.nodes if n.meta.get("stack_trace")), node)
+                raise self.unsupported(first, f"runs under torch.autocast({device!r}, {dtype}) opened inside the module")
         else:
             raise self.unsupported(node, f"uses {kind}, a control-flow or wrapper operator")
         inner = [n for n in body.graph.nodes if n.op == "placeholder"]
@@ -187,8 +186,8 @@ class _Lowering:
     def unsupported(self, node: torch.fx.Node, what: str) -> CaptureError:
         module = _module_path(node)
         return CaptureError(
-            f"cannot be captured: {user_line(node.meta.get('stack_trace'))} in module {module!r} {what}. Rewrite it with "
-            "static shapes, or keep that module whole: autopar.opaque(module.that_submodule), or @autopar.opaque on its class"
+            f"cannot be captured: {user_line(node.meta.get('stack_trace'))} in module {module!r} {what}. Rewrite it "
+            "without, or keep that module whole: autopar.opaque(module.that_submodule), or @autopar.opaque on its class"
         )
 
 
