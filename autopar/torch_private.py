@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -24,6 +25,25 @@ def storage_key(tensor: torch.Tensor) -> int:
 def schema(op: torch._ops.OpOverload) -> torch._C.FunctionSchema:
     """The operator's schema, which says what it writes and what its arguments are called."""
     return op._schema
+
+
+def default_store() -> dist.Store | None:
+    """The key-value store behind the default process group, None without one."""
+    if not dist.is_initialized():
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
+def abort_process_groups() -> None:
+    """Close this rank's connections of every group, so that ranks that wait for it fail instead of waiting on."""
+    if dist.is_initialized():
+        dist.distributed_c10d._abort_process_group()
+
+
+def allocation_deltas(profile: torch.profiler.profile) -> list[int]:
+    """Bytes of every CPU allocation (positive) and release (negative) that a finished profile saw, in order."""
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
 @contextmanager
