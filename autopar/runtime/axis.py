@@ -1,0 +1,122 @@
+"""One mesh axis as a rank sees it: its coordinate, its process group, and the raw collectives over it.
+
+The functions here move tensors and know nothing of autograd; runtime/collectives.py makes them differentiable.
+`blocks` everywhere is the number of times the split repeats along the dim (see sharding/placement.py), locally.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+Record = Callable[[str, int, int, float], None]
+
+
+@dataclass(eq=False)
+class Axis:
+    """A mesh axis of `size` ranks; `ranks` are their global numbers, in axis order.
+
+    on_collective(kind, num_ranks, size_bytes, seconds), when set, hears of every collective (for refinement). Setting
+    it makes collectives synchronise with the device, so the runtime sets it for measured steps only.
+    """
+
+    name: str
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+    on_collective: Record | None = field(default=None, repr=False)
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """Reduce in place where `tensor` is contiguous; returns the reduced tensor."""
+        tensor = tensor.contiguous()
+        self._timed("all_reduce", tensor, lambda: dist.all_reduce(tensor, _REDUCTIONS[op], group=self.group))
+        return tensor
+
+    def all_gather(self, tensor: Tensor, dim: int, blocks: int = 1) -> Tensor:
+        """Join the slices of all ranks along `dim`."""
+        tensor = tensor.contiguous()
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        self._timed(
+            "all_gather",
+            gathered,
+            lambda: dist.all_gather_into_tensor(gathered.view(-1), tensor.view(-1), group=self.group),
+        )
+        return _join(gathered, dim, blocks)
+
+    def reduce_scatter(self, tensor: Tensor, dim: int, blocks: int = 1) -> Tensor:
+        """Sum over the ranks, and keep this rank's slice along `dim`."""
+        pieces = _cut(tensor, dim, blocks, self.size)
+        out = pieces.new_empty(pieces.shape[1:])
+        self._timed(
+            "reduce_scatter",
+            pieces,
+            lambda: dist.reduce_scatter_tensor(out.view(-1), pieces.view(-1), group=self.group),
+        )
+        return out
+
+    def all_to_all(self, tensor: Tensor, dim: int, blocks: int, to_dim: int, to_blocks: int) -> Tensor:
+        """From slices along `dim` to slices along `to_dim`."""
+        pieces = _cut(tensor, to_dim, to_blocks, self.size)
+        received = torch.empty_like(pieces)
+        self._timed(
+            "all_to_all", pieces, lambda: dist.all_to_all_single(received.view(-1), pieces.view(-1), group=self.group)
+        )
+        return _join(received, dim, blocks)
+
+    def slice(self, tensor: Tensor, dim: int, blocks: int = 1) -> Tensor:
+        """This rank's slice of a whole tensor; a view where blocks == 1."""
+        if blocks == 1:
+            size = tensor.shape[dim] // self.size
+            return tensor.narrow(dim, self.rank * size, size)
+        return _cut(tensor, dim, blocks, self.size)[self.rank]
+
+    def pad(self, tensor: Tensor, dim: int, blocks: int = 1) -> Tensor:
+        """The whole tensor with this rank's slice in place and zeros elsewhere."""
+        pieces = tensor.new_zeros((self.size, *tensor.shape))
+        pieces[self.rank] = tensor
+        return _join(pieces, dim, blocks)
+
+    def mask(self, tensor: Tensor) -> Tensor:
+        """The tensor on rank 0 of the axis, zeros elsewhere."""
+        return tensor if self.rank == 0 else torch.zeros_like(tensor)
+
+    def _timed(self, kind: str, whole: Tensor, call: Callable[[], object]) -> None:
+        if self.on_collective is None:
+            call()
+            return
+        _synchronize(whole)
+        start = time.perf_counter()
+        call()
+        _synchronize(whole)
+        self.on_collective(kind, self.size, whole.numel() * whole.element_size(), time.perf_counter() - start)
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def _cut(tensor: Tensor, dim: int, blocks: int, size: int) -> Tensor:
+    """[.., blocks * size * rest, ..] -> contiguous [size, .., blocks * rest, ..]."""
+    shape = tensor.shape
+    rest = shape[dim] // (blocks * size)
+    viewed = tensor.reshape(*shape[:dim], blocks, size, rest, *shape[dim + 1 :])
+    moved = viewed.movedim(dim + 1, 0)
+    return moved.reshape(size, *shape[:dim], blocks * rest, *shape[dim + 1 :]).contiguous()
+
+
+def _join(pieces: Tensor, dim: int, blocks: int) -> Tensor:
+    """The inverse of `_cut`: [size, .., blocks * rest, ..] -> [.., blocks * size * rest, ..]."""
+    size, shape = pieces.shape[0], pieces.shape[1:]
+    rest = shape[dim] // blocks
+    viewed = pieces.reshape(size, *shape[:dim], blocks, rest, *shape[dim + 1 :])
+    moved = viewed.movedim(0, dim + 1)
+    return moved.reshape(*shape[:dim], blocks * size * rest, *shape[dim + 1 :])
