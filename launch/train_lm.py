@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
-from console import candidates_text, cluster_text, comparison_text
+from console import cluster_text, comparison_text
 from model import LanguageModel, ModelConfig
 from text import Windows, files_under, read_split, standard_library_files, unigram_entropy
 from torch.utils.data import Dataset, default_collate
@@ -214,8 +214,8 @@ def main() -> None:
     start_s = time.perf_counter()
     example = default_collate([training[row] for row in range(arguments.batch)])
     model = autopar.parallelize(module, example, cluster=cluster, **constraints)
+    say(f"\n{model.plan.explain()}")
     say(f"\ncaptured, planned and placed in {time.perf_counter() - start_s:.1f} s")
-    say(candidates_text(model.plan.candidates))
 
     run_dir = arguments.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
     if rank == 0:
@@ -225,7 +225,7 @@ def main() -> None:
 
     before = held_out_loss(model, held_out, arguments.batch, device)
     log(step=0, held_out_loss=before)
-    say(f"\nheld-out loss before training: {before:.3f} nats per byte")
+    say(f"held-out loss before training: {before:.3f} nats per byte")
     step_time_s = train(model, training, arguments, device, log, rank)
     # Every rank asks, because gathering a timeline takes all of them; before the evaluation, which is no training step.
     predicted, measured = model.prediction, model.timeline

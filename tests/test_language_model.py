@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from console import scaled
+from console import rate
 from model import LanguageModel, ModelConfig
 from text import Windows, files_under, read_split, standard_library_files, unigram_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -131,8 +131,8 @@ def test_windows_are_text_and_its_continuation(seed: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0.00 uB"), (2.5e-6, "2.50 uB"), (0.9996, "1.00 B"), (999.4, "999 B"), (1e5, "100 kB"), (2.5e9, "2.50 GB")],
+    ("value_per_s", "text"),
+    [(0, "0.00 B/s"), (0.9996, "1.00 B/s"), (999.4, "999 B/s"), (999.6, "1.00 kB/s"), (2.5e9, "2.50 GB/s")],
 )
-def test_numbers_are_printed_in_three_digits(value: float, text: str) -> None:
-    assert scaled(value, "B") == text
+def test_rates_are_printed_in_three_digits(value_per_s: float, text: str) -> None:
+    assert rate(value_per_s, "B") == text
