@@ -76,8 +76,8 @@ def simulate_program(
 ) -> Timeline:
     """The Timeline of a checked program. stage_ranks[s]: the ranks of stage s, by default rank s alone.
 
-    A send's event is its time on the link, with its bytes; a receive's event is the receiver's wait. Other events carry
-    0 bytes.
+    A send's event is its time on the link, a receive's the receiver's wait; both carry the bytes of the message, and
+    other events carry 0.
     """
     check(program)
     assert len(stage_costs) == len(program.actions), (len(stage_costs), len(program.actions))
@@ -87,7 +87,8 @@ def simulate_program(
     for stage, row in enumerate(program.actions):
         for rank in ranks[stage] if all_ranks else ranks[stage][:1]:
             for instruction, (start_s, end_s) in zip(row, spans[stage], strict=True):
-                moved = stage_costs[_boundary(instruction)].boundary_bytes if is_send(instruction) else 0
+                transfer = is_send(instruction) or is_receive(instruction)
+                moved = stage_costs[_boundary(instruction)].boundary_bytes if transfer else 0
                 events.append(Event(rank, str(instruction), start_s, end_s, moved))
     step_s = max(end_s for row in spans for _, end_s in row)
     peaks = {}
