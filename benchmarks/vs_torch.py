@@ -225,9 +225,8 @@ def report(record: dict[str, Any]) -> bool:
         return agrees
     verdict = "met" if record["ratio"] <= record["target"] else "MISSED"
     low, high = record["ratio_quartiles"]
-    print(
-        f"  ratio    {record['ratio']:10.3f}  (target {record['target']:.2f}: {verdict}; quartiles {low:.3f} {high:.3f})"
-    )
+    aim = f"target {record['target']:.2f}: {verdict}"
+    print(f"  ratio    {record['ratio']:10.3f} ({aim}; quartiles of the rounds' ratios {low:.3f} to {high:.3f})")
     print(f"  losses differ by at most {record['loss_error']:.1e} relative{'' if agrees else ': THEY DISAGREE'}")
     predicted_s, measured_s = record["predicted_s"], record["median_s"]["autopar"]
     print(f"  predicted step {predicted_s * 1e3:10.2f} ms, error {predicted_s / measured_s - 1:+.1%}")
