@@ -149,6 +149,11 @@ def _durations(cost: StageCost) -> dict[type, float]:
     }
 
 
+def at_rest_bytes(cost: StageCost) -> int:
+    """Parameters, gradients and optimizer state of one rank."""
+    return cost.parameter_bytes + cost.gradient_bytes + cost.optimizer_bytes
+
+
 def program_peak_bytes(row: Sequence[Instruction], cost: StageCost) -> int:
     """Peak bytes of one rank over its list: at rest, plus the most that any forward or backward adds.
 
@@ -157,7 +162,7 @@ def program_peak_bytes(row: Sequence[Instruction], cost: StageCost) -> int:
     first backward; in evaluation they do not, and the optimizer's state does.
     """
     training = any(isinstance(i, Backward) for i in row)
-    rest = cost.parameter_bytes + cost.optimizer_bytes + training * cost.gradient_bytes
+    rest = at_rest_bytes(cost) - (0 if training else cost.gradient_bytes)
     peak, held = rest, 0
     for instruction in row:
         if isinstance(instruction, Forward):
@@ -174,11 +179,5 @@ def program_peak_bytes(row: Sequence[Instruction], cost: StageCost) -> int:
 def stage_peak_bytes(cost: StageCost, schedule: str, stage: int, num_stages: int, microbatches: int) -> int:
     """`program_peak_bytes` of a training step, from the bound on microbatches in flight instead of a walk."""
     held = schedule_named(schedule).in_flight(stage, num_stages, microbatches)
-    return (
-        cost.parameter_bytes
-        + cost.gradient_bytes
-        + cost.optimizer_bytes
-        + cost.unsharded_bytes
-        + held * cost.activation_bytes
-        + max(cost.forward_peak_bytes, cost.backward_peak_bytes)
-    )
+    running = held * cost.activation_bytes + max(cost.forward_peak_bytes, cost.backward_peak_bytes)
+    return at_rest_bytes(cost) + cost.unsharded_bytes + running
