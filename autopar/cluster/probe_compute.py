@@ -1,13 +1,12 @@
 """Rates of the compute classes of cluster/rates.py on this device, measured the way that training uses it.
 
 Each class runs as a short chain under autograd: outputs stay alive until the backward reads them, every output is newly
-allocated, and the saved values that the backward reads have left the cache where the chain is larger than it. Timing one
-op again and again on one buffer would measure the cache instead, and on CPUs miss the page faults of fresh memory.
+allocated, and the saved values that the backward reads have left the cache where the chain is larger than it. Timing
+one op again and again on one buffer would measure the cache instead, and on CPUs miss the page faults of new memory.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -37,6 +36,9 @@ class Sampler:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def seconds_once(self, call: Callable[[], object]) -> float:
+        return self._timed(call)[0]
+
     def _timed(self, call: Callable[[], object]) -> tuple[float, object]:
         self.synchronize()
         start = self.clock()
@@ -55,7 +57,7 @@ class Sampler:
         spent = 0.0
         self.together()
         for repeat in range(12):
-            forward_s, value = self._timed(lambda: forward())
+            forward_s, value = self._timed(forward)
             backward_s, _ = self._timed(lambda value=value: backward(value))
             del value
             if repeat == 0:
@@ -221,7 +223,7 @@ def _memory_classes(sampler: Sampler) -> Iterator[tuple[str, Iterator[tuple[floa
         return lambda x: x * factor
 
     def mean(start: Tensor) -> Callable[[Tensor], Tensor]:
-        # The sum joins a small tensor to a whole one, so that the chain goes on; only the mean is measured.
+        # Expanded again, for the next link of the chain; the backward of that is a sum, so it reads and writes n.
         return lambda x: x.mean(-1, keepdim=True).expand_as(x)
 
     def normalize(start: Tensor) -> Callable[[Tensor], Tensor]:
@@ -238,7 +240,7 @@ def _memory_classes(sampler: Sampler) -> Iterator[tuple[str, Iterator[tuple[floa
     yield "gelu", elementwise(lambda _: lambda x: F.gelu(x, approximate="tanh"), 2, 3)
     yield "softmax", elementwise(lambda _: lambda x: F.softmax(x, -1), 2, 3)
     yield "norm", elementwise(normalize, 2, 3)
-    yield "reduction", elementwise(mean, 1, 1)
+    yield "reduction", elementwise(mean, 1, 2)
     yield "copy", elementwise(relayout, 2, 0)
     yield "dropout", elementwise(lambda _: lambda x: F.dropout(x, 0.1), 2 + mask_share / 4, 2 + mask_share / 4)
     yield "gather", _gather(sampler)

@@ -14,7 +14,7 @@ cost/compute.py, so a rate is "effective": n is the size of the op's main activa
 | gelu           | as transcendental (its formula is longer)   | 3 n                                            |
 | softmax        | 2 n                                         | 3 n                                            |
 | norm           | 2 n (layer_norm, rms_norm, group_norm)      | 3 n                                            |
-| reduction      | bytes read and written (mean, sum)          | bytes written                                  |
+| reduction      | bytes read (mean, sum)                      | bytes read and written                         |
 | copy           | 2 n (a change of layout)                    | 2 n                                            |
 | gather         | 2 n                                         | the whole table + 2 n                          |
 | dropout        | 2 n + the mask                              | 2 n + the mask                                 |

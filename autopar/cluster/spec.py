@@ -152,8 +152,10 @@ class Cluster:
             f"  device: {device.memory_bytes / 2**30:.1f} GiB at {device.memory_bytes_per_s / 1e9:.4g} GB/s; {peaks}; "
             f"launch {device.launch_s * 1e6:.1f} us forward, {device.backward_launch_s * 1e6:.1f} us backward",
         ]
-        links = [("within a host", self.intra, self.devices_per_host > 1), ("between hosts", self.inter, self.num_hosts > 1)]
-        for where, link, used in links:
+        for where, link, used in (
+            ("within a host", self.intra, self.devices_per_host > 1),
+            ("between hosts", self.inter, self.num_hosts > 1),
+        ):
             if used:
                 lines.append(
                     f"  {where}: {link.bandwidth_bytes_per_s / 1e9:.3g} GB/s, {link.latency_s * 1e6:.3g} us, "
@@ -178,7 +180,7 @@ class Cluster:
             raise ValueError(f"{where} is not JSON ({error}); expected a file written by Cluster.save") from None
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             given = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"{where} has schema {given!r}; expected a cluster file of schema {SCHEMA}: probe it again")
+            raise ValueError(f"{where} has schema {given!r}; expected a cluster file of schema {SCHEMA}; probe again")
         try:
             return cls(
                 device=_device(data["device"]),
@@ -215,7 +217,7 @@ class Cluster:
 
 
 def _device(data: dict[str, Any]) -> Device:
-    rates = {name: Curve(tuple((size, rate) for size, rate in curve["points"])) for name, curve in data["rates"].items()}
+    rates = {name: Curve(tuple((s, rate) for s, rate in curve["points"])) for name, curve in data["rates"].items()}
     return Device(**{**data, "rates": rates})
 
 
