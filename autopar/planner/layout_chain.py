@@ -7,8 +7,9 @@ With V_b[p, q] the optimum of block b that is entered in state p and left in sta
     answer     = min over the allowed exit states of F_stop
 
 The V are integer programs, so they are solved lazily: an entry not yet solved is replaced by its lower bound
-max(V_b[p, *], V_b[*, q]), a program with the other side left free; the path found on the bounds is then solved block by
-block, and the search is repeated until every entry on the best path is exact. As bounds only rise, that path is optimal.
+max(V_b[p, *], V_b[*, q]), a program with the other side left free; the path found on the bounds is then solved block
+by block, and the search is repeated until every entry on the best path is exact. As bounds only rise, that path is
+optimal.
 
 Parameters that several blocks use have one placement at rest in all of them: `chain_layouts` enumerates these outside
 (they are few: a tied embedding), and counts their bytes and what follows from them once.

@@ -97,7 +97,7 @@ def block_model(
     outputs: Sequence[Sequence[Placement]],
     shared_parameters: Mapping[str, Placement],
 ) -> BlockModel:
-    """The choices of `block` when its i-th input may arrive as any of inputs[i] and its i-th output leave as outputs[i].
+    """The choices of `block` when input i may arrive as any of inputs[i] and output i leave as any of outputs[i].
 
     shared_parameters: the placement at rest of every parameter that other blocks use too; its bytes at rest are not
     counted here (a stage holds it once, whatever number of its blocks use it). The loss leaves its block whole.
