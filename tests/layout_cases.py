@@ -82,7 +82,6 @@ def random_case(seed: int, num_ops: int = 5, num_blocks: int = 1, **costs) -> tu
     side.add("side")
     weights = [tensor(f"w{i}", "parameter") for i in range(1 + num_blocks)]
     stream: list[str] = []  # activations that the next block may read
-    wanted_later: dict[int, list[str]] = {}
     for index in range(num_blocks):
         inputs = tuple(stream)
         local = list(inputs)
@@ -97,23 +96,19 @@ def random_case(seed: int, num_ops: int = 5, num_blocks: int = 1, **costs) -> tu
             saves = tuple(t for t in dict.fromkeys((*chosen, *outputs)) if draw.random() < 0.4)
             ops.append(Op(name, "aten.mul.Tensor", tuple(map(Ref, chosen)), (), outputs, saves=saves))
             places = draw.sample(PLACEMENTS, 3)
-            options[name] = tuple(
-                Strategy(
-                    f"k{i}",
-                    tuple(draw.choice(places) for _ in chosen),
-                    tuple(draw.choice(places) for _ in outputs),
-                    1.0,
-                )
-                for i in range(draw.choice([1, 2, 3]))
-            )
+
+            def random_strategy(number: int, places=places, chosen=chosen, outputs=outputs) -> Strategy:
+                wanted, made = (tuple(draw.choice(places) for _ in names) for names in (chosen, outputs))
+                return Strategy(f"k{number}", wanted, made, work=1.0)
+
+            options[name] = tuple(random_strategy(i) for i in range(draw.choice([1, 2, 3])))
             local.extend(outputs)
             names.append(name)
             used += [c for c in chosen if c in weights]
         last = index == num_blocks - 1
         count = 1 if last else draw.choice([1, 1, 2])
-        stream = [ops[-1].outputs[0], *draw.sample([t for t in local if t != ops[-1].outputs[0]], k=len(local) - 1)][
-            :count
-        ]
+        main = ops[-1].outputs[0]
+        stream = [main, *draw.sample([t for t in local if t != main], k=len(local) - 1)][:count]
         blocks.append(Block(index, index, tuple(names), inputs, tuple(stream), tuple(dict.fromkeys(used))))
     graph = Graph("random", tensors, tuple(ops), ("batch",), (0,), stream[0], (), (), frozenset(side), tuple(blocks), 6)
     return graph, TableCosts(seed, options, **costs)

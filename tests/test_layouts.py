@@ -26,11 +26,8 @@ def _boundary(graph, block, seed):
 
 
 def _enumerate(graph, block, costs, boundary):
-    shared = boundary[2]
-    return [
-        price_layout(graph, block, layout, costs, tuple(shared))
-        for layout in all_layouts(graph, block, costs, *boundary)
-    ]
+    layouts = all_layouts(graph, block, costs, *boundary)
+    return [price_layout(graph, block, layout, costs, tuple(boundary[2])) for layout in layouts]
 
 
 @pytest.mark.parametrize("integral", [False, True])  # integral prices make ties
@@ -85,11 +82,22 @@ def test_forbidden_conversions_are_avoided():
     assert 0 < refused < CASES
 
 
+def _best_of_block(graph, block, costs, boundary, weight, known):
+    """The least objective of one block; equal blocks of a repeated case are enumerated once."""
+    inputs, outputs, shared = boundary
+    number = block.kind if costs.by_position else block.index
+    key = (number, inputs, outputs, tuple(shared.items()), weight)
+    if key not in known:
+        prices = _enumerate(graph, block, costs, boundary)
+        known[key] = min(p.time_s + weight * p.memory_bytes for p in prices)
+    return known[key]
+
+
 def _chain_by_enumeration(graph, costs, options, start, stop, entry, exit, weight):
     """Least objective over all boundary states, placements of shared parameters and layouts."""
     blocks = graph.blocks[start:stop]
     shared_names = [n for n in graph.shared_parameters if any(n in b.parameters for b in blocks)]
-    best = float("inf")
+    best, known = float("inf"), {}
     for joint in itertools.product(*(options.candidates(n) for n in shared_names)):
         shared = dict(zip(shared_names, joint, strict=True))
         rest = sum(costs.rest_s(n, p) + weight * costs.rest_bytes(n, p) for n, p in shared.items())
@@ -99,9 +107,8 @@ def _chain_by_enumeration(graph, costs, options, start, stop, entry, exit, weigh
             mine = {n: shared[n] for n in block.parameters if n in shared}
             reach = {
                 q: min(
-                    cost + p.time_s + weight * p.memory_bytes
+                    cost + _best_of_block(graph, block, costs, (before, q, mine), weight, known)
                     for before, cost in reach.items()
-                    for p in _enumerate(graph, block, costs, (before, q, mine))
                 )
                 for q in after
             }

@@ -16,7 +16,6 @@ from typing import Literal
 from ..graph import Block, Graph, Op
 from ..sharding.placement import REPLICATED, Placement, Split
 from ..sharding.strategy import Strategy
-
 from .layout_costs import LayoutCosts, storage
 
 Price = tuple[float, float]  # (seconds, bytes)

@@ -13,13 +13,12 @@ tensors (every rank has them anyway); the peak inside the block, which the cost 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..graph import Block, Graph
 from ..plan import Layout
 from ..sharding.placement import REPLICATED, Placement, parse_placement
-
 from .layout_costs import LayoutCosts, storage
 
 
@@ -54,7 +53,8 @@ def price_layout(
     ):  # fmt: skip
         if len(getattr(layout, field)) != len(names):
             raise ValueError(
-                f"layout of block {block.index}: {field} has {len(getattr(layout, field))} entries, expected {len(names)}"
+                f"layout of block {block.index}: {field} has {len(getattr(layout, field))} entries, "
+                f"expected {len(names)}"
             )
     have: dict[str, Placement] = {}
     wants: dict[str, list[Placement]] = {}

@@ -38,7 +38,6 @@ import highspy
 import numpy as np
 
 from ..sharding.placement import Placement
-
 from .layout_costs import storage
 from .layout_model import BlockModel, Flow, Keep, Price, Use
 
