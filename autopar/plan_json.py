@@ -38,7 +38,7 @@ def parse_plan(text: str, source: str) -> Plan:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}: {error.msg}"
-        kind = "is truncated" if error.pos >= len(text.rstrip()) and text.strip() else "is not JSON"
+        kind = "is truncated" if text.lstrip()[:1] == "{" and text.rstrip()[-1:] != "}" else "is not JSON"
         raise ValueError(
             f"plan file {source} {kind} ({where}); expected what Plan.save wrote; copy it again, or {_REMAKE}"
         ) from None

@@ -16,8 +16,6 @@ from .sharding.batch import batch_layout
 from .sharding.placement import Split, parse_placement
 from .sharding.strategies import strategies
 
-TRAINING_SCHEDULES = tuple(name for name, schedule in SCHEDULES.items() if schedule.training)
-
 _REMAKE = "make the plan again with autopar.search(graph, cluster)"
 
 
@@ -61,10 +59,10 @@ def _check_identity(plan: Plan, graph: Graph, cluster: Cluster) -> None:
 
 
 def _check_degrees(plan: Plan, graph: Graph) -> None:
-    if plan.schedule not in TRAINING_SCHEDULES:
-        near = difflib.get_close_matches(plan.schedule, TRAINING_SCHEDULES, 1)
+    if plan.schedule not in SCHEDULES:
+        near = difflib.get_close_matches(plan.schedule, SCHEDULES, 1)
         raise ValueError(
-            f"plan.schedule is {plan.schedule!r}, expected one of {', '.join(TRAINING_SCHEDULES)}"
+            f"plan.schedule is {plan.schedule!r}, expected one of {', '.join(SCHEDULES)}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
     if plan.microbatches < 1:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from autopar.plan import SCHEMA, Candidate, Layout, Plan, Prediction, Stage
-from tests.planner_cases import chain_graph, small_cluster
+from planner_cases import chain_graph, small_cluster
 
 
 def random_plan(seed: int) -> Plan:
@@ -27,7 +27,7 @@ def random_plan(seed: int) -> Plan:
     stages = tuple(
         Stage(
             s, s + 1, tuple(range(draw.randrange(1, 5))), draw.randrange(1, 4), draw.randrange(1, 4),
-            tuple(draw.randrange(3) for _ in range(draw.randrange(3))), draw.choice(["none", "full"]), draw.choice([0, 3]),
+            tuple(draw.randrange(len(layouts)) for _ in range(draw.randrange(3))) if layouts else (), draw.choice(["none", "full"]), draw.choice([0, 3]),
         )
         for s in range(draw.randrange(1, 5))
     )  # fmt: skip
@@ -77,9 +77,10 @@ def test_every_truncation_is_an_error_that_names_the_file(tmp_path):
         path.write_text(text[:length])
         with pytest.raises(ValueError, match="plan.json"):
             Plan.load(path)
-    path.write_text(text[: len(text) // 2])
-    with pytest.raises(ValueError, match="truncated"):
-        Plan.load(path)
+    for seed in range(20):
+        text = random_plan(seed).to_json()
+        with pytest.raises(ValueError, match="truncated"):
+            Plan.from_json(text[: text.rindex(",")])
 
 
 def _paths(value, path=()):
@@ -291,6 +292,5 @@ def test_diff_tells_what_changed():
 @pytest.mark.parametrize("seed", range(20))
 def test_words_for_any_plan(seed):
     plan, other = random_plan(seed), random_plan(seed + 1)
-    if all(index < len(plan.layouts) for s in plan.stages for index in s.layouts):
-        assert plan.model.split()[0] in plan.explain()
+    assert plan.model in plan.explain()
     assert (plan.diff(other) == "") == (plan == other)

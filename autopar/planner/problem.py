@@ -17,7 +17,8 @@ from ..cluster.spec import Cluster
 from ..cost.types import StageCost
 from ..graph import Graph
 from ..plan import Layout, Plan
-from ..plan_validate import TRAINING_SCHEDULES, nearest_divisors
+from ..plan_validate import nearest_divisors
+from ..schedule.orders import SCHEDULES
 from ..sharding.batch import batch_layout
 from ..sharding.strategies import strategies
 
@@ -58,7 +59,7 @@ class Constraints:
                     f"{name}={getattr(self, name)}: only 1 is supported; context and expert parallelism come with other "
                     f"layouts of the model axis, which tensor= now names alone; leave {name} out"
                 )
-        for name, legal in (("schedule", TRAINING_SCHEDULES), ("zero", (0, 3)), ("recompute", ("none", "full"))):
+        for name, legal in (("schedule", tuple(SCHEDULES)), ("zero", (0, 3)), ("recompute", ("none", "full"))):
             value = getattr(self, name)
             if value is not None and (value not in legal or isinstance(value, bool)):
                 near = difflib.get_close_matches(str(value), map(str, legal), 1)

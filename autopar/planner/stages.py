@@ -26,12 +26,13 @@ Reference: bound (2) is the latency model of PipeDream-flush and DAPPLE (Fan et 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..cost.types import StageCost
-from ..simulate import stage_peak_bytes
+from ..schedule.orders import SCHEDULES
+from ..simulate import at_rest_bytes, exposed_reduce_s
 from .pricing import Piece, StagePrices
 from .problem import Chain, Problem, Shape
 
@@ -141,10 +142,10 @@ class StageSearch:
 
     def _option(self, stage: int, piece: Piece) -> Option:
         shape, cost = self.shape, self.price(stage, piece)
-        peak_bytes = stage_peak_bytes(cost, shape.schedule, stage, shape.pipeline, shape.microbatches)
+        peak_bytes = _peak_bytes(cost, SCHEDULES[shape.schedule].in_flight(stage, shape.pipeline, shape.microbatches))
         pass_s = cost.forward_s + cost.backward_s + 2 * cost.send_s
         # reduce_model_s is left out: it may depend on where another stage lies, see StagePrices.cost
-        tail_s = max(0.0, cost.reduce_s - cost.reduce_overlap_s) + cost.optimizer_s
+        tail_s = exposed_reduce_s(cost) - cost.reduce_model_s + cost.optimizer_s
         return Option(piece, cost, peak_bytes, pass_s, tail_s)
 
     def _starts(self, stage: int) -> range:
@@ -283,8 +284,13 @@ def _compute(option: Option) -> float:
     return option.cost.forward_s + option.cost.backward_s
 
 
+def _peak_bytes(cost: StageCost, in_flight: int) -> int:
+    """What the simulator finds for a stage whose schedule keeps `in_flight` microbatches at its fullest."""
+    transient_bytes = max(cost.forward_peak_bytes, cost.backward_peak_bytes)
+    return at_rest_bytes(cost) + cost.unsharded_bytes + in_flight * cost.activation_bytes + transient_bytes
+
+
 def _no_slower(a: StageCost, b: StageCost) -> bool:
     """Whether a stage that costs `a` is at no point slower than one that costs `b`."""
-    return all(
-        getattr(a, f.name) <= getattr(b, f.name) for f in fields(StageCost) if f.name.endswith("_s") and f.name != "reduce_overlap_s"
-    ) and max(0.0, a.reduce_s - a.reduce_overlap_s) <= max(0.0, b.reduce_s - b.reduce_overlap_s)
+    times = ("forward_s", "backward_s", "prologue_s", "send_s", "optimizer_s")
+    return all(getattr(a, name) <= getattr(b, name) for name in times) and exposed_reduce_s(a) <= exposed_reduce_s(b)
