@@ -47,6 +47,7 @@ class Tensor:
 
     `requires_grad` is true where a gradient flows: a trainable parameter, or anything computed from one under grad mode.
     `fqn` is the original fully qualified name of a parameter or buffer, "" otherwise. Tied parameters are one `Tensor`.
+    `base` names the tensor whose storage this one is a view of, "" where it has its own: memory is counted per base.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Tensor:
     role: Role
     requires_grad: bool = False
     fqn: str = ""
+    base: str = ""
 
     @property
     def numel(self) -> int:
@@ -124,11 +126,12 @@ class Graph:
         for nested structures a tuple of such keys.
     loss: name of the scalar loss tensor. loss_path: () when the module returns the loss itself, else ("loss",).
     outputs: the module's other tensor outputs, as (path, tensor name).
-    side_ops: ops that depend on no parameter and draw no random numbers (masks, rotary tables, target shifts and
-        counts): computed wherever they are needed, by every stage that needs them. All other ops are main ops, and
-        `blocks` partitions exactly those.
+    side_ops: ops that depend on no parameter, draw no random numbers and touch no buffer that is updated (masks, rotary
+        tables, target shifts and counts): computed wherever they are needed, by every stage that needs them. All other
+        ops are main ops, and `blocks` partitions exactly those.
     batch_size: rows of the global batch.
     constants: values of lifted tensor constants, by tensor name.
+    opaque_modules: the modules that "autopar.opaque" ops run, by fully qualified name.
     """
 
     name: str
@@ -143,6 +146,7 @@ class Graph:
     blocks: tuple[Block, ...]
     batch_size: int
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    opaque_modules: Mapping[str, torch.nn.Module] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def op(self) -> dict[str, Op]:

@@ -1,0 +1,89 @@
+"""`capture`: from a module and one global batch to the Graph, without device memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..graph import Graph, Op
+from ..ops import mutated_inputs
+from .blocks import arrange, find_blocks
+from .draft import Draft
+from .example import Loss, describe_call
+from .inplace import functionalise
+from .lower import lower
+from .masks import simplify_masks
+from .normalise import normalise_losses
+from .observe import Observer, apply_survey
+from .simplify import simplify
+from .trace import trace
+
+
+def capture(module: torch.nn.Module, example: Any, loss: Loss | None = None) -> Graph:
+    """The computation of `module` in training mode with its loss, on batches like `example`.
+
+    example: one global batch, rows first: a tensor, a tuple of positional or a dict of keyword arguments, with tensors
+        (real, or on the meta device) possibly nested in tuples, lists and dicts; anything else in it is a constant.
+    loss: None if the module returns the scalar loss or an object or dict with a `loss`; else called as
+        loss(output, *targets), the targets being the example entries that `module.forward` does not take.
+    Neither the module nor the example is changed, and no tensor of their size is made. ValueError for a module that
+    cannot be traced (names the line), an example that does not fit it, and a loss that is missing or not a scalar.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise ValueError(f"capture() takes an nn.Module; it was given a {type(module).__name__}")
+    call = describe_call(module, example, loss)
+    traced = trace(module, call, loss)
+    draft = lower(traced, call)
+    observer = Observer()
+    functionalise(draft, observer)
+    simplify(draft, observer.survey(draft, grad=False))
+    simplify_masks(draft)
+    draft.drop_dead()
+    normalise_losses(draft, observer, observer.survey(draft, grad=False))
+    draft.drop_dead()
+    apply_survey(draft, observer.survey(draft))
+    _check_trainable(draft, module)
+    side_ops = _side_ops(draft)
+    draft.ops = arrange(draft.ops, side_ops, draft.tensors)
+    return Graph(
+        name=type(module).__name__,
+        tensors=draft.tensors,
+        ops=tuple(draft.ops),
+        inputs=tuple(draft.inputs),
+        input_keys=call.keys,
+        loss=draft.loss,
+        loss_path=traced.loss_path,
+        outputs=tuple(draft.outputs),
+        side_ops=side_ops,
+        blocks=find_blocks(draft.ops, side_ops, draft.tensors, draft.loss),
+        batch_size=next(t.shape[0] for t in call.tensors if t.dim()),
+        constants=draft.constants,
+        opaque_modules=traced.opaque.modules,
+    )
+
+
+def _side_ops(draft: Draft) -> frozenset[str]:
+    """Ops that depend on no parameter, no random draw and no buffer that the step updates."""
+    main = {t.name for t in draft.tensors.values() if t.role == "parameter"}
+    main.update(_updated_buffers(draft.ops))
+    side = []
+    for op in draft.ops:
+        if op.random or mutated_inputs(op) or main.intersection(op.inputs):
+            main.update(op.outputs)
+        else:
+            side.append(op.name)
+    return frozenset(side)
+
+
+def _updated_buffers(ops: Iterable[Op]) -> set[str]:
+    return {name for op in ops for name in mutated_inputs(op)}
+
+
+def _check_trainable(draft: Draft, module: torch.nn.Module) -> None:
+    if not draft.tensors[draft.loss].requires_grad:
+        raise ValueError(
+            f"the loss of {type(module).__name__} depends on no trainable parameter; expected at least one parameter with "
+            "requires_grad=True on a path to the loss that is not under no_grad or detach"
+        )

@@ -1,0 +1,197 @@
+"""Attention masks that are known before any batch is: causal ones become `is_causal`, all-true ones disappear.
+
+A mask that depends on constants only (arange, ones, comparisons) is evaluated for real. Masks are mostly repetition: the
+same rows for every batch entry and head. So tensors are kept compressed, with size 1 along every dim in which all
+entries are known to be equal, and only what differs is computed. What the evaluation cannot do cheaply (more than
+`_LIMIT` elements, or an op it does not know and that is large) leaves the mask as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ..graph import DEVICE, Op, Ref, map_refs
+from ..ops import bind, draws_random, is_aten, mutated_inputs, resolve, with_arguments
+from .draft import Draft
+
+_LIMIT = 64 * 1024 * 1024
+_SDPA = "aten.scaled_dot_product_attention.default"
+_UNIFORM = {"aten.ones.default", "aten.zeros.default", "aten.full.default", "aten.new_ones.default"}
+_UNIFORM |= {"aten.new_zeros.default", "aten.new_full.default", "aten.scalar_tensor.default"}
+_POINTWISE = {"aten.__and__.Tensor", "aten.__or__.Tensor", "aten.to.dtype", "aten.masked_fill.Scalar"}
+_ALONG_DIM = {"aten.cumsum.default", "aten.diff.default", "aten.cat.default"}
+
+
+def simplify_masks(draft: Draft) -> None:
+    """Rewrite every attention op whose mask is constant, and equal to the causal one or to no mask at all."""
+    known = _Constants(draft)
+    verdicts: dict[tuple[str, bool], str] = {}
+
+    def step(op: Op) -> list[Op] | None:
+        if op.target != _SDPA:
+            return None
+        bound = bind(op)
+        mask = bound["attn_mask"]
+        if not isinstance(mask, Ref) or bound["is_causal"]:
+            return None
+        query, key = (draft.tensors[bound[name].name].shape[-2] for name in ("query", "key"))
+        case = mask.name, query == key
+        if case not in verdicts:
+            verdicts[case] = _verdict(known, draft, mask.name, query == key)
+        if verdicts[case] == "causal":
+            return [with_arguments(op, attn_mask=None, is_causal=True)]
+        if verdicts[case] == "all":
+            return [with_arguments(op, attn_mask=None)]
+        return None
+
+    draft.rewrite(step)
+
+
+def _verdict(known: _Constants, draft: Draft, name: str, square: bool) -> str:
+    """"causal", "all" (nothing is masked), or "" for anything else and for what is not known."""
+    mask = known.value(name)
+    if mask is None or mask.dim() < 2:
+        return ""
+    if mask.is_floating_point():
+        # An added float: 0 keeps a score, and the lowest finite value or -inf gives it exactly weight 0.
+        kept, masked = mask == 0, mask <= torch.finfo(mask.dtype).min
+        if not bool((kept | masked).all()):
+            return ""
+    elif mask.dtype is torch.bool:
+        kept = mask
+    else:
+        return ""
+    if bool(kept.all()):
+        return "all"
+    length = draft.tensors[name].shape[-1]
+    if not square or kept.shape[-2:] != (length, length):
+        return ""
+    rows = torch.arange(length)
+    # Compared in slices, so that no second array of the mask's size is needed.
+    for start in range(0, length, 1024):
+        part = rows[start : start + 1024]
+        if not bool((kept[..., start : start + 1024, :] == (rows[None, :] <= part[:, None])).all()):
+            return ""
+    return "causal"
+
+
+class _Constants:
+    """Values of tensors that derive from constants only, compressed (see the module's docstring)."""
+
+    def __init__(self, draft: Draft) -> None:
+        self.draft = draft
+        self.producer = {name: op for op in draft.ops for name in op.outputs}
+        self.values: dict[str, torch.Tensor | None] = {}
+
+    def value(self, name: str) -> torch.Tensor | None:
+        """The value, compressed; None where it is not constant, or too large."""
+        order, pending = [], [name]
+        while pending:
+            current = pending.pop()
+            if current in self.values or current in order:
+                continue
+            order.append(current)
+            if current in self.producer:
+                pending.extend(self.producer[current].inputs)
+        position = {op.name: i for i, op in enumerate(self.draft.ops)}
+        order.sort(key=lambda n: position[self.producer[n].name] if n in self.producer else -1)
+        for current in order:
+            self.values[current] = self._compute(current)
+        return self.values[name]
+
+    def _compute(self, name: str) -> torch.Tensor | None:
+        if name in self.draft.constants:
+            value = self.draft.constants[name]
+            return value if value.numel() <= _LIMIT else None
+        op = self.producer.get(name)
+        if op is None or not is_aten(op) or draws_random(op) or mutated_inputs(op) or len(op.outputs) != 1:
+            return None
+        inputs = {n: self.values[n] for n in op.inputs}
+        if any(value is None for value in inputs.values()):
+            return None
+        with torch.no_grad():
+            return self._evaluate(op, inputs)  # type: ignore[arg-type]
+
+    def _evaluate(self, op: Op, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        shape = self.draft.tensors[op.outputs[0]].shape
+        target = op.target
+        if target in _UNIFORM:
+            return _call(_with_size(op, (1,) * len(shape)), inputs)
+        if target in ("aten.unsqueeze.default", "aten.transpose.int", "aten.permute.default", "aten.alias.default"):
+            return _call(op, inputs)
+        if target == "aten.expand.default":
+            value = inputs[op.args[0].name]
+            return value.reshape((1,) * (len(shape) - value.dim()) + tuple(value.shape))
+        if target in ("aten.slice.Tensor", "aten.select.int"):
+            bound = bind(op)
+            value = inputs[op.args[0].name]
+            dim = bound["dim"] % value.dim()
+            if value.shape[dim] == 1:
+                return value.squeeze(dim) if target == "aten.select.int" else value
+            return _call(op, inputs)
+        if target in _ALONG_DIM and shape:
+            # Inputs must agree in every other dim, so what one of them has at full size, all get.
+            along = bind(op)["dim"] % len(shape)
+            dims = tuple(d for d in range(len(shape)) if d == along or any(v.shape[d] > 1 for v in inputs.values()))
+            return self._called(op, {n: self._dense(n, v, dims) for n, v in inputs.items()})
+        if target == "aten.index.Tensor":
+            return self._index(op, inputs)
+        if target in _POINTWISE or torch.Tag.pointwise in resolve(target).tags:
+            if math.prod(torch.broadcast_shapes(*(v.shape for v in inputs.values()))) > _LIMIT:
+                return None
+            return _call(op, inputs)
+        if target in ("aten.tril.default", "aten.triu.default"):
+            return self._called(op, {n: self._dense(n, v, (-2, -1)) for n, v in inputs.items()})
+        return self._called(op, {n: self._dense(n, v, None) for n, v in inputs.items()})
+
+    def _called(self, op: Op, inputs: dict[str, torch.Tensor | None]) -> torch.Tensor | None:
+        out_size = self.draft.tensors[op.outputs[0]].numel
+        if any(value is None for value in inputs.values()) or (not inputs and out_size > _LIMIT):
+            return None
+        return _call(op, inputs)  # type: ignore[arg-type]
+
+    def _dense(self, name: str, value: torch.Tensor, dims: tuple[int, ...] | None) -> torch.Tensor | None:
+        """The value with its full size along `dims` (None: along all); None where that is too large."""
+        shape = self.draft.tensors[name].shape
+        sizes = list(shape) if dims is None else list(value.shape)
+        for dim in dims or ():
+            sizes[dim] = shape[dim]
+        return value.expand(sizes) if math.prod(sizes) <= _LIMIT else None
+
+    def _index(self, op: Op, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """source[i0, i1, ...] with an index tensor for every dim of the source."""
+        source, indices = op.args
+        shape = self.draft.tensors[source.name].shape
+        value = inputs[source.name]
+        if len(indices) != len(shape) or not all(isinstance(i, Ref) for i in indices):
+            return self._called(op, {n: self._dense(n, v, None) for n, v in inputs.items()})
+        used = []
+        for dim, ref in enumerate(indices):
+            index = inputs[ref.name]
+            if index.dtype is torch.bool or int(index.min()) < -shape[dim] or int(index.max()) >= shape[dim]:
+                return None
+            # Along a dim of equal entries it does not matter which one is taken.
+            used.append(torch.zeros((1,) * index.dim(), dtype=torch.long) if value.shape[dim] == 1 else index)
+        if math.prod(torch.broadcast_shapes(*(i.shape for i in used))) > _LIMIT:
+            return None
+        out = value[tuple(used)]
+        rank = len(self.draft.tensors[op.outputs[0]].shape)
+        return out.reshape((1,) * (rank - out.dim()) + tuple(out.shape))
+
+
+def _with_size(op: Op, size: tuple[int, ...]) -> Op:
+    """A creation op that makes a tensor of this size instead."""
+    return op if op.target == "aten.scalar_tensor.default" else with_arguments(op, size=size)
+
+
+def _call(op: Op, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def fill(value: Any) -> Any:
+        if value is DEVICE:
+            return torch.device("cpu")
+        return tuple(fill(v) for v in value) if isinstance(value, tuple) else value
+
+    args, kwargs = (map_refs(v, lambda ref: inputs[ref.name]) for v in (op.args, op.kwargs))
+    return resolve(op.target)(*fill(args), **{name: fill(value) for name, value in kwargs})

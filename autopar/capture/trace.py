@@ -1,0 +1,192 @@
+"""torch.export of a module with its loss on fake tensors: nothing is materialised, real and meta tensors look alike."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..torch_private import fake_mode, forbid_custom_autograd
+from .draft import CaptureError
+from .example import Call, Loss, find_loss, loss_of, output_tensors, rebuild
+from .opaque import Recorder, record_opaque
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What torch.export gave: the program, where loss and other outputs stand, and the opaque calls met.
+
+    fqns: the module's name of every parameter and buffer that the program names (tied ones under one name).
+    trainable: which of these require grad.
+    """
+
+    program: torch.export.ExportedProgram
+    loss_path: tuple[str, ...]
+    output_paths: tuple[tuple[Any, ...], ...]
+    fqns: dict[str, str]
+    trainable: frozenset[str]
+    opaque: Recorder
+
+
+@dataclass
+class _Paths:
+    """Where loss and outputs stand, noted during the trace (which undoes assignments to a module's attributes)."""
+
+    loss: tuple[str, ...] = ()
+    outputs: tuple[tuple[Any, ...], ...] = ()
+
+
+class _WithLoss(torch.nn.Module):
+    """The module and its loss as one module over the flat tensors of the example; returns (loss, *other outputs)."""
+
+    def __init__(self, module: torch.nn.Module, call: Call, loss: Loss | None) -> None:
+        super().__init__()
+        self.module, self.call, self.loss = module, call, loss
+        self.paths = _Paths()
+
+    def forward(self, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = rebuild(self.call.args, flat), rebuild(self.call.kwargs, flat)
+        out = self.module(*args, **kwargs)
+        if self.loss is None:
+            value, self.paths.loss = find_loss(out, self.module)
+        else:
+            value = loss_of(out, self.loss, rebuild(self.call.targets, flat))
+        others = [(path, t) for path, t in output_tensors(out) if self.loss is not None or path != self.paths.loss]
+        self.paths.outputs = tuple(path for path, _ in others)
+        return (value, *(t for _, t in others))
+
+
+def trace(module: torch.nn.Module, call: Call, loss: Loss | None) -> Trace:
+    """Export in training mode. The module's tensors and modes are the same after as before.
+
+    ValueError where it cannot be traced: names the source line that stopped it, and what to mark opaque.
+    """
+    names = {id(t): name for name, t in (*module.named_parameters(), *module.named_buffers())}
+    every = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    fqns = {"module." + name: names[id(t)] for name, t in every}
+    if isinstance(loss, torch.nn.Module) and (any(loss.parameters()) or any(loss.buffers())):
+        raise ValueError(
+            f"the loss {type(loss).__name__} has parameters or buffers; put it into the module, which then returns the loss"
+        )
+    trainable = frozenset(names[id(p)] for p in module.parameters() if p.requires_grad)
+    mode = fake_mode()
+    with _fake_tensors(module, mode), _training(module), record_opaque(module, dict(every)) as recorder:
+        with mode:
+            flat = tuple(torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in call.tensors)
+        wrapper = _WithLoss(module, call, loss)
+        try:
+            with forbid_custom_autograd(_refuse_custom_autograd):
+                program = torch.export.export(wrapper, flat, strict=False)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise ValueError(_explain(module, error)) from error
+    return Trace(program, wrapper.paths.loss, wrapper.paths.outputs, fqns, trainable, recorder)
+
+
+@contextmanager
+def _fake_tensors(module: torch.nn.Module, mode: Any) -> Iterator[None]:
+    """Swap every parameter and buffer for a fake one on the CPU while the context lasts."""
+    fakes: dict[int, torch.Tensor] = {}
+    swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    try:
+        for submodule in module.modules():
+            for store in (submodule._parameters, submodule._buffers):
+                for name, tensor in store.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in fakes:
+                        fakes[id(tensor)] = _fake_like(tensor, mode)
+                    swapped.append((store, name, tensor))
+                    store[name] = fakes[id(tensor)]
+        yield
+    finally:
+        for store, name, tensor in swapped:
+            store[name] = tensor
+
+
+def _fake_like(tensor: torch.Tensor, mode: Any) -> torch.Tensor:
+    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+        raise ValueError("the module has uninitialised (lazy) parameters; run it once on a small batch first")
+    with mode:
+        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        return torch.nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else fake
+
+
+@contextmanager
+def _training(module: torch.nn.Module) -> Iterator[None]:
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    module.train()
+    try:
+        yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
+
+
+def _refuse_custom_autograd(function: type) -> None:
+    raise CaptureError(
+        f"torch.autograd.Function {function.__qualname__} cannot be traced ({_last_user_line(traceback.extract_stack())}): its "
+        "own backward would be lost. Mark the module that calls it with autopar.opaque(...), or register the function "
+        "as an operator with torch.library.custom_op and register_autograd"
+    )
+
+
+def _explain(module: torch.nn.Module, error: BaseException) -> str:
+    """One message: the user's line that stopped the trace, the submodule it stands in, and what to do."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    inner = error.__cause__ or error.__context__
+    line, where = _last_user_line(traceback.extract_tb(error.__traceback__)), ""
+    if line == "no line of the module" and inner is not None:
+        line = _last_user_line(traceback.extract_tb(inner.__traceback__))
+        frames += list(traceback.walk_tb(inner.__traceback__))
+    fqns = {id(m): name for name, m in module.named_modules()}
+    for frame, _ in reversed(frames):
+        owner = frame.f_locals.get("self")
+        if id(owner) in fqns and _is_user_file(frame.f_code.co_filename):
+            where = f" in module {fqns[id(owner)]!r} ({type(owner).__name__})" if fqns[id(owner)] else ""
+            break
+    reason = next((text.strip() for text in str(error).splitlines() if text.strip()), "")
+    return (
+        f"{type(module).__name__} cannot be traced: {line}{where} stopped it with {type(error).__name__}: {reason}. Rewrite "
+        "the line so that shapes and control flow do not depend on tensor values, or keep the module that holds it whole: "
+        "autopar.opaque(module.that_submodule), or @autopar.opaque on its class"
+    )
+
+
+def user_line(stack_trace: str | None) -> str:
+    """The innermost user line of a traced node's stack trace."""
+    found = ""
+    for text in (stack_trace or "").splitlines():
+        if text.strip().startswith('File "'):
+            file, number, *_ = text.strip()[6:].split(", ")
+            file = file.rstrip('"')
+            if _is_user_file(file):
+                found = _spell(file, int(number.removeprefix("line ")))
+    return found or "no line of the module"
+
+
+def _last_user_line(frames: Any) -> str:
+    for frame in reversed(list(frames)):
+        if _is_user_file(frame.filename):
+            return _spell(frame.filename, frame.lineno)
+    return "no line of the module"
+
+
+def _spell(file: str, number: int) -> str:
+    return f"line {number} of {file}, `{linecache.getline(file, number).strip()}`,"
+
+
+_OWN_FILES = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def _is_user_file(file: str) -> bool:
+    return os.path.isabs(file) and not file.startswith(tuple(path + os.sep for path in _OWN_FILES)) and (
+        os.sep + "contextlib.py" not in file
+    )
