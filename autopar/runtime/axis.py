@@ -63,7 +63,14 @@ class Axis:
         return out
 
     def all_to_all(self, tensor: Tensor, dim: int, blocks: int, to_dim: int, to_blocks: int) -> Tensor:
-        """From slices along `dim` to slices along `to_dim`."""
+        """From slices along `dim` to slices along `to_dim`; the two may be one dim, split with other blocks."""
+        if dim == to_dim:
+            if to_blocks % (blocks * self.size) == 0:
+                to_blocks //= self.size  # the finer split lies inside this rank's slice of the coarser one
+            elif blocks % (to_blocks * self.size) == 0:
+                blocks //= self.size
+            else:
+                return self.slice(self.all_gather(tensor, dim, blocks), dim, to_blocks)
         pieces = _cut(tensor, to_dim, to_blocks, self.size)
         received = torch.empty_like(pieces)
         self._timed(

@@ -38,7 +38,7 @@ _EVALUATION: Mapping[str, tuple[int, str, Any]] = {
 # Ops whose output is fresh memory that neither they nor their backward read again, so that a pending sum in it may be
 # reduced in place; and views, which pass that property on.
 _FRESH = ("linear", "addmm", "mm", "bmm", "matmul", "baddbmm", "conv1d", "conv2d", "conv3d")
-_VIEWS = ("view", "unsqueeze", "squeeze", "transpose", "permute", "_unsafe_view")
+_VIEWS = ("reshape", "view", "unsqueeze", "squeeze", "transpose", "permute", "_unsafe_view")
 
 
 @dataclass(eq=False)
