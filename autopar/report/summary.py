@@ -19,7 +19,7 @@ _KINDS = {
     "D": "reduce gradients",
     "O": "optimizer",
 }
-# A predicted send lasts as long as its link is busy, a measured one until it is on its way: no error is given for these.
+# A predicted send lasts as long as its link is busy, a measured one until it is under way: their error means nothing.
 _NOT_COMPARABLE = frozenset({"SA", "SG"})
 _DURATIONS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 _SIZES = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
