@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+# Kinds of instruction (schedule/instructions.py) during which a rank does not compute: it waits, or its link is busy.
+TRANSFER_KINDS = frozenset({"SA", "RA", "SG", "RG"})
+_KIND = re.compile(r"\d+([A-Z]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +27,12 @@ class Event:
     def duration_s(self) -> float:
         return self.end_s - self.start_s
 
+    @property
+    def kind(self) -> str:
+        """The letters of the token: F, B, P, D, O, SA, RA, SG or RG; the whole token where it has no such form."""
+        match = _KIND.match(self.token)
+        return match.group(1) if match else self.token
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -31,3 +44,68 @@ class Timeline:
     events: tuple[Event, ...]
     step_time_s: float
     peak_memory_bytes: Mapping[int, int] = field(default_factory=dict)
+
+    def by_rank(self) -> dict[int, tuple[Event, ...]]:
+        """The events of each rank that has any, ranks ascending, in order of start."""
+        found: dict[int, list[Event]] = defaultdict(list)
+        for event in self.events:
+            found[event.rank].append(event)
+        return {rank: tuple(sorted(found[rank], key=lambda event: event.start_s)) for rank in sorted(found)}
+
+    def by_token(self) -> dict[str, tuple[Event, ...]]:
+        """The events of each instruction, one per rank that ran it and has events."""
+        found: dict[str, list[Event]] = defaultdict(list)
+        for event in self.events:
+            found[event.token].append(event)
+        return {token: tuple(events) for token, events in found.items()}
+
+    def busy_s(self) -> dict[int, float]:
+        """Per rank: time in anything but transfers and waits for them, overlaps counted once."""
+        return {
+            rank: _covered_s(e for e in events if e.kind not in TRANSFER_KINDS)
+            for rank, events in self.by_rank().items()
+        }
+
+    def idle_s(self) -> dict[int, float]:
+        """Per rank: the rest of the step."""
+        return {rank: self.step_time_s - busy for rank, busy in self.busy_s().items()}
+
+    def bubble_fraction(self) -> float:
+        """Share of the step in which the ranks with events are idle, averaged over them.
+
+        Every rank with events counts alike; in a timeline with one rank per stage that is every stage alike.
+        """
+        idle = self.idle_s()
+        return sum(idle.values()) / (len(idle) * self.step_time_s) if idle and self.step_time_s > 0 else 0.0
+
+    def to_json(self) -> str:
+        """Exact: floats as their shortest representation that reads back equal."""
+        return json.dumps(
+            {
+                "step_time_s": self.step_time_s,
+                "peak_memory_bytes": {str(rank): size for rank, size in self.peak_memory_bytes.items()},
+                "events": [[e.rank, e.token, e.start_s, e.end_s, e.bytes] for e in self.events],
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Timeline:
+        """The inverse of `to_json`; ValueError for anything else."""
+        try:
+            data = json.loads(text)
+            return cls(
+                tuple(Event(int(r), str(t), float(s), float(e), int(b)) for r, t, s, e, b in data["events"]),
+                float(data["step_time_s"]),
+                {int(rank): int(size) for rank, size in data["peak_memory_bytes"].items()},
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"not a timeline ({error!r}); expected what Timeline.to_json wrote") from error
+
+
+def _covered_s(events) -> float:
+    """Length of the union of the events' intervals."""
+    total_s = end_s = 0.0
+    for start, end in sorted((e.start_s, e.end_s) for e in events):
+        total_s += max(0.0, end - max(start, end_s))
+        end_s = max(end_s, end)
+    return total_s

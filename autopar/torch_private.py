@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 import torch._functorch.utils as _functorch_utils
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
@@ -28,12 +33,31 @@ def schema(op: torch._ops.OpOverload) -> torch._C.FunctionSchema:
     return op._schema
 
 
+def default_store() -> dist.Store | None:
+    """The key-value store behind the default process group, None without one."""
+    if not dist.is_initialized():
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
+def abort_process_groups() -> None:
+    """Close this rank's connections of every group, so that ranks that wait for it fail instead of waiting on."""
+    if dist.is_initialized():
+        dist.distributed_c10d._abort_process_group()
+
+
+def allocation_deltas(profile: torch.profiler.profile) -> list[int]:
+    """Bytes of every CPU allocation (positive) and release (negative) that a finished profile saw, in order."""
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
 @contextmanager
 def forbid_custom_autograd(refuse: Callable[[type], None]) -> Iterator[None]:
     """Call `refuse(function)` when a torch.autograd.Function other than torch's own is applied in the context.
 
     Tracing sees the ops of such a function's forward and would differentiate these, not call its backward. Users keep
-    `apply` under names of their own, so that replacing the attribute would not do: what every `apply` calls is replaced.
+    `apply` under names of their own, so that replacing the attribute would not do: what every `apply` calls is.
     """
     unwrap = _functorch_utils.unwrap_dead_wrappers
 
@@ -48,3 +72,31 @@ def forbid_custom_autograd(refuse: Callable[[type], None]) -> Iterator[None]:
         yield
     finally:
         _functorch_utils.unwrap_dead_wrappers = unwrap
+
+
+def strided_shard(dim: int, split_factor: int) -> Placement:
+    """DTensor's name for Split(dim, split_factor): the dim seen as (split_factor, ranks, rest) and split on `ranks`."""
+    return _StridedShard(dim, split_factor=split_factor)
+
+
+def dtensor_spec(
+    mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int, ...], dtype: torch.dtype
+) -> DTensorSpec:
+    """What a contiguous DTensor of this global shape needs besides its local tensor."""
+    strides = torch.empty(shape, device="meta").stride()
+    return DTensorSpec(mesh, placements, tensor_meta=TensorMeta(torch.Size(shape), strides, dtype))
+
+
+def wrap_local(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
+    """`DTensor.from_local` without its autograd function and checks: about 3 us where that takes 30."""
+    return DTensor(local, spec, requires_grad=False)
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's own shard, sharing storage and version counter; a plain tensor is its own."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def storage_use_count(tensor: torch.Tensor) -> int:
+    """How many tensors (and handles) refer to the tensor's storage now."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)

@@ -101,7 +101,7 @@ class _Piece:
 
 
 class _Main:
-    """The main ops by position. A cut at position i stands in front of op i; `live[i]` crosses it, in order of making."""
+    """The main ops by position. A cut at position i stands in front of op i; `live[i]` crosses it, oldest first."""
 
     def __init__(self, ops: list[Op], tensors: Mapping[str, Tensor], loss: str) -> None:
         self.ops, self.tensors = ops, tensors

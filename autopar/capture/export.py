@@ -79,6 +79,6 @@ def _side_ops(draft: Draft, updated: set[str]) -> frozenset[str]:
 def _check_trainable(draft: Draft, module: torch.nn.Module) -> None:
     if not draft.tensors[draft.loss].requires_grad:
         raise ValueError(
-            f"the loss of {type(module).__name__} depends on no trainable parameter; expected at least one parameter with "
-            "requires_grad=True on a path to the loss that is not under no_grad or detach"
+            f"the loss of {type(module).__name__} depends on no trainable parameter; expected at least one parameter "
+            "with requires_grad=True on a path to the loss that is not under no_grad or detach"
         )

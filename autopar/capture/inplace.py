@@ -1,9 +1,9 @@
 """Turn in-place ops on activations into functional ones, so that every tensor of the graph has one value.
 
 Tensors that share storage form a family: a root, and views of it, each made from its parent by a view op. Writing to a
-member gives the member a new value, from it the parent (`_put_back`, the inverse of the view), and so on up to the root;
-other members are made again from the new root when they are next read. Buffers are the exception: they are state, so that
-ops which update them (and their views) stay as they are, in order.
+member gives the member a new value, from it the parent (`put_back`, the inverse of the view), and so on up to the
+root; other members are made again from the new root when they are next read. Buffers are the exception: they are state,
+so that ops which update them (and their views) stay as they are, in order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _METADATA_ONLY = {"detach_", "unsqueeze_", "squeeze_", "t_", "transpose_", "swap
 
 
 def functionalise(draft: Draft, observer: Observer) -> None:
-    """Remove in-place ops on activations, inputs and constants. ValueError for an update that has no functional form."""
+    """Remove in-place ops on activations, inputs and constants; ValueError for one that has no functional form."""
     if any(mutated_inputs(op) for op in draft.ops):
         survey = observer.survey(draft, grad=False)
         draft.ops = _Functionaliser(draft, observer, survey).run()

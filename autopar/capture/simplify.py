@@ -14,6 +14,7 @@ from .observe import Survey
 _RESHAPES = {"aten.view.default", "aten._unsafe_view.default", "aten.reshape.default"}
 _CASTS = {"aten.to.dtype", "aten.to.dtype_layout", "aten.to.device", "aten.to.other", "aten.to.prim_dtype"}
 
+
 def simplify(draft: Draft, survey: Survey) -> None:
     """Drop no-op casts, views, copies and dropouts; spell every reshape `aten.reshape`, every cast `aten.to.dtype`."""
     touched = _depends_on_trainable(draft)
@@ -22,6 +23,9 @@ def simplify(draft: Draft, survey: Survey) -> None:
     def step(op: Op) -> list[Op] | None:
         if not is_aten(op):
             return None
+        if op.target == "aten.broadcast_tensors.default" and not op.no_grad and (same := _unchanged(op, survey)):
+            renamed.update(same)
+            return []
         source = _identity_of(op, draft, survey)
         # detach, and any view under no_grad, also cut the gradient: no identity where one could flow.
         cuts = op.target == "aten.detach.default" or (op.no_grad and op.target not in _CASTS)
@@ -57,6 +61,17 @@ def _identity_of(op: Op, draft: Draft, survey: Survey) -> str:
     if position is not None and form == survey.forms[inputs[position]]:
         return inputs[position]
     return ""
+
+
+def _unchanged(op: Op, survey: Survey) -> dict[str, str]:
+    """For an op of several outputs that are its inputs, unchanged: which is which; empty if any differs."""
+    inputs = tuple(dict.fromkeys(op.inputs))
+    found = {}
+    for output, (form, position) in zip(op.outputs, survey.observations[op.name].outputs, strict=True):
+        if position is None or form != survey.forms[inputs[position]]:
+            return {}
+        found[output] = inputs[position]
+    return found
 
 
 def _parts(op: Op, draft: Draft) -> list[Ref]:

@@ -1,8 +1,8 @@
 """Instructions: what one rank does, one small frozen dataclass per kind. Each prints as one token and parses back.
 
-Tokens are <stage><kind><microbatch>, after torch.distributed.pipelining's notation: `2F0` is the forward of microbatch 0
-on stage 2. Communication names its peer stage: `0SA1>1` sends the activations of microbatch 1 from stage 0 to stage 1,
-`1RA1<0` receives them there; SG and RG are the gradients that travel back.
+Tokens are <stage><kind><microbatch>, after torch.distributed.pipelining's notation: `2F0` is the forward of microbatch
+0 on stage 2. Communication names its peer stage: `0SA1>1` sends the activations of microbatch 1 from stage 0 to stage
+1, `1RA1<0` receives them there; SG and RG are the gradients that travel back.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Prologue:
 
 @dataclass(frozen=True, slots=True)
 class ReduceGradients:
-    """Wait until the stage's gradients are whole: over data, over model axes for shared parameters, over tied stages."""
+    """Wait until the stage's gradients are whole: over data, over model axes (shared parameters), over tied stages."""
 
     stage: int
 

@@ -1,0 +1,176 @@
+"""`parallelize`: the one place where capture, planner, simulator and runtime meet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .capture.export import capture
+from .cluster.spec import Cluster
+from .cost.model import Corrections, CostModel
+from .graph import Graph
+from .plan import Plan
+from .planner.search import search
+from .refine import Refinement, refine
+from .runtime.agree import from_rank_zero
+from .runtime.build import Runtime, build_runtime
+from .runtime.initialise import Initialise, local_state, local_values
+from .runtime.loader import RankLoader
+from .runtime.model import ParallelModule
+from .runtime.random import Seeds
+from .simulate import simulate
+
+class Model(ParallelModule):
+    """A parallel module that can also feed itself and change its plan; what `parallelize` returns.
+
+    cluster: the hardware as probed or given. corrections: what measured steps have taught since.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        cluster: Cluster,
+        module: nn.Module,
+        *,
+        seed: int,
+        device: torch.device,
+        initialise: Initialise | None,
+        constraints: Mapping[str, Any],
+    ) -> None:
+        self.cluster = cluster
+        self.corrections = Corrections()
+        self.constraints = dict(constraints)
+        self.seeds = Seeds(seed)
+        start_s = time.perf_counter()
+        state = local_state(graph, module, device, seed, initialise)
+
+        def values(specs: Sequence[ParameterSpec]) -> Mapping[str, Tensor]:
+            return local_values(specs, module, dist.get_rank(), seed, device, initialise)
+
+        runtime = build_runtime(graph, plan, values, state, device, self._stream(device))
+        super().__init__(graph, runtime, simulate(graph, plan, cluster), device)
+        self.build_s = time.perf_counter() - start_s
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss of the batch; see `ParallelModule`."""
+        self.seeds.next_step()
+        return super().forward(*args, **kwargs)
+
+    def _stream(self, device: torch.device) -> Callable[[str], AbstractContextManager[Any]]:
+        return lambda key: self.seeds.stream(key, device)
+
+    def loader(self, dataset: Any, batch_size: int, shuffle: bool = False, **options: Any) -> RankLoader:
+        """Batches of just this rank's rows, `batch_size` being global; see runtime/loader.py."""
+        data = self.runtime.groups.data
+        return RankLoader(dataset, batch_size, data.rank, data.size, shuffle=shuffle, **options)
+
+    def refine(self, optimizer: torch.optim.Optimizer, remaining_steps: int | None = None) -> Refinement:
+        """Hold the measured timeline against the predicted one, correct the cost model, search again, and move to the new
+        plan when that pays over `remaining_steps` (default: as many as have been run). All ranks must call it.
+
+        Parameters and the optimizer's state are moved in memory; `optimizer` stays the same object.
+        """
+        return refine(self, optimizer, remaining_steps)
+
+    def move(self, plan: Plan, optimizer: torch.optim.Optimizer, costs: CostModel) -> float:
+        """Run `plan` from now on, with the parameters and the optimizer's state as they are; returns the seconds it took.
+
+        All ranks must call it. `optimizer` keeps its identity, its options and its state.
+        """
+        start_s = time.perf_counter()
+        old = self.runtime
+        specs = parameter_specs(self.graph, plan)
+        mine = specs[stage_of(plan, old.groups.rank)]
+        moved = move_state(old, optimizer, mine)
+
+        def values(wanted: Sequence[ParameterSpec]) -> Mapping[str, Tensor]:
+            return {spec.fqn: moved.parameters[spec.fqn] for spec in wanted}
+
+        runtime = build_runtime(
+            self.graph, plan, values, old.executor.state, self.device, self._stream(self.device)
+        )
+        moved.rebuild(optimizer, runtime.storage.parameters)
+        self.measurement.close()
+        self.install(runtime)
+        self.prediction = simulate(self.graph, plan, self.cluster, costs)
+        return time.perf_counter() - start_s
+
+
+def parallelize(
+    module: nn.Module,
+    example: Any,
+    loss: Callable[..., Tensor] | None = None,
+    plan: Plan | str | Path | None = None,
+    cluster: Cluster | None = None,
+    *,
+    initialise: Initialise | None = None,
+    **constraints: Any,
+) -> Model:
+    """Make `module` train on the whole world, by the plan expected to be fastest among those that fit in memory.
+
+    module: real (equal on all ranks, or rank 0's is taken), or on the meta device (then initialised shard by shard).
+    example: one global batch: a tensor, a tuple of positional or a dict of keyword arguments, real or on meta.
+    loss: None if the module returns the scalar loss, or an object with `.loss`; else called as loss(output, *targets), the
+        targets being the example entries that `module.forward` does not take.
+    plan: a Plan or a plan file to use instead of a search. cluster: hardware, probed if None.
+    initialise: for modules on the meta device, how to fill a submodule; see runtime/initialise.py.
+    constraints: data=, tensor=, pipeline=, microbatches=, schedule=, zero=, recompute=, memory_limit_bytes= pin a choice
+        of the search each.
+    Under torchrun all ranks must call it alike; without a launcher the world is this process. ValueError for what cannot
+    be done, the same on every rank.
+    """
+    device = _join_world()
+    graph = capture(module, example, loss)
+    if cluster is None:
+        cluster = Cluster.probe()
+    if cluster.world_size != dist.get_world_size():
+        raise ValueError(
+            f"the cluster has {cluster.world_size} devices but {dist.get_world_size()} processes run; "
+            "start one process per device, or pass cluster=None to probe what is there"
+        )
+    if plan is not None and constraints:
+        raise ValueError(f"plan= is a whole plan, so it excludes {sorted(constraints)}; give one or the other")
+
+    def decide() -> Plan:
+        if plan is None:
+            return search(graph, cluster, **constraints)
+        return plan if isinstance(plan, Plan) else Plan.load(plan)
+
+    chosen = from_rank_zero(decide)
+    chosen.validate(graph, cluster)
+    seed = from_rank_zero(torch.initial_seed)
+    return Model(
+        graph,
+        chosen,
+        cluster,
+        module,
+        seed=seed,
+        device=device,
+        initialise=initialise,
+        constraints=constraints,
+    )
+
+
+def _join_world() -> torch.device:
+    """This rank's device; joins the launcher's process group, or makes a world of one, if nobody has."""
+    cuda = torch.cuda.is_available()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if dist.is_torchelastic_launched():
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if not cuda:
+        return torch.device("cpu")
+    # A launcher that gave this process a device of its own has set it; else ranks take the host's devices in turn.
+    if torch.cuda.current_device() == 0:
+        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,142 @@
+"""From a plan to everything that one rank needs to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..graph import Graph
+from ..plan import Plan
+from ..schedule.build import program_for
+from ..schedule.instructions import Instruction
+from ..sharding.placement import REPLICATED, SHARED, Placement, parse_placement
+from .executor import Executor, block_function
+from .groups import Groups, build_groups
+from .ownership import Holder, Ownership
+from .recorder import Recorder
+from .replicas import Replicas
+from .shards import Shards
+from .stage import CompiledStage, compile_stage, stage_layouts
+from .storage import ParameterSpec, StageAxes, Storage
+from .transport import Transport
+
+
+@dataclass(frozen=True, eq=False)
+class Runtime:
+    """One rank's part of a plan, ready to run. training_actions and evaluation_actions: its rows of the programs."""
+
+    plan: Plan
+    groups: Groups
+    compiled: CompiledStage
+    storage: Storage
+    executor: Executor
+    recorder: Recorder
+    specs: tuple[ParameterSpec, ...]
+    training_actions: tuple[Instruction, ...]
+    evaluation_actions: tuple[Instruction, ...]
+
+
+def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, ...]]:
+    """Per stage, its parameters in order of first use, and where every rank of every stage holds them."""
+    placed: dict[str, dict[int, Placement]] = {}
+    for s, stage in enumerate(plan.stages):
+        layouts = stage_layouts(plan, stage)
+        for block, layout in zip(graph.blocks[stage.start : stage.stop], layouts, strict=True):
+            tokens = layout.parameters if layout else ("R",) * len(block.parameters)
+            for name, token in zip(block.parameters, tokens, strict=True):
+                placed.setdefault(name, {}).setdefault(s, parse_placement(token))
+    found: dict[int, list[ParameterSpec]] = {s: [] for s in range(len(plan.stages))}
+    for name, places in placed.items():
+        tensor = graph.tensors[name]
+        holders = tuple(
+            Holder(plan.stages[s].ranks, plan.stages[s].data, plan.stages[s].tensor, place, plan.stages[s].zero == 3)
+            for s, place in places.items()
+        )
+        spec = ParameterSpec(tensor.fqn, tensor.dtype, Ownership(tensor.shape, holders), tensor.requires_grad)
+        for s in places:
+            found[s].append(spec)
+    return {s: tuple(specs) for s, specs in found.items()}
+
+
+def build_runtime(
+    graph: Graph,
+    plan: Plan,
+    values: Callable[[Sequence[ParameterSpec]], Mapping[str, Tensor]],
+    state: Mapping[str, Tensor],
+    device: torch.device,
+    random: Callable[[str], AbstractContextManager[Any]],
+) -> Runtime:
+    """Build this rank's runtime; all ranks of the world must call it with the same plan.
+
+    values(specs): this rank's local parts of these parameters, by original name. state: buffers and constants on
+    `device`, by tensor name. random(key): a context in which random ops draw from the stream of that key.
+    """
+    rank = dist.get_rank()
+    groups = build_groups(plan, graph)
+    stage = plan.stages[groups.stage]
+    compiled = compile_stage(graph, plan, groups.stage, groups.tensor, device)
+    specs = _with_reductions(graph, compiled, parameter_specs(graph, plan)[groups.stage], rank)
+    axes = StageAxes(groups.data, groups.tensor, groups.all_of_stage, rank, device)
+    blocks = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled.blocks)}
+    kind = Shards if stage.zero == 3 and stage.data > 1 else Replicas
+    storage: Storage = kind(specs, blocks, values(specs), axes)
+    for i in blocks:
+        storage.bind(i, block_function)
+    recorder = Recorder(rank, device)
+    executor = Executor(
+        graph=graph,
+        compiled=compiled,
+        microbatches=plan.microbatches,
+        groups=groups,
+        transport=_transport(graph, compiled, groups, device),
+        storage=storage,
+        recompute=stage.recompute == "full",
+        recorder=recorder,
+        state=state,
+        random=random,
+    )
+    return Runtime(
+        plan=plan,
+        groups=groups,
+        compiled=compiled,
+        storage=storage,
+        executor=executor,
+        recorder=recorder,
+        specs=specs,
+        training_actions=program_for(plan).actions[groups.stage],
+        evaluation_actions=program_for(plan, training=False).actions[groups.stage],
+    )
+
+
+def _with_reductions(
+    graph: Graph, compiled: CompiledStage, specs: Sequence[ParameterSpec], rank: int
+) -> tuple[ParameterSpec, ...]:
+    """The specs with SHARED in place of REPLICATED on this stage where gradients are summands per tensor rank."""
+    reduced = {graph.tensors[t].fqn for block in compiled.blocks for t in block.reduced}
+    found = []
+    for spec in specs:
+        if spec.fqn in reduced:
+            holders = tuple(
+                Holder(h.ranks, h.data, h.tensor, SHARED, h.sharded)
+                if rank in h.ranks and h.placement == REPLICATED
+                else h
+                for h in spec.ownership.holders
+            )
+            spec = ParameterSpec(spec.fqn, spec.dtype, Ownership(spec.ownership.shape, holders), spec.requires_grad)
+        found.append(spec)
+    return tuple(found)
+
+
+def _transport(graph: Graph, compiled: CompiledStage, groups: Groups, device: torch.device) -> Transport:
+    s = groups.stage
+    activations = {s - 1: [compiled.specs[t] for t in compiled.receives]} if compiled.receives else {}
+    gradients = {}
+    if compiled.sends:
+        gradients[s + 1] = [compiled.specs[t] for t in compiled.sends if graph.tensors[t].requires_grad]
+    return Transport(groups, device, activations, gradients)

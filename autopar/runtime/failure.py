@@ -1,0 +1,66 @@
+"""One rank's failure becomes everyone's: all stop within seconds, and each says what failed first and where."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from ..torch_private import abort_process_groups, default_store
+
+_KEY = "autopar/first_failure"
+_GRACE_S = 3.0
+
+
+class RankFailure(RuntimeError):
+    """Another rank failed; the message names the rank, what it was doing and its error."""
+
+
+def publish(error: BaseException, doing: str) -> None:
+    """Tell the other ranks about `error`; the first rank to publish wins."""
+    store = default_store()
+    if store is None:
+        return
+    text = f"rank {dist.get_rank()} failed {doing}: {type(error).__name__}: {error}"
+    try:
+        store.compare_set(_KEY, "", text)
+    except RuntimeError:
+        return  # the store's host is gone, and with it everyone who could have asked
+
+
+def first_failure(wait_s: float = _GRACE_S) -> str | None:
+    """What the first failing rank published, waiting a little for it; None if nobody did."""
+    store = default_store()
+    if store is None:
+        return None
+    deadline = time.monotonic() + wait_s
+    try:
+        while time.monotonic() < deadline:
+            if store.check([_KEY]):
+                store.set_timeout(timedelta(seconds=wait_s))
+                return store.get(_KEY).decode()
+            time.sleep(0.05)
+    except RuntimeError:
+        return None
+    return None
+
+
+def stop_everyone(error: BaseException, doing: str) -> BaseException:
+    """Publish `error` unless another rank failed before, close this rank's connections so that nobody waits for it,
+    and return the error to raise."""
+    is_consequence = isinstance(error, dist.DistError | RuntimeError) and _looks_remote(error)
+    first = first_failure(_GRACE_S if is_consequence else 0.1)
+    if first is None:
+        publish(error, doing)
+    abort_process_groups()
+    if first is not None and not first.startswith(f"rank {dist.get_rank()} "):
+        return RankFailure(f"{first}\n(this rank stopped {doing})")
+    return error
+
+
+def _looks_remote(error: BaseException) -> bool:
+    text = str(error)
+    return any(
+        sign in text for sign in ("Connection", "closed by peer", "gloo", "NCCL", "Timed out", "timed out", "Broken pipe")
+    )

@@ -1,0 +1,163 @@
+"""Measured steps: events of every call and of the optimizer; now and then memory and collectives in detail."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ..schedule.instructions import OptimizerStep
+from ..timeline import Event, Timeline
+from .build import Runtime
+from .detail import detailed
+from .profile import OpSeconds
+from .recorder import CollectiveSample
+
+_DETAILED_STEP = 1  # the first step pays for lazy initialisation
+_KEPT_STEPS = 64
+
+
+class Measurement:
+    """What training steps measured on this rank, and the latest joined Timeline of the world.
+
+    A step runs from one training call to the next: the call, the optimizer and whatever else the loop does. Peak memory is
+    what lies at rest (parameters, gradients, the optimizer's state) plus the peak of what the call allocates.
+    """
+
+    def __init__(self, runtime: Runtime, device: torch.device) -> None:
+        self.runtime = runtime
+        self.device = device
+        self.timeline: Timeline | None = None
+        self.step_times_s: list[float] = []
+        self.samples: tuple[CollectiveSample, ...] = ()
+        self.peak_memory_bytes: int | None = None
+        self.at_rest_bytes = 0
+        self.op_seconds: OpSeconds = {}
+        self.profiled_events: tuple[Event, ...] = ()
+        self._steps = 0
+        self._clean = False  # whether a step is under way that nothing but training has disturbed
+        self._optimizer_start_s = 0.0
+        self._handles = _watch_optimizers(self)
+
+    @property
+    def num_steps(self) -> int:
+        """Training calls so far."""
+        return self._steps
+
+    def median_step_s(self) -> float:
+        """Median of the latest undisturbed steps of this rank."""
+        return statistics.median(self.step_times_s)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one call of the module; all ranks call alike."""
+        recorder = self.runtime.recorder
+        training = torch.is_grad_enabled()
+        if training and self._clean:
+            # The instruction stream ends here on CUDA, so a step's time includes the device's.
+            events = recorder.finished_events()
+            self.step_times_s = [*self.step_times_s[-_KEPT_STEPS + 1 :], recorder.now_s()]
+            if _is_power_of_two(self._steps):
+                self._join(events)
+        detailed = training and self._steps == _DETAILED_STEP
+        recorder.begin()
+        if detailed:
+            with self._in_detail():
+                yield
+        else:
+            yield
+        self._clean = training and not detailed
+        self._steps += training
+
+    @contextmanager
+    def _in_detail(self) -> Iterator[None]:
+        recorder = self.runtime.recorder
+        axes = [a for a in (self.runtime.groups.tensor, self.runtime.groups.data) if a.size > 1]
+        for axis in axes:
+            axis.on_collective = recorder.collective
+        self.at_rest_bytes = self._bytes_at_rest()
+        try:
+            with detailed(self.device) as detail:
+                yield
+        finally:
+            for axis in axes:
+                axis.on_collective = None
+        self.samples = tuple(recorder.samples)
+        # CUDA's peak counts what lies at rest already.
+        self.peak_memory_bytes = detail.peak_bytes + (0 if self.device.type == "cuda" else self.at_rest_bytes)
+        self.profiled_events = recorder.finished_events()
+        self.op_seconds = detail.op_seconds
+
+    def _bytes_at_rest(self) -> int:
+        tensors: list[Tensor] = []
+        for parameter in self.runtime.storage.parameters.values():
+            tensors += [parameter] if parameter.grad is None else [parameter, parameter.grad]
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return sum(_local_bytes(t) for t in tensors)
+
+    def _join(self, events: tuple[Event, ...]) -> None:
+        mine = (events, self.step_times_s[-1], self.peak_memory_bytes)
+        everyone: list[Any] = [mine]
+        if dist.get_world_size() > 1:
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+        self.timeline = Timeline(
+            events=tuple(e for events, _, _ in everyone for e in events),
+            step_time_s=max(time_s for _, time_s, _ in everyone),
+            peak_memory_bytes={r: peak for r, (_, _, peak) in enumerate(everyone) if peak is not None},
+        )
+
+    _optimizer: Any = staticmethod(lambda: None)
+
+    def optimizer_begins(self, optimizer: Optimizer) -> None:
+        self._optimizer = ref(optimizer)
+        self._optimizer_start_s = self.runtime.recorder.now_s()
+
+    def optimizer_ends(self) -> None:
+        recorder = self.runtime.recorder
+        token = str(OptimizerStep(self.runtime.groups.stage))
+        recorder.events.append(Event(recorder.rank, token, self._optimizer_start_s, recorder.now_s()))
+
+
+def _watch_optimizers(measurement: Measurement) -> list[Any]:
+    """Hear of steps of optimizers that hold this model's parameters; the hooks do not keep the model alive."""
+    watcher = ref(measurement)
+
+    def mine(optimizer: Optimizer) -> Measurement | None:
+        found = watcher()
+        if found is None:
+            return None
+        own = {id(p) for p in found.runtime.storage.parameters.values()}
+        return found if any(id(p) in own for group in optimizer.param_groups for p in group["params"]) else None
+
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if found := mine(optimizer):
+            found.optimizer_begins(optimizer)
+
+    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if found := mine(optimizer):
+            found.optimizer_ends()
+
+    return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+
+def _local_bytes(tensor: Tensor) -> int:
+    local = getattr(tensor, "_local_tensor", tensor)
+    return local.numel() * local.element_size()
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number >= 2 and number & (number - 1) == 0

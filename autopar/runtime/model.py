@@ -1,0 +1,193 @@
+"""The parallel module: the unchanged training loop on the outside, a Program on the inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..graph import Graph
+from ..plan import Plan
+from ..schedule.instructions import Instruction
+from ..timeline import Timeline
+from .build import Runtime
+from .failure import publish, stop_everyone
+from .measure import Measurement
+from .storage import deliver
+
+
+class Output(SimpleNamespace):
+    """What the parallel module returns where the original returned an object or a dict: its `loss`."""
+
+    loss: Tensor
+
+    def __getitem__(self, key: str) -> Tensor:
+        return getattr(self, key)
+
+
+class ParallelModule(nn.Module):
+    """One rank's part of a module under a plan; made by `autopar.parallelize`.
+
+    Call it like the original with the global batch, or with just this rank's rows (see `loader`). A call with gradients
+    enabled runs the plan's whole program, forwards and backwards of all microbatches; `loss.backward()` then adds the
+    gradients, scaled by whatever the loss was multiplied with, to `.grad` of the parameters. Under `torch.no_grad()`
+    a call runs forwards only.
+
+    parameters(): this rank's part of the parameters of its stage, under their original names.
+    plan: what runs. prediction: the simulator's Timeline for it. timeline: the latest measured one.
+    """
+
+    def __init__(self, graph: Graph, runtime: Runtime, prediction: Timeline, device: torch.device) -> None:
+        super().__init__()
+        self.graph = graph
+        self.prediction = prediction
+        self.device = device
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self.install(runtime)
+
+    def install(self, runtime: Runtime) -> None:
+        """Run by `runtime` from now on."""
+        self.runtime = runtime
+        self.measurement = Measurement(runtime, self.device)
+
+    @property
+    def plan(self) -> Plan:
+        return self.runtime.plan
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """A measured step of the whole world, renewed after 2, 4, 8, ... training steps; None before."""
+        return self.measurement.timeline
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        runtime = self.runtime
+        try:
+            batch = self._rows(args, kwargs)
+        except ValueError as error:
+            publish(error, "reading the batch")
+            raise
+        differentiable = torch.is_grad_enabled()
+        actions = runtime.training_actions if differentiable else runtime.evaluation_actions
+        try:
+            with self.measurement.step():
+                summand, gradients = runtime.executor.run(actions, batch, self.training)
+                loss = self._whole_loss(summand)
+        except Exception as error:
+            runtime.executor.transport.abandon()
+            raise _explained(error, runtime) from error
+        if differentiable:
+            loss = _Deliver.apply(self._anchor, loss, runtime.storage.parameters, gradients)
+        return Output(loss=loss) if self.graph.loss_path else loss
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.runtime.storage.parameters.items():
+            yield (f"{prefix}.{name}" if prefix else name), parameter
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        for tensor in self.graph.tensors.values():
+            if tensor.role == "buffer":
+                yield (f"{prefix}.{tensor.fqn}" if prefix else tensor.fqn), self.runtime.executor.state[tensor.name]
+
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> dict[str, Tensor]:
+        """This rank's parameters (DTensors where the plan shards) and buffers by original name."""
+        found = dict(self.named_parameters(prefix)) | dict(self.named_buffers(prefix))
+        return {name: t if keep_vars else t.detach() for name, t in found.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> None:
+        """Copy whole tensors, or tensors laid out as this rank's, into the parameters and buffers of this rank.
+
+        ValueError when `strict` and a name of this rank is missing; names of other stages are passed over.
+        """
+        own = dict(self.named_parameters()) | dict(self.named_buffers())
+        missing = sorted(set(own) - set(state_dict))
+        if strict and missing:
+            raise ValueError(f"load_state_dict: no value for {', '.join(missing[:5])} ({len(missing)} names in all)")
+        specs = {spec.fqn: spec for spec in self.runtime.specs}
+        with torch.no_grad():
+            for name in set(own) & set(state_dict):
+                target, value = own[name], state_dict[name]
+                if name in specs and not hasattr(value, "_local_tensor"):
+                    local = getattr(target, "_local_tensor", target)
+                    local.copy_(specs[name].ownership.take(value, self.runtime.groups.rank))
+                else:
+                    target.copy_(value)
+
+    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """This data rank's rows of every batch input; ValueError where the batch is not like the example."""
+        data = self.runtime.groups.data
+        rows: dict[str, Tensor] = {}
+        for name, key in zip(self.graph.inputs, self.graph.input_keys, strict=True):
+            expected = self.graph.tensors[name]
+            value = _find(key, args, kwargs)
+            if not isinstance(value, Tensor):
+                raise ValueError(f"batch entry {key!r}: expected a tensor of shape {expected.shape}, got {value!r}")
+            splits = self.runtime.compiled.batch_splits[name]
+            local = (expected.shape[0] // data.size, *expected.shape[1:]) if splits else expected.shape
+            if value.dtype != expected.dtype or tuple(value.shape) not in (expected.shape, local):
+                raise ValueError(
+                    f"batch entry {key!r}: got {tuple(value.shape)} {value.dtype}, but the example had {expected.shape} "
+                    f"{expected.dtype}; pass the global batch of that shape, or this rank's rows of shape {local} "
+                    "(model.loader yields them); for another shape call autopar.parallelize again with such an example"
+                )
+            if splits and data.size > 1 and tuple(value.shape) == expected.shape:
+                value = value.narrow(0, data.rank * local[0], local[0])
+            rows[name] = value.to(self.device, non_blocking=True)
+        return rows
+
+    def _whole_loss(self, summand: Tensor | None) -> Tensor:
+        """The loss on every rank: each replica of the last stage holds a summand, its tensor ranks the same one."""
+        groups = self.runtime.groups
+        if summand is None or groups.tensor.rank != 0:
+            dtype = self.graph.tensors[self.graph.loss].dtype
+            summand = torch.zeros((), dtype=dtype, device=self.device)
+        if self.plan.world_size > 1:
+            dist.all_reduce(summand)
+        return summand
+
+
+class _Deliver(torch.autograd.Function):
+    """The loss as autograd sees it: its backward hands out the gradients that the program has computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        loss: Tensor,
+        parameters: Mapping[str, nn.Parameter],
+        gradients: dict[str, Tensor],
+    ) -> Tensor:
+        ctx.parameters, ctx.gradients = parameters, gradients
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("this loss has been differentiated already; its gradients are handed out once")
+        deliver(ctx.parameters, ctx.gradients, scale)
+        ctx.gradients = None
+        return None, None, None, None
+
+
+def _find(key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The batch entry that `key` names: an int, a str, or a tuple of such for nested structures; None if absent."""
+    path = key if isinstance(key, tuple) else (key,)
+    value: Any = args if isinstance(path[0], int) else kwargs
+    for part in path:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def _explained(error: Exception, runtime: Runtime) -> BaseException:
+    action: Instruction | None = runtime.executor.current
+    return stop_everyone(error, f"in {action} of stage {runtime.groups.stage}" if action else "between instructions")

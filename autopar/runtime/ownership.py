@@ -1,0 +1,162 @@
+"""Where one tensor lies at rest: which box of the global tensor each rank holds. Pure geometry, no processes.
+
+A stage's ranks form a (data, tensor) mesh in row-major order. The tensor axis cuts first, by its placement; where the
+stage shards over data (ZeRO 3), dim 0 of what is left is cut by `torch.chunk`'s rule: chunks of ceil(n / data) rows,
+the last ones shorter or empty. A tensor that several stages use (tied parameters) is held whole by each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..sharding.placement import Placement, Split
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`length` entries along one dim, from `start` in the global tensor and from `local` in the rank's own."""
+
+    start: int
+    local: int
+    length: int
+
+
+Segments = tuple[tuple[Segment, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """One stage that holds the tensor: `ranks[d * tensor + t]`, its placement on the tensor axis, and whether dim 0 of
+    the tensor-local part is cut over data as well. SHARED lies as REPLICATED does; it speaks of the gradient only."""
+
+    ranks: tuple[int, ...]
+    data: int
+    tensor: int
+    placement: Placement
+    sharded: bool = False
+
+    def coordinates(self, rank: int) -> tuple[int, int]:
+        """(data, tensor) coordinates of a global rank of this stage."""
+        return divmod(self.ranks.index(rank), self.tensor)
+
+    @property
+    def split(self) -> Split | None:
+        return self.placement if isinstance(self.placement, Split) and self.tensor > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """A global tensor of `shape` and the stages that hold it, in stage order."""
+
+    shape: tuple[int, ...]
+    holders: tuple[Holder, ...]
+
+    def holder(self, rank: int) -> Holder:
+        """The stage of `rank`; KeyError where the rank holds nothing of the tensor."""
+        for holder in self.holders:
+            if rank in holder.ranks:
+                return holder
+        raise KeyError(rank)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(rank for holder in self.holders for rank in holder.ranks)
+
+    def tensor_shape(self, rank: int) -> tuple[int, ...]:
+        """Shape of the rank's part before the cut over data: what the computation uses."""
+        holder = self.holder(rank)
+        shape = list(self.shape)
+        if holder.split:
+            shape[holder.split.dim] //= holder.tensor
+        return tuple(shape)
+
+    def local_shape(self, rank: int) -> tuple[int, ...]:
+        return tuple(sum(s.length for s in dim) for dim in self.segments(rank))
+
+    def segments(self, rank: int) -> Segments:
+        """Per dim, the runs of the global tensor that the rank holds; its part is their cartesian product."""
+        holder = self.holder(rank)
+        data_index, tensor_index = holder.coordinates(rank)
+        dims = [(Segment(0, 0, size),) if size else () for size in self.shape]
+        if holder.split:
+            dims[holder.split.dim] = _split(self.shape, holder.split, holder.tensor, tensor_index)
+        if holder.sharded and self.shape:
+            size = sum(s.length for s in dims[0])
+            chunk = math.ceil(size / holder.data)
+            dims[0] = _window(dims[0], min(data_index * chunk, size), min((data_index + 1) * chunk, size))
+        return tuple(dims)
+
+    def take(self, whole: torch.Tensor, rank: int) -> torch.Tensor:
+        """This rank's part of the whole tensor, as a contiguous tensor of its own."""
+        assert tuple(whole.shape) == self.shape, (tuple(whole.shape), self.shape)
+        part = whole
+        for dim, segments in enumerate(self.segments(rank)):
+            if segments == (Segment(0, 0, self.shape[dim]),):
+                continue
+            runs = [part.narrow(dim, s.start, s.length) for s in segments]
+            part = torch.cat(runs, dim) if runs else part.narrow(dim, 0, 0)
+        return part.clone(memory_format=torch.contiguous_format)
+
+    def counts(self, rank: int) -> bool:
+        """Whether this rank is the first that holds its part, so that each element counts on exactly one rank."""
+        holder = self.holder(rank)
+        data_index, tensor_index = holder.coordinates(rank)
+        return (
+            holder is self.holders[0]
+            and (data_index == 0 or (holder.sharded and bool(self.shape)))
+            and (tensor_index == 0 or holder.split is not None)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """A box that two ranks both hold: per dim, where it begins in each one's part, and how long it is."""
+
+    mine: tuple[int, ...]
+    theirs: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+
+def overlaps(mine: Segments, theirs: Segments) -> Iterator[Overlap]:
+    """All boxes common to two parts, in one order that both sides compute alike (global order, last dim fastest)."""
+    pairs = []
+    for left, right in zip(mine, theirs, strict=True):
+        found = []
+        for a in left:
+            for b in right:
+                start = max(a.start, b.start)
+                stop = min(a.start + a.length, b.start + b.length)
+                if start < stop:
+                    found.append((start, a.local + start - a.start, b.local + start - b.start, stop - start))
+        pairs.append(sorted(found))
+    boxes: list[list[tuple[int, int, int, int]]] = [[]]
+    for found in pairs:
+        boxes = [[*box, run] for box in boxes for run in found]
+    for box in boxes:
+        yield Overlap(tuple(r[1] for r in box), tuple(r[2] for r in box), tuple(r[3] for r in box))
+
+
+def _split(shape: tuple[int, ...], split: Split, degree: int, index: int) -> tuple[Segment, ...]:
+    """Split(dim, blocks): the dim seen as (blocks, degree, rest), of which `index` gets [:, index]."""
+    size = shape[split.dim]
+    assert size % (split.blocks * degree) == 0, (shape, split, degree)
+    rest = size // (split.blocks * degree)
+    return tuple(Segment((b * degree + index) * rest, b * rest, rest) for b in range(split.blocks))
+
+
+def _window(segments: tuple[Segment, ...], start: int, stop: int) -> tuple[Segment, ...]:
+    """The part [start, stop) of the local positions that the segments cover, renumbered from 0."""
+    kept = []
+    for s in segments:
+        low, high = max(start, s.local), min(stop, s.local + s.length)
+        if low < high:
+            kept.append(Segment(s.start + low - s.local, low - start, high - low))
+    return tuple(kept)

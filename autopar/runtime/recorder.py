@@ -1,0 +1,82 @@
+"""The measured side of the Timeline: when each instruction ran, what collectives took, how much memory was live."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..timeline import Event
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveSample:
+    """One collective as it was measured: kind, ranks that took part, size of the whole tensor, seconds."""
+
+    kind: str
+    ranks: tuple[int, ...]
+    size_bytes: int
+    seconds: float
+
+
+@dataclass(eq=False)
+class Recorder:
+    """Collects the events of one step on one rank; times are relative to `begin()`.
+
+    On CUDA, instructions are bracketed by events on the current stream and read once the step is over, so recording
+    never waits for the device.
+    """
+
+    rank: int
+    device: torch.device
+    events: list[Event] = field(default_factory=list)
+    samples: list[CollectiveSample] = field(default_factory=list)
+    _origin: float = 0.0
+    _pending: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    _cuda_origin: torch.cuda.Event | None = None
+
+    def begin(self) -> None:
+        self.events, self.samples, self._pending = [], [], []
+        self._origin = time.perf_counter()
+        if self.device.type == "cuda":
+            self._cuda_origin = _mark()
+
+    def run(self, token: str, handler: Callable[..., int], *args: Any) -> None:
+        """Run `handler(*args)`, which returns the bytes it moved, as the instruction `token`."""
+        if self.device.type == "cuda":
+            start = _mark()
+            size_bytes = handler(*args)
+            self._pending.append((token, size_bytes, start, _mark()))
+            return
+        start_s = time.perf_counter() - self._origin
+        size_bytes = handler(*args)
+        self.events.append(Event(self.rank, token, start_s, time.perf_counter() - self._origin, size_bytes))
+
+    def collective(self, kind: str, ranks: tuple[int, ...], size_bytes: int, seconds: float) -> None:
+        self.samples.append(CollectiveSample(kind, ranks, size_bytes, seconds))
+
+    def now_s(self) -> float:
+        """Seconds since `begin()` as the host sees it."""
+        return time.perf_counter() - self._origin
+
+    def finished_events(self) -> tuple[Event, ...]:
+        """The events so far; on CUDA waits for the device."""
+        if self._pending:
+            torch.cuda.synchronize(self.device)
+            assert self._cuda_origin is not None
+            for token, size_bytes, start, end in self._pending:
+                start_s = self._cuda_origin.elapsed_time(start) / 1e3
+                self.events.append(
+                    Event(self.rank, token, start_s, self._cuda_origin.elapsed_time(end) / 1e3, size_bytes)
+                )
+            self._pending = []
+        return tuple(self.events)
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

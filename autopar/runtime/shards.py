@@ -1,0 +1,225 @@
+"""ZeRO 3: each data rank keeps a slice of every parameter; torch's `fully_shard` gathers and reduces, block by block.
+
+`fully_shard` sees the tensor-local parameters as plain tensors and knows nothing of the tensor axis: so the computation
+gets plain tensors, and the parameters at rest are our own DTensors over both axes, on the memory of its shards. Its
+gradients arrive in its own parameters, apart from the `.grad` of ours.
+
+Losses are globally normalised already, hence plain sums: no division, and `set_force_sum_reduction_for_comms`, which
+gloo needs as well. Parameters that it cannot cut (scalars) are kept as replicas. Parameters that several blocks use
+belong to the stage, which keeps them gathered from its forward to its backward.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from ..sharding.placement import SHARED
+from ..torch_private import local_tensor
+from .axis import Axis
+from .replicas import BUCKET_BYTES, GradientReducer
+from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, reduction_axis
+
+
+class _Unit(nn.Module):
+    """What `fully_shard` gathers together: parameters of one dtype, and the call that needs them."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], requires_grad: Mapping[str, bool]):
+        super().__init__()
+        # Dots are not allowed in parameter names, and nobody but this file sees these.
+        self.keys = {fqn: f"p{number}" for number, fqn in enumerate(parameters)}
+        for fqn, tensor in parameters.items():
+            self.register_parameter(self.keys[fqn], nn.Parameter(tensor, requires_grad=requires_grad[fqn]))
+        self.call: Callable[..., Any] | None = None
+
+    def forward(self, *arguments: Any) -> Any:
+        assert self.call is not None, "a block was called before `bind`"
+        return self.call(*arguments)
+
+
+class _Stage(_Unit):
+    """The root: its forward is one microbatch's forward of the whole stage."""
+
+    def forward(self, function: Callable[..., Any], *activations: Any) -> Any:
+        return function(*activations)
+
+
+class Shards:
+    """The `Storage` of a stage with ZeRO 3. Arguments as `Replicas`; `values` are slices, copied.
+
+    reshard_after_forward: free a block's gathered parameters after its forward and gather them again for its backward
+        (less memory), or keep them from forward to backward (less communication).
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ParameterSpec],
+        blocks: Mapping[int, Sequence[str]],
+        values: Mapping[str, Tensor],
+        axes: StageAxes,
+        bucket_bytes: int = BUCKET_BYTES,
+        reshard_after_forward: bool = True,
+    ):
+        assert axes.data.size > 1
+        self._specs = {spec.fqn: spec for spec in specs}
+        self._axes = axes
+        # A block may return a view; nothing in a captured graph writes into it, which is what torch warns of.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+
+        cut = {s.fqn for s in specs if s.ownership.holder(axes.rank).sharded and s.ownership.shape}
+        uses = [fqn for fqns in blocks.values() for fqn in dict.fromkeys(fqns)]
+        common = [s.fqn for s in specs if s.fqn in cut and uses.count(s.fqn) != 1]
+        self._stage = _Stage(*self._meta(common))
+        self._layers: dict[int, list[_Unit]] = {
+            index: [
+                _Unit(*self._meta(names))
+                for names in _by_dtype([f for f in fqns if f in cut and f not in common], self._specs)
+            ]
+            for index, fqns in blocks.items()
+        }
+        units = [unit for layers in self._layers.values() for unit in layers]
+        # As children of one root the blocks share its streams, and each prefetches the next one's parameters.
+        self._stage.units = nn.ModuleList(units)
+        mesh = DeviceMesh.from_group(axes.data.group, axes.device.type, mesh_dim_names=("data",))
+        for unit in units:
+            fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        fully_shard(self._stage, mesh=mesh)
+        modules = [module for module in self._stage.modules() if isinstance(module, FSDPModule)]
+        for module in modules:
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+        self._stage.to_empty(device=axes.device)
+
+        self._units = units
+        self._sharded = {fqn: (unit, key) for unit in (self._stage, *units) for fqn, key in unit.keys.items()}
+        # These objects stay; the modules show them or their gathered counterparts in turn.
+        self._slices = {fqn: unit.get_parameter(key) for fqn, (unit, key) in self._sharded.items()}
+        # Our parameters at rest lie on fully_shard's memory, so that an optimizer's update is what it gathers next.
+        locals_: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for spec in specs:
+                if spec.fqn in self._sharded:
+                    locals_[spec.fqn] = local_tensor(self._slices[spec.fqn])
+                    locals_[spec.fqn].copy_(values[spec.fqn])
+                else:
+                    locals_[spec.fqn] = values[spec.fqn]
+        self.parameters: dict[str, nn.Parameter] = at_rest(specs, locals_, axes)
+
+        self._leaves = {
+            s.fqn: local_tensor(self.parameters[s.fqn]).detach().requires_grad_(s.requires_grad)
+            for s in specs
+            if s.fqn not in self._sharded
+        }
+        self._reducer = GradientReducer(
+            [
+                (fqn, leaf, axis)
+                for fqn, leaf in self._leaves.items()
+                if leaf.requires_grad and (axis := reduction_axis(self._specs[fqn], axes)) is not None
+            ],
+            bucket_bytes,
+        )
+        self._blocks = {index: tuple(fqns) for index, fqns in blocks.items()}
+        self._calls: dict[int, Callable[..., Any]] = {}
+
+    def _meta(self, fqns: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, bool]]:
+        tensors = {
+            fqn: torch.empty(
+                self._specs[fqn].ownership.tensor_shape(self._axes.rank), dtype=self._specs[fqn].dtype, device="meta"
+            )
+            for fqn in fqns
+        }
+        return tensors, {fqn: self._specs[fqn].requires_grad for fqn in fqns}
+
+    def bind(self, index: int, function: BlockFunction) -> None:
+        # fully_shard swaps its modules' parameters for gathered ones, so they are looked up at each call.
+        sources: list[tuple[Mapping[str, Tensor], str]] = []
+        for fqn in self._blocks[index]:
+            if fqn in self._sharded:
+                unit, key = self._sharded[fqn]
+                sources.append((unit._parameters, key))
+            else:
+                sources.append((self._leaves, fqn))
+
+        def call(*arguments: Any) -> Any:
+            return function(tuple([tensors[key] for tensors, key in sources]), *arguments)
+
+        # One unit per dtype, each around the next: fully_shard gathers only equal dtypes together.
+        for unit in reversed(self._layers[index]):
+            unit.call = call
+            call = unit.__call__
+        self._calls[index] = call
+
+    def block(self, index: int) -> Callable[..., Any]:
+        return self._calls[index]
+
+    def forward(self, function: Callable[..., Any], *activations: Any) -> Any:
+        outputs = self._stage(function, *activations)
+        if not torch.is_grad_enabled():
+            # No backward will free what was gathered, and the next optimizer step would leave it out of date.
+            self._free()
+        return outputs
+
+    def _free(self) -> None:
+        for unit in (self._stage, *self._units):
+            unit.reshard()
+
+    def begin_step(self) -> None:
+        self._synchronise(False)
+        self._reducer.begin_step()
+        for leaf in self._leaves.values():
+            leaf.grad = None
+        for parameter in self._slices.values():
+            parameter.grad = None
+
+    def begin_last_backward(self) -> None:
+        self._synchronise(True)
+        self._reducer.begin_last_backward()
+
+    def _synchronise(self, enable: bool) -> None:
+        self._stage.set_requires_gradient_sync(enable)
+        self._stage.set_is_last_backward(enable)
+
+    def finish(self) -> dict[str, Tensor]:
+        gradients = self._reducer.finish()
+        for fqn, leaf in self._leaves.items():
+            if leaf.grad is not None:
+                gradients[fqn] = leaf.grad
+                leaf.grad = None
+        summands: list[Tensor] = []
+        for fqn, parameter in self._slices.items():
+            if parameter.grad is None:
+                continue
+            gradients[fqn] = local_tensor(parameter.grad)
+            parameter.grad = None
+            holder = self._specs[fqn].ownership.holder(self._axes.rank)
+            if holder.placement == SHARED and holder.tensor > 1:
+                summands.append(gradients[fqn])
+        _sum_in_place(summands, self._axes.tensor)
+        return gradients
+
+
+@torch.no_grad()
+def _sum_in_place(tensors: Sequence[Tensor], axis: Axis) -> None:
+    """Sum each tensor over the axis, all of a dtype in one collective: what is left of a shared parameter is small."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for group in by_dtype.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        dist.all_reduce(flat, group=axis.group)
+        runs = flat.split([tensor.numel() for tensor in group])
+        torch._foreach_copy_(group, [run.view(tensor.shape) for run, tensor in zip(runs, group, strict=True)])
+
+
+def _by_dtype(fqns: Sequence[str], specs: Mapping[str, ParameterSpec]) -> list[list[str]]:
+    groups: dict[torch.dtype, list[str]] = {}
+    for fqn in dict.fromkeys(fqns):
+        groups.setdefault(specs[fqn].dtype, []).append(fqn)
+    return list(groups.values())

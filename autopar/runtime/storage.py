@@ -1,0 +1,183 @@
+"""Parameters of one stage on one rank: how they lie at rest, and the interface that the executor drives.
+
+At rest a parameter is a `DTensor` (global shape, original name, this rank's shard) where the stage shards anything, and
+a plain tensor where it does not; one stage never mixes the two. The mesh of these DTensors has the tensor axis *before*
+the data axis, because the tensor axis cuts first: (placement, Shard(0)) read left to right is exactly what lies here.
+
+The computation never sees them. It runs on plain local tensors that share their memory, and gradients of a step are
+collected apart from the `.grad` of the parameters at rest until `deliver` adds them there. Two implementations:
+`Replicas` (ZeRO 0) and `Shards` (ZeRO 3, on `fully_shard`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ..sharding.placement import SHARED, Split
+from ..torch_private import dtensor_spec, local_tensor, strided_shard, wrap_local
+from .axis import Axis
+from .ownership import Ownership
+
+BlockFunction = Callable[..., Any]
+"""(parameters, buffers, *activations) -> outputs; parameters are plain tensor-local tensors in the block's order."""
+
+
+@dataclass(frozen=True)
+class StageAxes:
+    """The axes of a stage's (data, tensor) mesh as this rank sees them, and the axis of all its ranks together.
+
+    `stage` is needed only where both data and tensor have more than one rank and some parameter is SHARED.
+    """
+
+    data: Axis
+    tensor: Axis
+    stage: Axis
+    rank: int
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """One parameter of the stage: original name, dtype, and where it lies on every rank of every stage."""
+
+    fqn: str
+    dtype: torch.dtype
+    ownership: Ownership
+    requires_grad: bool = True
+
+
+class Storage(Protocol):
+    """What both implementations offer.
+
+    A step is: `begin_step`; forwards and backwards of all microbatches, each forward inside `forward`, blocks called
+    through `block(index)`; `begin_last_backward` in front of the last microbatch's backward; `finish`.
+    Without gradients (evaluation) only `forward` and `block` are used.
+    """
+
+    parameters: dict[str, nn.Parameter]
+
+    def bind(self, index: int, function: BlockFunction) -> None:
+        """Say what block `index` computes."""
+
+    def block(self, index: int) -> Callable[..., Any]:
+        """`call(buffers, *activations)`: the block on this rank's parameters."""
+
+    def forward(self, function: Callable[..., Any], *activations: Any) -> Any:
+        """`function(*activations)`, which calls blocks, as the forward of one microbatch of the whole stage.
+
+        Activations that need gradients must pass through these arguments, and outputs through the return value.
+        """
+
+    def begin_step(self) -> None: ...
+
+    def begin_last_backward(self) -> None:
+        """Gradients of the backward that follows are final: reduce each as soon as it is there."""
+
+    def finish(self) -> dict[str, Tensor]:
+        """Wait for the reductions; local gradients at rest by name. Parameters that got none are left out."""
+
+
+@dataclass(frozen=True)
+class AtRest:
+    """Attached to every parameter at rest as `.autopar`: its name, and whether its elements count on this rank."""
+
+    fqn: str
+    ownership: Ownership
+    counts: bool
+
+
+def stage_mesh(axes: StageAxes) -> DeviceMesh:
+    """The mesh of the stage's DTensors over process groups that exist: ("tensor", "data") without axes of size 1."""
+    kept = [axis for axis in (axes.tensor, axes.data) if axis.size > 1]
+    if not kept:
+        raise ValueError("a stage of one rank has no mesh; its parameters are plain tensors")
+    if len(kept) == 1:
+        axis = kept[0]
+        return DeviceMesh.from_group([axis.group], axes.device.type, list(axis.ranks), mesh_dim_names=(axis.name,))
+    ranks = torch.tensor(axes.stage.ranks).view(axes.data.size, axes.tensor.size).t().contiguous()
+    names = tuple(axis.name for axis in kept)
+    return DeviceMesh.from_group([axis.group for axis in kept], axes.device.type, ranks, mesh_dim_names=names)
+
+
+def at_rest(specs: Iterable[ParameterSpec], values: Mapping[str, Tensor], axes: StageAxes) -> dict[str, nn.Parameter]:
+    """The stage's parameters at rest over the local tensors `values` (not copied), by name, in the order of `specs`."""
+    specs = tuple(specs)
+    holders = {spec.fqn: spec.ownership.holder(axes.rank) for spec in specs}
+    sharded = any(holder.sharded for holder in holders.values()) or axes.tensor.size > 1
+    mesh = stage_mesh(axes) if sharded else None
+    parameters = {}
+    for spec in specs:
+        local = values[spec.fqn].detach()
+        expected = spec.ownership.local_shape(axes.rank)
+        assert tuple(local.shape) == expected and local.dtype == spec.dtype, (spec, local.shape, local.dtype)
+        if mesh is not None:
+            holder = holders[spec.fqn]
+            placements = []
+            if axes.tensor.size > 1:
+                split = holder.split
+                placements.append(_dtensor_split(split) if split else Replicate())
+            if axes.data.size > 1:
+                placements.append(Shard(0) if holder.sharded and spec.ownership.shape else Replicate())
+            local = wrap_local(local, dtensor_spec(mesh, tuple(placements), spec.ownership.shape, spec.dtype))
+        parameter = nn.Parameter(local, requires_grad=spec.requires_grad)
+        parameter.autopar = AtRest(spec.fqn, spec.ownership, spec.ownership.counts(axes.rank))
+        parameters[spec.fqn] = parameter
+    return parameters
+
+
+def _dtensor_split(split: Split):
+    return Shard(split.dim) if split.blocks == 1 else strided_shard(split.dim, split.blocks)
+
+
+def reduction_axis(spec: ParameterSpec, axes: StageAxes) -> Axis | None:
+    """The axis over which a whole (not data-sharded) gradient must be summed; None where it is whole already."""
+    shared = spec.ownership.holder(axes.rank).placement == SHARED and axes.tensor.size > 1
+    if axes.data.size > 1:
+        return axes.stage if shared else axes.data
+    return axes.tensor if shared else None
+
+
+@torch.no_grad()
+def deliver(
+    parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor], scale: Tensor | float = 1.0
+) -> None:
+    """Add `scale` times a step's local gradients to the `.grad` of the parameters at rest.
+
+    Takes the gradients over: where `.grad` is None they become it without a copy. Call it once per step's gradients.
+    A scale on an accelerator is never read back, so that the host does not wait for the device.
+    """
+    if isinstance(scale, Tensor) and scale.device.type == "cpu":
+        scale = scale.item()
+    if gradients and (isinstance(scale, Tensor) or scale != 1.0):
+        for group in _by_dtype(gradients.values()):
+            torch._foreach_mul_(group, scale.to(group[0].dtype) if isinstance(scale, Tensor) else scale)
+    have: list[Tensor] = []
+    add: list[Tensor] = []
+    for fqn, gradient in gradients.items():
+        parameter = parameters[fqn]
+        distributed = isinstance(parameter, DTensor)
+        if parameter.grad is None:
+            parameter.grad = wrap_local(gradient, parameter._spec) if distributed else gradient
+        elif isinstance(parameter.grad, DTensor) == distributed and (
+            not distributed or parameter.grad.placements == parameter.placements
+        ):
+            have.append(local_tensor(parameter.grad))
+            add.append(gradient)
+        else:
+            parameter.grad.add_(wrap_local(gradient, parameter._spec) if distributed else gradient)
+    if have:
+        torch._foreach_add_(have, add)
+
+
+def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())

@@ -1,0 +1,72 @@
+"""Passes: Program -> Program. Each adds one kind of instruction, and its result is checked before it is handed on.
+
+Sends are asynchronous: a stage fires one as soon as the value exists and goes on computing. Receives block, and stand
+directly before the compute that needs them, after the sends of what was computed before. So a stage never waits with a
+value in hand that its neighbour needs, and the order is free of deadlock also where a send completes only once its
+receive is posted, provided that each direction between two stages is a channel of its own and keeps its order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .check import check
+from .instructions import (
+    Backward,
+    Forward,
+    Instruction,
+    OptimizerStep,
+    Program,
+    Prologue,
+    ReceiveActivation,
+    ReceiveGradient,
+    ReduceGradients,
+    SendActivation,
+    SendGradient,
+)
+
+
+def add_transfers(program: Program) -> Program:
+    """Sends and receives of activations (to the next stage) and gradients (to the one before)."""
+    last = len(program.actions) - 1
+
+    def lower(row: tuple[Instruction, ...]) -> Iterator[Instruction]:
+        for instruction in row:
+            match instruction:
+                case Forward(stage, microbatch):
+                    if stage > 0:
+                        yield ReceiveActivation(stage, microbatch, stage - 1)
+                    yield instruction
+                    if stage < last:
+                        yield SendActivation(stage, microbatch, stage + 1)
+                case Backward(stage, microbatch):
+                    if stage < last:
+                        yield ReceiveGradient(stage, microbatch, stage + 1)
+                    yield instruction
+                    if stage > 0:
+                        yield SendGradient(stage, microbatch, stage - 1)
+                case _:
+                    yield instruction
+
+    return _checked(tuple(tuple(lower(row)) for row in program.actions))
+
+
+def add_prologue(program: Program) -> Program:
+    """The batch-wide values first: every microbatch's loss divides by them."""
+    return _checked(tuple((Prologue(stage), *row) for stage, row in enumerate(program.actions)))
+
+
+def add_reduction(program: Program) -> Program:
+    """Whole gradients, once per step, after everything that the neighbours wait for."""
+    return _checked(tuple((*row, ReduceGradients(stage)) for stage, row in enumerate(program.actions)))
+
+
+def add_optimizer(program: Program) -> Program:
+    """The user's optimizer, last."""
+    return _checked(tuple((*row, OptimizerStep(stage)) for stage, row in enumerate(program.actions)))
+
+
+def _checked(actions: tuple[tuple[Instruction, ...], ...]) -> Program:
+    program = Program(actions)
+    check(program, complete=False)
+    return program

@@ -1,0 +1,154 @@
+"""The simulator's step time by closed forms and short recurrences, for searches that ask many thousands of times.
+
+S stages, M microbatches; f, b: forward and backward of a stage, c: a transfer to the next stage (or a gradient back).
+Every stage and every direction of every link is a server that treats messages in order, so times are longest paths:
+
+- GPipe. The forward sweep is a tandem queue of equal jobs over the servers f_0, c_0, f_1, ..., f_{S-1}. The longest
+  path from server i at time r_i through the last one visits each server once and spends the other M - 1 jobs at the
+  slowest: r_i + sum(t_i..t_last) + (M - 1) max(t_i..t_last), the maximum over i. The backward sweep is the same the
+  other way.
+- 1F1B. Iteration k runs, on every stage from the last to the first, B(k) and then F(k + depth). Its state is one clock
+  per stage and per direction of each link. The iteration is max-plus linear in this state; so once a state equals an
+  earlier one but for a shift that is the same everywhere, it repeats with that period, and the rest is skipped
+  (Baccelli, Cohen, Olsder and Quadrat 1992, Synchronization and Linearity, section 3.7: powers of max-plus matrices).
+
+For equal stages without transfers both give (M - 1 + S)(f + b) (Narayanan et al. 2021, Megatron-LM, section 2.2.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autopar.cost.types import StageCost
+
+from .orders import schedule_named
+
+# Shifts that agree to this share of the time gone by are equal: sums of doubles in another order.
+_SAME = 1e-12
+
+
+def step_time_s(num_stages: int, microbatches: int, schedule: str, stage_costs: Sequence[StageCost]) -> float:
+    """`simulate_program(build_program(...), stage_costs).step_time_s`, to rounding, without the walk."""
+    assert len(stage_costs) == num_stages, (len(stage_costs), num_stages)
+    ends = _LAST_BACKWARD[schedule_named(schedule).name](stage_costs, microbatches)
+    return max(end + exposed_reduce_s(cost) + cost.optimizer_s for end, cost in zip(ends, stage_costs, strict=True))
+
+
+def exposed_reduce_s(cost: StageCost) -> float:
+    """What of the gradient reduction is seen: it starts inside the last backward and hides there as far as it can."""
+    hidden_s = min(cost.reduce_overlap_s, cost.backward_s)
+    return max(0.0, cost.reduce_s - hidden_s) + cost.reduce_model_s
+
+
+def lower_bound_s(num_stages: int, microbatches: int, schedule: str, stage_costs: Sequence[StageCost]) -> float:
+    """A bound that no schedule of whole forwards and backwards beats: the longest of some paths every step contains.
+
+    For stage s: its first forward waits for the stages before it; its own work is M (f_s + b_s); between its last
+    forward and the backward of that microbatch, as between its first forward and first backward, lies the round trip
+    through the stages behind it; after its last backward the stages before it still have one to do.
+    """
+    assert len(stage_costs) == num_stages, (len(stage_costs), num_stages)
+    schedule_named(schedule)
+    round_trip_s = [0.0] * num_stages
+    for s in range(num_stages - 2, -1, -1):
+        later = stage_costs[s + 1]
+        round_trip_s[s] = round_trip_s[s + 1] + 2 * stage_costs[s].send_s + later.forward_s + later.backward_s
+    best_s = start_s = drain_s = 0.0
+    for s, cost in enumerate(stage_costs):
+        start_s = max(start_s, cost.prologue_s)
+        drain_s = max(drain_s, exposed_reduce_s(cost) + cost.optimizer_s)
+        once_s = cost.forward_s + cost.backward_s
+        more_s = (microbatches - 1) * once_s
+        first_or_last_s = (microbatches - 1) * max(cost.forward_s, cost.backward_s) + round_trip_s[s]
+        best_s = max(best_s, start_s + once_s + max(more_s, first_or_last_s) + drain_s)
+        start_s += cost.forward_s + cost.send_s
+        drain_s += cost.backward_s + cost.send_s
+    return best_s
+
+
+def _gpipe(costs: Sequence[StageCost], microbatches: int) -> list[float]:
+    """When each stage's last backward ends."""
+    more = microbatches - 1
+    best_s = 0.0
+    release_s = -1.0
+    # Only a server that is released later than all before it can start the longest path.
+    for first, cost in enumerate(costs):
+        if cost.prologue_s > release_s:
+            release_s = cost.prologue_s
+            times = [t for c in costs[first:] for t in (c.forward_s, c.send_s)][:-1]
+            best_s = max(best_s, release_s + sum(times) + more * max(times))
+    ends = [0.0] * len(costs)
+    total_s = slowest_s = 0.0
+    for s in range(len(costs) - 1, -1, -1):
+        if s < len(costs) - 1:
+            total_s += costs[s].send_s
+            slowest_s = max(slowest_s, costs[s].send_s)
+        total_s += costs[s].backward_s
+        slowest_s = max(slowest_s, costs[s].backward_s)
+        ends[s] = best_s + total_s + more * slowest_s
+    return ends
+
+
+def _one_forward_one_backward(costs: Sequence[StageCost], microbatches: int) -> list[float]:
+    """When each stage's last backward ends."""
+    num_stages, last = len(costs), len(costs) - 1
+    forward_s = [c.forward_s for c in costs]
+    backward_s = [c.backward_s for c in costs]
+    send_s = [c.send_s for c in costs]
+    # One state: clocks of the stages, then of the links s -> s + 1, then of the links s + 1 -> s. A link's clock is the
+    # arrival of its last message, which is the one that the receiver needs next.
+    state = [c.prologue_s for c in costs] + [0.0] * (2 * num_stages)
+    up, down = num_stages, 2 * num_stages
+    arrivals = [0.0] * microbatches
+    for s in range(num_stages):
+        clock, link = state[s], 0.0
+        for m in range(min(num_stages - s, microbatches)):
+            clock = max(clock, arrivals[m]) + forward_s[s]
+            arrivals[m] = link = max(clock, link) + send_s[s]
+        state[s], state[up + s] = clock, link
+    backwards = range(last, -1, -1)
+    k, full = 0, microbatches - num_stages
+    anchor, anchor_k, renew_k = list(state), 0, 1
+    while k < microbatches:
+        for s in backwards:
+            clock = state[s]
+            if s < last and state[down + s] > clock:
+                clock = state[down + s]
+            clock += backward_s[s]
+            if s:
+                link = state[down + s - 1]
+                state[down + s - 1] = (link if link > clock else clock) + send_s[s - 1]
+            if k + num_stages - s < microbatches:
+                if s and state[up + s - 1] > clock:
+                    clock = state[up + s - 1]
+                clock += forward_s[s]
+                if s < last:
+                    link = state[up + s]
+                    state[up + s] = (link if link > clock else clock) + send_s[s]
+            state[s] = clock
+        k += 1
+        if k < full:
+            if _shifted(anchor, state, num_stages):
+                repeats = (full - k) // (k - anchor_k)
+                k += repeats * (k - anchor_k)
+                state = [now + repeats * (now - then) for now, then in zip(state, anchor, strict=True)]
+                full = 0
+            elif k == renew_k:
+                # Brent's cycle finding: the anchor moves on at powers of two, so any period is found.
+                anchor, anchor_k, renew_k = list(state), k, 2 * k
+    return state[:num_stages]
+
+
+def _shifted(before: list[float], after: list[float], num_stages: int) -> bool:
+    """Whether all clocks of the state have advanced alike (the unused clocks of links past the last stage aside)."""
+    shift = after[0] - before[0]
+    slack = _SAME * after[0]
+    for k in range(1, len(after)):
+        if k % num_stages == num_stages - 1 and k >= num_stages:
+            continue
+        if abs(after[k] - before[k] - shift) > slack:
+            return False
+    return True
+
+
+_LAST_BACKWARD = {"gpipe": _gpipe, "1f1b": _one_forward_one_backward}

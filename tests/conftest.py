@@ -1,0 +1,40 @@
+"""The worker pool as a fixture, and the two tiers that tests/run.sh runs one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from pool import Pool
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--tier",
+        choices=("in-process", "processes"),
+        help="only the tests that stay in pytest's process, or only those that start others (default: all)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "processes: starts processes of its own; tests that use `pool` have it implied")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "pool" in getattr(item, "fixturenames", ()):
+            item.add_marker("processes")
+    tier = config.getoption("--tier")
+    if tier is None:
+        return
+    kept = [item for item in items if (item.get_closest_marker("processes") is not None) == (tier == "processes")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """`pool.run(function, *args, world_size=2, **kwargs)` gives one result per rank; see tests/pool.py."""
+    pool = Pool()
+    yield pool
+    pool.close()

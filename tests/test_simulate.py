@@ -1,0 +1,296 @@
+"""The simulator against closed forms, the fast step time against the simulator, timelines, traces and tables."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autopar.cost.types import StageCost
+from autopar.plan import Plan, Stage
+from autopar.report.summary import timeline_table
+from autopar.report.trace import save_trace
+from autopar.schedule.build import build_program
+from autopar.schedule.check import ScheduleError
+from autopar.schedule.instructions import Program, SendActivation, parse_instruction
+from autopar.schedule.orders import SCHEDULES
+from autopar.schedule.step_time import _LAST_BACKWARD, lower_bound_s, step_time_s
+from autopar.simulate import simulate, simulate_program, stage_peak_bytes
+from autopar.timeline import Event, Timeline
+
+ZERO = StageCost(*[0.0] * 4, 0, *[0.0] * 4, *[0] * 7)
+degrees = (st.integers(1, 8), st.integers(1, 20), st.sampled_from(sorted(SCHEDULES)))
+
+
+def random_cost(rng: random.Random, transfer_s: float) -> StageCost:
+    """Zeros and equal numbers are frequent: ties and idle parts are where recurrences go wrong."""
+
+    def some(scale: float) -> float:
+        return scale * rng.choice((0.0, 1.0, rng.random(), rng.random()))
+
+    return StageCost(
+        forward_s=some(1.0), backward_s=some(2.0), prologue_s=some(0.5), send_s=some(transfer_s),
+        boundary_bytes=rng.randrange(1000), reduce_s=some(2.0), reduce_overlap_s=some(2.0), reduce_model_s=some(1.0),
+        optimizer_s=some(1.0), parameter_bytes=rng.randrange(1000), gradient_bytes=rng.randrange(1000),
+        optimizer_bytes=rng.randrange(1000), unsharded_bytes=rng.randrange(1000), activation_bytes=rng.randrange(1000),
+        forward_peak_bytes=rng.randrange(1000), backward_peak_bytes=rng.randrange(1000),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- closed forms
+
+
+@given(*degrees, st.integers(1, 9), st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_equal_stages_take_the_closed_form(num_stages: int, microbatches: int, name: str, f: int, b: int) -> None:
+    costs = [replace(ZERO, forward_s=f, backward_s=b)] * num_stages
+    line = simulate_program(build_program(num_stages, microbatches, name), costs)
+    assert line.step_time_s == (microbatches - 1 + num_stages) * (f + b)
+    assert line.bubble_fraction() == pytest.approx((num_stages - 1) / (microbatches + num_stages - 1), abs=1e-12)
+    assert step_time_s(num_stages, microbatches, name, costs) == pytest.approx(line.step_time_s, rel=1e-12)
+    assert lower_bound_s(num_stages, microbatches, name, costs) == pytest.approx(line.step_time_s, rel=1e-12)
+
+
+@given(st.integers(1, 8), st.integers(1, 20), st.integers(1, 9), st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_evaluation_takes_the_closed_form(num_stages: int, microbatches: int, f: int, c: int) -> None:
+    costs = [replace(ZERO, forward_s=f, send_s=c)] * num_stages
+    line = simulate_program(build_program(num_stages, microbatches, "1f1b", training=False), costs)
+    slowest = max(f, c) if num_stages > 1 else f
+    assert line.step_time_s == num_stages * f + (num_stages - 1) * c + (microbatches - 1) * slowest
+
+
+def test_transfers_occupy_their_link_and_not_the_stage() -> None:
+    """Two stages, f = 1 and b = 0, messages of 3 s: the link is the bottleneck, and each stage only waits."""
+    costs = [replace(ZERO, forward_s=1.0, send_s=3.0, boundary_bytes=7), replace(ZERO, forward_s=1.0)]
+    line = simulate_program(build_program(2, 3, "gpipe", training=False), costs)
+    spans = {event.token: (event.start_s, event.end_s, event.bytes) for event in line.events}
+    assert spans["0F2"] == (2.0, 3.0, 0)
+    assert [spans[f"0SA{m}>1"] for m in range(3)] == [(1.0, 4.0, 7), (4.0, 7.0, 7), (7.0, 10.0, 7)]
+    assert [spans[f"1RA{m}<0"] for m in range(3)] == [(0.0, 4.0, 7), (5.0, 7.0, 7), (8.0, 10.0, 7)]
+    assert line.step_time_s == 11.0
+
+
+@pytest.mark.parametrize(
+    ("overlap_s", "backward_s", "exposed_s"), [(0.0, 4.0, 5.0), (3.0, 4.0, 2.0), (3.0, 1.0, 4.0), (9.0, 9.0, 0.0)]
+)
+def test_the_reduction_hides_inside_the_last_backward_only(overlap_s, backward_s, exposed_s) -> None:
+    cost = replace(
+        ZERO, backward_s=backward_s, reduce_s=5.0, reduce_overlap_s=overlap_s, reduce_model_s=0.25, optimizer_s=0.5
+    )
+    line = simulate_program(build_program(1, 3, "1f1b"), [cost])
+    (reduction,) = line.by_token()["0D"]
+    assert reduction.duration_s == exposed_s + 0.25
+    assert line.step_time_s == 3 * backward_s + exposed_s + 0.75
+
+
+def test_events_respect_the_order_of_each_stage_and_of_messages() -> None:
+    rng = random.Random(3)
+    for _ in range(60):
+        num_stages, microbatches = rng.randint(1, 5), rng.randint(1, 8)
+        costs = [random_cost(rng, 1.0) for _ in range(num_stages)]
+        program = build_program(num_stages, microbatches, rng.choice(sorted(SCHEDULES)))
+        line = simulate_program(program, costs)
+        tokens = line.by_token()
+        for row in program.actions:
+            clock_s = 0.0
+            for instruction in row:
+                (event,) = tokens[str(instruction)]
+                assert event.start_s >= clock_s and event.end_s >= event.start_s
+                if event.kind in ("SA", "SG"):
+                    (got,) = tokens[_receipt(instruction)]
+                    assert got.end_s == max(got.start_s, event.end_s)
+                    boundary = costs[min(instruction.stage, instruction.peer)]
+                    assert event.bytes == boundary.boundary_bytes
+                    assert event.duration_s == pytest.approx(boundary.send_s, abs=1e-12)
+                else:
+                    clock_s = event.end_s
+        assert line.step_time_s == max(event.end_s for event in line.events)
+
+
+def _receipt(send) -> str:
+    kind = "RA" if isinstance(send, SendActivation) else "RG"
+    return f"{send.peer}{kind}{send.microbatch}<{send.stage}"
+
+
+# ------------------------------------------------------------------------------------------- fast step time, bound
+
+
+def test_fast_step_time_equals_the_simulator_and_the_bound_holds() -> None:
+    rng = random.Random(5)
+    tight = 0
+    for _ in range(500):
+        num_stages, microbatches, name = rng.randint(1, 7), rng.randint(1, 32), rng.choice(sorted(SCHEDULES))
+        transfer_s = rng.choice((0.0, 0.1, 1.0, 5.0))
+        costs = [random_cost(rng, transfer_s) for _ in range(num_stages)]
+        expected_s = simulate_program(build_program(num_stages, microbatches, name), costs).step_time_s
+        assert step_time_s(num_stages, microbatches, name, costs) == pytest.approx(expected_s, rel=1e-9, abs=1e-12)
+        bound_s = lower_bound_s(num_stages, microbatches, name, costs)
+        assert bound_s <= expected_s * (1 + 1e-12)
+        tight += bound_s >= expected_s * (1 - 1e-9)
+    assert tight > 40
+
+
+def test_fast_step_time_over_many_microbatches_where_it_skips() -> None:
+    rng = random.Random(6)
+    for num_stages in (1, 2, 3, 5):
+        for transfer_s in (0.0, 0.3, 4.0):
+            costs = [random_cost(rng, transfer_s) for _ in range(num_stages)]
+            expected_s = simulate_program(build_program(num_stages, 400, "1f1b"), costs).step_time_s
+            assert step_time_s(num_stages, 400, "1f1b", costs) == pytest.approx(expected_s, rel=1e-9)
+
+
+def test_every_schedule_has_a_fast_step_time() -> None:
+    assert set(_LAST_BACKWARD) == set(SCHEDULES)
+    with pytest.raises(ValueError, match="one of 1f1b, gpipe"):
+        step_time_s(1, 1, "zigzag", [ZERO])
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+
+def test_peak_memory_by_hand() -> None:
+    cost = replace(
+        ZERO, parameter_bytes=100, gradient_bytes=100, optimizer_bytes=200, unsharded_bytes=30, activation_bytes=10,
+        forward_peak_bytes=4, backward_peak_bytes=6,
+    )  # fmt: skip
+    line = simulate_program(build_program(3, 5, "1f1b"), [cost] * 3)
+    assert line.peak_memory_bytes == {0: 466, 1: 456, 2: 446}
+    line = simulate_program(build_program(3, 5, "gpipe"), [cost] * 3)
+    assert line.peak_memory_bytes == {0: 486, 1: 486, 2: 486}
+    line = simulate_program(build_program(3, 5, "gpipe", training=False), [cost] * 3)
+    assert line.peak_memory_bytes == {0: 334, 1: 334, 2: 334}
+
+
+@given(*degrees, st.integers(0, 2**32))
+@settings(max_examples=80, deadline=None)
+def test_peak_memory_from_the_bound_equals_the_walk(num_stages: int, microbatches: int, name: str, seed: int) -> None:
+    rng = random.Random(seed)
+    costs = [random_cost(rng, 1.0) for _ in range(num_stages)]
+    line = simulate_program(build_program(num_stages, microbatches, name), costs)
+    for stage, cost in enumerate(costs):
+        assert stage_peak_bytes(cost, name, stage, num_stages, microbatches) == line.peak_memory_bytes[stage]
+
+
+# -------------------------------------------------------------------------------------------------------- public
+
+
+class MadeUpCosts:
+    """What a cost model answers: here, stage s takes s + 1 seconds."""
+
+    def stage(self, plan: Plan, index: int) -> StageCost:
+        return replace(ZERO, forward_s=index + 1.0, backward_s=index + 1.0, parameter_bytes=100 * (index + 1))
+
+
+def test_sixteen_thousand_ranks_fold_to_their_stages() -> None:
+    per_stage = 4096
+    stages = tuple(
+        Stage(s, s + 1, tuple(range(s * per_stage, (s + 1) * per_stage)), per_stage // 8, 8) for s in range(4)
+    )
+    plan = Plan("m", "f", 4 * per_stage, per_stage * 8, 8, "1f1b", stages)
+    line = simulate(None, plan, None, model=MadeUpCosts())
+    assert len(line.peak_memory_bytes) == 16384 and line.peak_memory_bytes[16383] == 400
+    assert set(line.by_rank()) == {0, 4096, 8192, 12288}
+
+    small = Plan("m", "f", 4, 8, 4, "gpipe", tuple(Stage(s, s + 1, (2 * s, 2 * s + 1), 2, 1) for s in range(2)))
+    one = simulate(None, small, None, model=MadeUpCosts())
+    every = simulate(None, small, None, model=MadeUpCosts(), all_ranks=True)
+    costs = [MadeUpCosts().stage(small, s) for s in range(2)]
+    assert every.step_time_s == one.step_time_s == step_time_s(2, 4, "gpipe", costs)
+    assert set(every.by_rank()) == {0, 1, 2, 3}
+    for events in every.by_token().values():
+        assert len(events) == 2 and replace(events[0], rank=events[1].rank) == events[1]
+    forward_only = simulate(None, small, None, model=MadeUpCosts(), training=False)
+    assert forward_only.step_time_s == one.step_time_s / 2 == 9.0
+
+
+def test_the_simulator_refuses_what_the_checker_refuses() -> None:
+    rows = [list(row) for row in build_program(2, 2, "gpipe").actions]
+    rows[1].remove(parse_instruction("1RA0<0"))
+    with pytest.raises(ScheduleError, match="1F0"):
+        simulate_program(Program(tuple(map(tuple, rows))), [ZERO, ZERO])
+
+
+# ---------------------------------------------------------------------------------------- timeline, trace, table
+
+
+def some_line(seed: int, all_ranks: bool = False) -> Timeline:
+    rng = random.Random(seed)
+    costs = [random_cost(rng, 0.5) for _ in range(3)]
+    return simulate_program(build_program(3, 4, "1f1b"), costs, [(0, 1), (2, 3), (4, 5)], all_ranks=all_ranks)
+
+
+def test_timeline_helpers() -> None:
+    events = (
+        Event(1, "1F0", 2.0, 4.0),
+        Event(1, "1B0", 3.0, 5.0),
+        Event(1, "1RA0<0", 0.0, 2.0),
+        Event(0, "0F0", 0.0, 1.0),
+        Event(0, "0SA0>1", 1.0, 9.0, 64),
+        Event(0, "0O", 8.0, 10.0),
+    )
+    line = Timeline(events, 10.0, {0: 5, 1: 6})
+    assert [e.token for e in line.by_rank()[1]] == ["1RA0<0", "1F0", "1B0"]
+    assert line.by_token()["0F0"] == (events[3],)
+    assert line.busy_s() == {0: 3.0, 1: 3.0} and line.idle_s() == {0: 7.0, 1: 7.0}
+    assert line.bubble_fraction() == 0.7
+    assert [e.kind for e in events] == ["F", "B", "RA", "F", "SA", "O"]
+    assert Timeline((), 0.0).bubble_fraction() == 0.0
+
+
+def test_timeline_json_is_exact_and_strict() -> None:
+    for seed in range(5):
+        line = some_line(seed, all_ranks=True)
+        assert Timeline.from_json(line.to_json()) == line
+    for text in ("", "{}", "[1]", '{"events": [[1, 2]], "step_time_s": 1, "peak_memory_bytes": {}}'):
+        with pytest.raises(ValueError, match="not a timeline"):
+            Timeline.from_json(text)
+
+
+def test_trace_has_both_processes_and_slices_nest(tmp_path) -> None:
+    predicted, measured = some_line(0), some_line(1, all_ranks=True)
+    save_trace(tmp_path / "trace.json", predicted, measured)
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    events = trace["traceEvents"]
+    processes = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert processes == {1: "predicted", 2: "measured"}
+    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert {name for (pid, _), name in threads.items() if pid == 1} == {
+        "rank 0", "rank 0 sends activations", "rank 2", "rank 2 sends activations", "rank 2 sends gradients", "rank 4",
+        "rank 4 sends gradients",
+    }  # fmt: skip
+    for pid, line in ((1, predicted), (2, measured)):
+        slices = [e for e in events if e["ph"] == "X" and e["pid"] == pid]
+        assert len(slices) == len(line.events)
+        moved = sorted((e.token, e.bytes) for e in line.events)
+        assert sorted((e["name"], e["args"]["bytes"]) for e in slices) == moved
+        by_thread: dict[int, list] = {}
+        for e in slices:
+            assert (pid, e["tid"]) in threads and e["dur"] >= 0
+            by_thread.setdefault(e["tid"], []).append(e)
+        for found in by_thread.values():
+            found.sort(key=lambda e: (e["ts"], e["dur"]))
+            for a, b in zip(found, found[1:], strict=False):
+                assert b["ts"] >= a["ts"] + a["dur"] - 1e-3
+    save_trace(tmp_path / "one.json", None, measured)
+    with pytest.raises(ValueError, match="predicted, measured or both"):
+        save_trace(tmp_path / "none.json", None, None)
+
+
+def test_table_puts_both_side_by_side() -> None:
+    measured = some_line(2, all_ranks=True)
+    events = tuple(replace(e, start_s=0.5 * e.start_s, end_s=0.5 * e.end_s) for e in some_line(2).events)
+    peaks = {rank: size * 2 for rank, size in measured.peak_memory_bytes.items()}
+    text = timeline_table(Timeline(events, 0.5 * measured.step_time_s, peaks), measured)
+    rows = {line.split("  ")[0] or line.strip().split("  ")[0]: line for line in text.splitlines()[1:]}
+    assert rows["step time"].endswith("-50.0%")
+    assert rows["forward"].endswith("-50.0%") and rows["backward"].endswith("-50.0%")
+    assert rows["send activation"].endswith(("s", "ms", "us"))
+    assert all(rows[f"peak memory, rank {rank}"].endswith("+100.0%") for rank in range(6))
+    assert "  -" in timeline_table(None, measured).splitlines()[1]
+    with pytest.raises(ValueError, match="predicted, measured or both"):
+        timeline_table(None, None)

@@ -1,0 +1,106 @@
+"""Parameters at rest, gradients and their reductions: several gloo processes against one process."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from storage_cases import block_function, make_axes, make_case, oracle_loss, run_step
+
+from autopar.runtime.replicas import Replicas
+from autopar.runtime.shards import Shards
+from autopar.runtime.storage import deliver
+
+WORLD = 4
+
+
+def _worker(rank: int, world: int, path: str, function, arguments) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    try:
+        function(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(function, tmp_path, *arguments, world: int = WORLD) -> None:
+    mp.spawn(_worker, (world, str(tmp_path / "rendezvous"), function, arguments), nprocs=world)
+
+
+def build(case, axes, zero, **options):
+    values = {s.fqn: s.ownership.take(case.whole[s.fqn], axes.rank) for s in case.specs}
+    storage = (Shards if zero == 3 else Replicas)(case.specs, case.blocks, values, axes, **options)
+    for index in case.blocks:
+        storage.bind(index, block_function(case, index, axes.rank))
+    return storage
+
+
+def train(rank: int, seed: int) -> None:
+    """Ten AdamW steps: some with gradient accumulation, some with two losses in one backward, evaluation between."""
+    for data, tensor in ((4, 1), (2, 2), (1, 4)):
+        axes = make_axes(data, tensor)
+        for zero in (0, 3) if data > 1 else (0,):
+            for dtypes in ((torch.float64,), (torch.float64, torch.float32)):
+                case = make_case(seed, tuple(range(WORLD)), data, tensor, zero, dtypes)
+                storage = build(case, axes, zero, bucket_bytes=2000)
+                compare_training(case, axes, storage, f"{data=} {tensor=} {zero=}")
+
+
+def compare_training(case, axes, storage, name: str) -> None:
+    rank, data = axes.rank, axes.data
+    oracle = {s.fqn: case.whole[s.fqn].clone().requires_grad_(s.requires_grad) for s in case.specs}
+    specs = {s.fqn: s for s in case.specs}
+    trainable = [fqn for fqn, p in oracle.items() if p.requires_grad]
+    assert [f for f, p in storage.parameters.items() if p.requires_grad] == trainable
+    for fqn, parameter in storage.parameters.items():
+        assert tuple(parameter.shape) == specs[fqn].ownership.shape
+    single = torch.optim.AdamW(oracle.values(), lr=0.05)
+    optimizer = torch.optim.AdamW(storage.parameters.values(), lr=0.05)
+    generator = torch.Generator().manual_seed(7)
+
+    def check(step: int, what: str) -> None:
+        for fqn in trainable:
+            mine = storage.parameters[fqn]
+            pairs = [(mine, oracle[fqn])] + ([(mine.grad, oracle[fqn].grad)] if what == "gradients" else [])
+            for have, want in pairs:
+                local = have.to_local() if hasattr(have, "to_local") else have
+                expected = specs[fqn].ownership.take(want.detach(), rank)
+                tolerance = 1e-9 if local.dtype == torch.float64 else 2e-4
+                message = partial("{} {} {}: {}".format, name, step, fqn)
+                torch.testing.assert_close(local.detach(), expected, rtol=tolerance, atol=tolerance, msg=message)
+
+    for step in range(10):
+        microbatches = (1, 2, 4)[step % 3]
+        calls = (1, 1, 2)[step % 3]
+        stashes = []
+        for _ in range(calls):
+            rows = torch.rand(data.size * 4, generator=generator, dtype=torch.float64)
+            local = rows.view(data.size, 4)[data.rank]
+            before = {fqn: p.grad for fqn, p in storage.parameters.items()}
+            gradients = run_step(storage, case, local, microbatches, ("1f1b", "gpipe")[step % 2])
+            assert all(storage.parameters[fqn].grad is grad for fqn, grad in before.items())
+            scale = 1.0 if step % 4 else torch.tensor(0.5)
+            stashes.append((gradients, scale))
+            if step % 2 == 0:
+                deliver(storage.parameters, *stashes.pop())
+            (oracle_loss(case, oracle, rows) * scale).backward()
+        for stash in stashes:
+            deliver(storage.parameters, *stash)
+        check(step, "gradients")
+        with torch.no_grad():
+            storage.forward(
+                lambda total, rows: storage.block(2)(rows, storage.block(0)(rows, total)), torch.zeros(()), rows
+            )
+        optimizer.step()
+        single.step()
+        check(step, "parameters")
+        optimizer.zero_grad(set_to_none=step % 3 != 0)
+        single.zero_grad(set_to_none=step % 3 != 0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_training_equals_one_process(seed, tmp_path):
+    spawn(train, tmp_path, seed)
