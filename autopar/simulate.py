@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from autopar.cluster.spec import Cluster
+from autopar.cost.model import CostModel
 from autopar.cost.types import StageCost
 from autopar.graph import Graph
 from autopar.plan import Plan
@@ -58,10 +59,7 @@ def simulate(
     all_ranks: events for every rank. By default each stage's first rank stands for all; `peak_memory_bytes` always
         has every rank.
     """
-    if model is None:
-        from autopar.cost.model import CostModel
-
-        model = CostModel(graph, cluster)
+    model = model or CostModel(graph, cluster)
     costs = [model.stage(plan, index) for index in range(len(plan.stages))]
     ranks = [stage.ranks for stage in plan.stages]
     return simulate_program(program_for(plan, training), costs, ranks, all_ranks=all_ranks)

@@ -289,6 +289,7 @@ def test_table_puts_both_side_by_side() -> None:
     rows = {line.split("  ")[0] or line.strip().split("  ")[0]: line for line in text.splitlines()[1:]}
     assert rows["step time"].endswith("-50.0%")
     assert rows["forward"].endswith("-50.0%") and rows["backward"].endswith("-50.0%")
+    assert rows["send activation"].endswith(("s", "ms", "us"))
     assert all(rows[f"peak memory, rank {rank}"].endswith("+100.0%") for rank in range(6))
     assert "  -" in timeline_table(None, measured).splitlines()[1]
     with pytest.raises(ValueError, match="predicted, measured or both"):

@@ -37,7 +37,9 @@ class Measurement:
         self.step_times_s: list[float] = []
         self.samples: tuple[CollectiveSample, ...] = ()
         self.peak_memory_bytes: int | None = None
+        self.at_rest_bytes = 0
         self.op_seconds: OpSeconds = {}
+        self.profiled_events: tuple[Event, ...] = ()
         self._steps = 0
         self._clean = False  # whether a step is under way that nothing but training has disturbed
         self._optimizer_start_s = 0.0
@@ -74,7 +76,7 @@ class Measurement:
         axes = [a for a in (self.runtime.groups.tensor, self.runtime.groups.data) if a.size > 1]
         for axis in axes:
             axis.on_collective = recorder.collective
-        at_rest = 0 if self.device.type == "cuda" else self._bytes_at_rest()
+        self.at_rest_bytes = self._bytes_at_rest()
         try:
             with detailed(self.device) as detail:
                 yield
@@ -82,7 +84,9 @@ class Measurement:
             for axis in axes:
                 axis.on_collective = None
         self.samples = tuple(recorder.samples)
-        self.peak_memory_bytes = at_rest + detail.peak_bytes
+        # CUDA's peak counts what lies at rest already.
+        self.peak_memory_bytes = detail.peak_bytes + (0 if self.device.type == "cuda" else self.at_rest_bytes)
+        self.profiled_events = recorder.finished_events()
         self.op_seconds = detail.op_seconds
 
     def _bytes_at_rest(self) -> int:

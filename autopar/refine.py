@@ -1,0 +1,209 @@
+"""The loop closed: hold what was measured against what was predicted, correct the cost model, and plan again.
+
+What is learnt, each as a factor on the cost model's own figure, so that it carries over to other plans:
+
+- compute, by class of op and direction: measured over predicted seconds of one profiled step, less what the profiler
+  slowed that step's forward and backward instructions by;
+- links, by "intra"/"inter" and collective: the median of measured over predicted seconds. Collectives of the plan that
+  ran hidden behind compute are timed again by themselves, at the size that the plan uses. A collective that the plan
+  does not use is corrected by what the others on the same link have in common;
+- memory: measured over predicted bytes above what lies at rest.
+
+A factor learnt from less than 1% of the predicted time is noise and is left out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from .cluster.ring import COLLECTIVES
+from .cluster.spec import Cluster
+from .cost.collectives import collective_s
+from .cost.corrections import Corrections
+from .cost.model import CostModel
+from .cost.storage import base_name
+from .graph import Graph
+from .plan import Plan
+from .runtime.measure import Measurement
+from .runtime.recorder import CollectiveSample
+from .schedule.instructions import Backward, Forward, parse_instruction
+from .timeline import Event
+
+_NOISE_SHARE = 0.01
+_FACTOR_RANGE = (1e-3, 1e3)
+
+OpSeconds = Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one rank measured.
+
+    stage: its stage of the plan; op_seconds: of the profiled step; slowdown: how much longer forward and backward
+    instructions took in it than in an undisturbed one; samples: timed collectives; peak_memory_bytes, at_rest_bytes: of
+    the profiled step.
+    """
+
+    stage: int
+    op_seconds: OpSeconds
+    slowdown: tuple[float, float]
+    samples: tuple[CollectiveSample, ...]
+    peak_memory_bytes: int | None
+    at_rest_bytes: int
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """What a refinement found and did.
+
+    learned: a line per correction. moved: whether the model runs another plan now. reason: why it moved or stayed.
+    measured_step_s, predicted_step_s: of the plan that ran (as predicted before). corrected_step_s: the same with the
+    corrections. new_step_s: the best plan found, under the corrections. move_s: what moving cost, or would have cost.
+    """
+
+    moved: bool
+    reason: str
+    learned: tuple[str, ...]
+    old_plan: Plan
+    new_plan: Plan
+    measured_step_s: float
+    predicted_step_s: float
+    corrected_step_s: float
+    new_step_s: float
+    move_s: float
+
+    def __str__(self) -> str:
+        head = f"{'moved' if self.moved else 'stayed'}: {self.reason}"
+        return "\n".join([head, *(f"  learned {line}" for line in self.learned)])
+
+
+def observe(measurement: Measurement, samples: Sequence[CollectiveSample]) -> Observation:
+    """This rank's observation of its latest steps, with `samples` of collectives timed besides."""
+    rank = measurement.runtime.groups.rank
+    assert measurement.timeline is not None
+    usual = _compute_seconds(e for e in measurement.timeline.events if e.rank == rank)
+    profiled = _compute_seconds(measurement.profiled_events)
+    slowdown = tuple(max(p / u, 1.0) if u > 0 else 1.0 for p, u in zip(profiled, usual, strict=True))
+    return Observation(
+        stage=measurement.runtime.groups.stage,
+        op_seconds=dict(measurement.op_seconds),
+        slowdown=(slowdown[0], slowdown[1]),
+        samples=(*measurement.samples, *samples),
+        peak_memory_bytes=measurement.peak_memory_bytes,
+        at_rest_bytes=measurement.at_rest_bytes,
+    )
+
+
+def _compute_seconds(events: Iterable[Event]) -> tuple[float, float]:
+    """Seconds of all forward and of all backward instructions."""
+    seconds = [0.0, 0.0]
+    for event in events:
+        instruction = parse_instruction(event.token)
+        if isinstance(instruction, Forward | Backward):
+            seconds[isinstance(instruction, Backward)] += event.duration_s
+    return seconds[0], seconds[1]
+
+
+def correct(
+    graph: Graph, plan: Plan, cluster: Cluster, old: Corrections, observations: Sequence[Observation]
+) -> tuple[Corrections, tuple[str, ...]]:
+    """The corrections after `observations` of `plan`, and a line on each that changed."""
+    model = CostModel(graph, cluster, old)
+    compute = _compute_factors(graph, plan, model, observations)
+    links = _link_factors(cluster, old, [s for o in observations for s in o.samples])
+    memory = _memory_factor(plan, model, observations)
+    learned = [
+        f"{name} takes {_times(f)} forward, {_times(b)} backward of what was predicted"
+        for name, (f, b) in sorted(compute.items())
+    ]
+    learned += [
+        f"{kind} on the {where}-host link takes {_times(f)} of what was predicted"
+        for (where, kind), f in sorted(links.items())
+    ]
+    learned.append(f"activations take {_times(memory)} of what was predicted")
+    new = Corrections(
+        compute={
+            name: tuple(_clamped(a * b) for a, b in zip(old.compute.get(name, (1.0, 1.0)), pair, strict=True))
+            for name, pair in {**dict.fromkeys(old.compute, (1.0, 1.0)), **compute}.items()
+        },
+        links={
+            key: (_clamped(old.link(*key)[0] * factor), _clamped(old.link(*key)[1] / factor))
+            for key, factor in {**dict.fromkeys(old.links, 1.0), **links}.items()
+        },
+        memory=_clamped(old.memory * memory),
+    )
+    return new, tuple(learned)
+
+
+def _compute_factors(
+    graph: Graph, plan: Plan, model: CostModel, observations: Sequence[Observation]
+) -> dict[str, tuple[float, float]]:
+    """By compute class, measured over predicted seconds of all ranks together, (forward, backward)."""
+    class_of: dict[str, str] = {}
+    for op in graph.ops:
+        class_of.setdefault(base_name(op.target), model.compute_class(op))
+    measured: dict[str, list[float]] = {}
+    predicted: dict[str, list[float]] = {}
+    for observation in observations:
+        for name, seconds in observation.op_seconds.items():
+            if name in class_of:
+                found = measured.setdefault(class_of[name], [0.0, 0.0])
+                for i in (0, 1):
+                    found[i] += seconds[i] / observation.slowdown[i]
+        for name, pair in model.breakdown(plan, observation.stage).compute.items():
+            expected = predicted.setdefault(name, [0.0, 0.0])
+            for i in (0, 1):
+                expected[i] += pair[i] * plan.microbatches
+    whole = [sum(pair[i] for pair in predicted.values()) for i in (0, 1)]
+    factors = {}
+    for name, expected in predicted.items():
+        found = measured.get(name, [0.0, 0.0])
+        pair = [
+            found[i] / expected[i] if found[i] > 0 and expected[i] > _NOISE_SHARE * whole[i] else 1.0 for i in (0, 1)
+        ]
+        if pair != [1.0, 1.0]:
+            factors[name] = (_clamped(pair[0]), _clamped(pair[1]))
+    return factors
+
+
+def _link_factors(
+    cluster: Cluster, old: Corrections, samples: Iterable[CollectiveSample]
+) -> dict[tuple[str, str], float]:
+    """By link and collective, measured over predicted seconds."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for sample in samples:
+        expected_s = collective_s(cluster, sample.kind, sample.size_bytes, sample.ranks, old)
+        if expected_s > 0:
+            where = "inter" if cluster.crosses_hosts(sample.ranks) else "intra"
+            ratios.setdefault((where, sample.kind), []).append(sample.seconds / expected_s)
+    factors = {key: statistics.median(found) for key, found in ratios.items()}
+    for where in {where for where, _ in factors}:
+        common = statistics.geometric_mean([f for (w, _), f in factors.items() if w == where])
+        for kind in COLLECTIVES:
+            factors.setdefault((where, kind), common)
+    return factors
+
+
+def _memory_factor(plan: Plan, model: CostModel, observations: Sequence[Observation]) -> float:
+    """Measured over predicted bytes above what lies at rest; the fullest rank's, so that what was learnt is safe."""
+    factors = []
+    for observation in observations:
+        cost = model.stage(plan, observation.stage)
+        expected = simulate_stage_peak(model, plan, observation.stage) - at_rest_bytes(cost)
+        if observation.peak_memory_bytes is not None and expected > 0:
+            factors.append((observation.peak_memory_bytes - observation.at_rest_bytes) / expected)
+    return _clamped(max(factors)) if factors and max(factors) > 0 else 1.0
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.2f} times"
+
+
+def _clamped(factor: float) -> float:
+    return min(max(factor, _FACTOR_RANGE[0]), _FACTOR_RANGE[1])
