@@ -14,12 +14,13 @@ A factor learnt from less than 1% of the predicted time is noise and is left out
 
 from __future__ import annotations
 
+import math
 import statistics
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from .cluster.ring import COLLECTIVES
@@ -30,10 +31,17 @@ from .cost.model import CostModel
 from .cost.storage import base_name
 from .graph import Graph
 from .plan import Plan
+from .planner.search import search
+from .runtime.agree import from_rank_zero
 from .runtime.measure import Measurement
 from .runtime.recorder import CollectiveSample
+from .runtime.timing import time_collectives
 from .schedule.instructions import Backward, Forward, parse_instruction
+from .simulate import at_rest_bytes, simulate, stage_peak_bytes
 from .timeline import Event
+
+if TYPE_CHECKING:
+    from .parallelize import Model
 
 _NOISE_SHARE = 0.01
 _FACTOR_RANGE = (1e-3, 1e3)
@@ -46,8 +54,8 @@ class Observation:
     """What one rank measured.
 
     stage: its stage of the plan; op_seconds: of the profiled step; slowdown: how much longer forward and backward
-    instructions took in it than in an undisturbed one; samples: timed collectives; peak_memory_bytes, at_rest_bytes: of
-    the profiled step.
+    instructions took in it than in an undisturbed one; samples: timed collectives; peak_memory_bytes: of the profiled
+    step, with what lay at rest.
     """
 
     stage: int
@@ -55,7 +63,6 @@ class Observation:
     slowdown: tuple[float, float]
     samples: tuple[CollectiveSample, ...]
     peak_memory_bytes: int | None
-    at_rest_bytes: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,6 @@ def observe(measurement: Measurement, samples: Sequence[CollectiveSample]) -> Ob
         slowdown=(slowdown[0], slowdown[1]),
         samples=(*measurement.samples, *samples),
         peak_memory_bytes=measurement.peak_memory_bytes,
-        at_rest_bytes=measurement.at_rest_bytes,
     )
 
 
@@ -195,9 +201,10 @@ def _memory_factor(plan: Plan, model: CostModel, observations: Sequence[Observat
     factors = []
     for observation in observations:
         cost = model.stage(plan, observation.stage)
-        expected = simulate_stage_peak(model, plan, observation.stage) - at_rest_bytes(cost)
-        if observation.peak_memory_bytes is not None and expected > 0:
-            factors.append((observation.peak_memory_bytes - observation.at_rest_bytes) / expected)
+        rest = at_rest_bytes(cost)
+        peak = stage_peak_bytes(cost, plan.schedule, observation.stage, len(plan.stages), plan.microbatches)
+        if observation.peak_memory_bytes is not None and peak > rest:
+            factors.append((observation.peak_memory_bytes - rest) / (peak - rest))
     return _clamped(max(factors)) if factors and max(factors) > 0 else 1.0
 
 
@@ -207,3 +214,64 @@ def _times(factor: float) -> str:
 
 def _clamped(factor: float) -> float:
     return min(max(factor, _FACTOR_RANGE[0]), _FACTOR_RANGE[1])
+
+
+def refine(model: Model, optimizer: torch.optim.Optimizer, remaining_steps: int | None) -> Refinement:
+    """See `Model.refine`; all ranks of the world call it."""
+    measurement = model.measurement
+    if measurement.timeline is None or measurement.peak_memory_bytes is None:
+        raise ValueError("refine: nothing is measured yet; call it after at least 5 training steps in a row")
+    if remaining_steps is None:
+        remaining_steps = measurement.num_steps
+    observation = observe(measurement, time_collectives(model.runtime, model.device))
+    observations: list[Observation] = [observation] * dist.get_world_size()
+    if dist.get_world_size() > 1:
+        dist.all_gather_object(observations, observation)
+    graph, cluster, plan = model.graph, model.cluster, model.plan
+    corrections, learned = correct(graph, plan, cluster, model.corrections, observations)
+    costs = CostModel(graph, cluster, corrections)
+    measured_s = measurement.median_step_s()
+
+    def decide() -> tuple[Plan, float, float, float]:
+        best = search(graph, cluster, model=costs, progress=False, **model.constraints)
+        old_s = simulate(graph, plan, cluster, costs).step_time_s
+        new_s = simulate(graph, best, cluster, costs).step_time_s
+        # What the model still gets wrong about this plan, it is taken to get wrong about others in proportion.
+        return best, old_s, new_s, measured_s
+
+    best, old_s, new_s, measured_s = from_rank_zero(decide)
+    move_s = model.build_s + _state_transfer_s(model, corrections)
+    saving_s = measured_s * (1 - new_s / old_s) * remaining_steps
+    same = (best.stages, best.layouts, best.microbatches, best.schedule) == (
+        plan.stages,
+        plan.layouts,
+        plan.microbatches,
+        plan.schedule,
+    )
+    if same:
+        reason = "the plan is still the best one"
+    elif saving_s <= move_s:
+        reason = (
+            f"a better plan would save {saving_s:.1f} s over {remaining_steps} steps, and moving costs {move_s:.1f} s"
+        )
+    else:
+        reason = (
+            f"{measured_s * new_s / old_s:.3f} s instead of {measured_s:.3f} s a step saves {saving_s:.1f} s over "
+            f"{remaining_steps} steps, and moving costs {move_s:.1f} s"
+        )
+    predicted_s = model.prediction.step_time_s
+    model.corrections = corrections
+    moved = not same and saving_s > move_s
+    if moved:
+        move_s = model.move(best, optimizer, costs)
+    else:
+        model.prediction = simulate(graph, plan, cluster, costs)
+    return Refinement(moved, reason, learned, plan, best, measured_s, predicted_s, old_s, new_s, move_s)
+
+
+def _state_transfer_s(model: Model, corrections: Corrections) -> float:
+    """Seconds to send this rank's parameters and their two optimizer moments to other ranks, at the corrected rates."""
+    world = tuple(range(dist.get_world_size()))
+    rank = model.runtime.groups.rank
+    part_bytes = sum(math.prod(s.ownership.local_shape(rank)) * s.dtype.itemsize for s in model.runtime.specs)
+    return collective_s(model.cluster, "send", 3 * part_bytes, (world[0], world[-1]), corrections)

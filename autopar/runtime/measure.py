@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +45,15 @@ class Measurement:
         self._clean = False  # whether a step is under way that nothing but training has disturbed
         self._optimizer_start_s = 0.0
         self._handles = _watch_optimizers(self)
+
+    @property
+    def num_steps(self) -> int:
+        """Training calls so far."""
+        return self._steps
+
+    def median_step_s(self) -> float:
+        """Median of the latest undisturbed steps of this rank."""
+        return statistics.median(self.step_times_s)
 
     def close(self) -> None:
         for handle in self._handles:
