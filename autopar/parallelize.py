@@ -20,7 +20,7 @@ from .plan import Plan
 from .planner.search import search
 from .refine import Refinement, refine
 from .runtime.agree import from_rank_zero
-from .runtime.build import Runtime, build_runtime
+from .runtime.build import build_runtime, parameter_specs
 from .runtime.initialise import Initialise, local_state, local_values
 from .runtime.loader import RankLoader
 from .runtime.model import ParallelModule

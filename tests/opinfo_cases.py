@@ -185,6 +185,19 @@ def _pool(name: str) -> Callable[..., Sample]:
     return adapt
 
 
+_ELEMENTWISE_LOSSES = (
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "kl_div",
+    "soft_margin_loss",
+    "hinge_embedding_loss",
+    "margin_ranking_loss",
+)
+
 _ADAPTERS: Mapping[str, Callable[..., Sample]] = {
     "nn.functional.cross_entropy": _cross_entropy,
     "nn.functional.batch_norm": _batch_norm,
@@ -196,18 +209,14 @@ _ADAPTERS: Mapping[str, Callable[..., Sample]] = {
     "einsum": lambda tensors, equation: ("aten.einsum.default", (equation, list(tensors)), {}),
     "where": lambda x, condition, other: ("aten.where.self", (condition, x, other), {}),
     **{f"nn.functional.{n}": _pool(n) for n in ("max_pool1d", "max_pool2d", "max_pool3d")},
-    **{
-        f"nn.functional.{n}": _loss(n)
-        for n in "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy kl_div soft_margin_loss".split()
-    },
-    "nn.functional.binary_cross_entropy_with_logits": _loss("binary_cross_entropy_with_logits"),
+    **{f"nn.functional.{n}": _loss(n) for n in _ELEMENTWISE_LOSSES},
     "nn.functional.nll_loss": _loss("nll_loss_nd"),
-    "nn.functional.hinge_embedding_loss": _loss("hinge_embedding_loss"),
-    "nn.functional.margin_ranking_loss": _loss("margin_ranking_loss"),
 }
 
 # Draw random numbers, or return what depends on uninitialised memory.
-_SKIPPED = frozenset("empty new_empty empty_like rrelu dropout alpha_dropout rand_like randn_like bernoulli".split())
+_SKIPPED = frozenset(
+    ("empty", "new_empty", "empty_like", "rrelu", "dropout", "alpha_dropout", "rand_like", "randn_like", "bernoulli")
+)
 
 
 def _resolved(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sample:
