@@ -13,7 +13,7 @@ from autopar.graph import Block, Graph, Op, Ref, Tensor
 from autopar.plan import Layout, Plan
 from autopar.planner.problem import Chain, Problem, Shape
 
-WIDTH = 8
+WIDTH = 24
 
 
 def chain_graph(kinds: tuple[int, ...], batch_size: int, name: str = "Chain") -> Graph:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from autopar.runtime.axis import Axis
 from autopar.runtime.ownership import Holder, Ownership
@@ -106,12 +107,13 @@ def oracle_loss(case: Case, parameters: dict[str, torch.Tensor], rows: torch.Ten
     return total
 
 
-def run_step(storage, case: Case, rows: torch.Tensor, microbatches: int, order: str = "1f1b"):
+def run_step(storage, case: Case, rows: torch.Tensor, microbatches: int, order: str = "1f1b", recompute: bool = False):
     """One program: forwards and backwards of all microbatches; returns the step's gradients."""
 
     def stage(total, part):
         for index in case.blocks:
-            total = storage.block(index)(part, total)
+            call = storage.block(index)
+            total = checkpoint(call, part, total, use_reentrant=False) if recompute else call(part, total)
         return total
 
     parts = rows.chunk(microbatches)

@@ -223,8 +223,8 @@ BAD = {
     "outputs": (lambda p: layout(p, 1, outputs=("R", "R")), r"layouts\[1\].outputs has 2 entries"),
     "parameters": (lambda p: layout(p, 1, parameters=("R",)), r"layouts\[1\].parameters has 1 entries, expected 2"),
     "token": (lambda p: layout(p, 0, parameters=("X",)), r"layouts\[0\].parameters\[0\]: not a placement: 'X'"),
-    "dim": (lambda p: layout(p, 0, parameters=("S2",)), r"layers.0.0.weight of shape \(8, 8\) has no dim 2"),
-    "blocks": (lambda p: layout(p, 0, parameters=("S0/3",)), "degree 2 x 3 blocks does not divide"),
+    "dim": (lambda p: layout(p, 0, parameters=("S2",)), r"layers.0.0.weight of shape \(24, 24\) has no dim 2"),
+    "blocks": (lambda p: layout(p, 0, parameters=("S0/5",)), "degree 2 x 5 blocks does not divide"),
     "boundary": (lambda p: layout(p, 1, inputs=("S1",)), r"layouts\[1\].inputs \(block 1\) is \['S1'\], but .* leaves \['R'\]"),
     "stage boundary": (lambda p: layout(p, 2, inputs=("S1",)), r"layouts\[2\].inputs \(block 2\)"),
 }
@@ -239,14 +239,14 @@ def test_validation_names_the_fault(case):
 
 def test_a_degree_that_does_not_divide_names_the_nearest():
     plan = Plan(
-        GRAPH.name, GRAPH.fingerprint, 3, 8, 1, "1f1b", (Stage(0, 4, (0, 1, 2), 1, 3, (0, 1, 2, 3)),), layouts_for(3),
+        GRAPH.name, GRAPH.fingerprint, 5, 8, 1, "1f1b", (Stage(0, 4, tuple(range(5)), 1, 5, (0, 1, 2, 3)),), layouts_for(5),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="degree 3 does not divide; the nearest tensor degrees that do are 2 or 4"):
-        layout(plan, 0, parameters=("S0",)).validate(GRAPH, small_cluster(3))
-    with pytest.raises(ValueError, match="data must divide the batch: 2 or 4"):
-        replace(plan, stages=(Stage(0, 4, (0, 1, 2), 3, 1),), layouts=()).validate(GRAPH, small_cluster(3))
+    with pytest.raises(ValueError, match="degree 5 does not divide; the nearest tensor degrees that do are 4 or 6"):
+        layout(plan, 0, parameters=("S0",)).validate(GRAPH, small_cluster(5))
+    with pytest.raises(ValueError, match="data must divide the batch: 4 or 8"):
+        replace(plan, stages=(Stage(0, 4, tuple(range(5)), 5, 1),), layouts=()).validate(GRAPH, small_cluster(5))
     with pytest.raises(ValueError, match="zero is 3, which shards over the data axis, but data is 1"):
-        replace(plan, stages=(Stage(0, 4, (0, 1, 2), 1, 3, (0, 1, 2, 3), zero=3),)).validate(GRAPH, small_cluster(3))
+        replace(plan, stages=(Stage(0, 4, tuple(range(5)), 1, 5, (0, 1, 2, 3), zero=3),)).validate(GRAPH, small_cluster(5))
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

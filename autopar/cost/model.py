@@ -92,6 +92,11 @@ class CostModel:
             inner_s = self._pricer.inner_collective(op, strategy, shards, ranks)
         return sum(forward.values()) + inner_s, sum(backward.values())
 
+    def compute_class(self, op: Op) -> str:
+        """The class of cluster/rates.py in which the op spends most of its forward; "view" where it spends nothing."""
+        seconds, _ = self._pricer.op_seconds(op, None, 1)
+        return max(seconds, key=lambda name: seconds[name], default="view")
+
     def conversion_s(
         self, tensor: str, have: Placement, want: Placement, *, shards: int, ranks: tuple[int, ...]
     ) -> Both:

@@ -89,7 +89,7 @@ class _Auto:
 
     def _solve(self, search: StageSearch) -> None:
         below_s = self.best.step_time_s if self.best else math.inf
-        solution = search.solve(lambda pieces: self._try(search, pieces).step_time_s, below_s, MAX_VISITS)
+        solution = search.solve(below_s, MAX_VISITS)
         if solution is not None:
             self.bound_s = min(self.bound_s, solution.bound_s)
             self.best = self._try(search, solution.pieces)

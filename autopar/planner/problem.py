@@ -308,7 +308,10 @@ class Problem:
                 f"microbatches={pinned.microbatches} does not divide the rows of a data rank for any of data="
                 f"{sorted({data for _, data, _ in triples})}"
             )
-        return f"no op can be split tensor={sorted({t for _, _, t in triples})} ways; leave tensor to the search"
+        return (
+            f"the degrees left need tensor={' or '.join(map(str, sorted({t for _, _, t in triples})))}, but no op that uses "
+            f"a parameter can be split so many ways; use another number of devices or another batch than {rows} rows"
+        )
 
 
 def _choices(pinned: int | None, limit: int) -> Iterator[int]:

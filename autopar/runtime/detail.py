@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -19,7 +18,7 @@ class Detail:
     """peak_bytes: peak above what was allocated when the region began (CPU), or in all (CUDA). Set when it ends."""
 
     peak_bytes: int = 0
-    op_seconds: OpSeconds = MappingProxyType({})
+    op_seconds: OpSeconds = field(default_factory=dict)
 
 
 @contextmanager

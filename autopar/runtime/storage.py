@@ -110,7 +110,8 @@ def at_rest(specs: Iterable[ParameterSpec], values: Mapping[str, Tensor], axes: 
     """The stage's parameters at rest over the local tensors `values` (not copied), by name, in the order of `specs`."""
     specs = tuple(specs)
     holders = {spec.fqn: spec.ownership.holder(axes.rank) for spec in specs}
-    sharded = any(holder.sharded for holder in holders.values()) or axes.tensor.size > 1
+    cut_over_data = axes.data.size > 1 and any(holder.sharded for holder in holders.values())
+    sharded = cut_over_data or axes.tensor.size > 1
     mesh = stage_mesh(axes) if sharded else None
     parameters = {}
     for spec in specs:
