@@ -1,1 +1,24 @@
+"""autopar: one call that makes any PyTorch module train on a whole cluster, by a plan that it finds itself."""
 
+from .capture.export import capture
+from .capture.opaque import opaque
+from .cluster.spec import Cluster
+from .parallelize import Model, parallelize
+from .plan import Plan
+from .planner.search import search
+from .runtime.clip import clip_grad_norm_
+from .simulate import simulate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cluster",
+    "Model",
+    "Plan",
+    "capture",
+    "clip_grad_norm_",
+    "opaque",
+    "parallelize",
+    "search",
+    "simulate",
+]

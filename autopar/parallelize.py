@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,15 +19,13 @@ from .graph import Graph
 from .plan import Plan
 from .planner.search import search
 from .refine import Refinement, refine
-from .runtime.build import build_runtime
+from .runtime.agree import from_rank_zero
+from .runtime.build import build_runtime, parameter_specs
 from .runtime.initialise import Initialise, local_state, local_values
 from .runtime.loader import RankLoader
 from .runtime.model import ParallelModule
 from .runtime.random import Seeds
 from .simulate import simulate
-
-Result = TypeVar("Result")
-
 
 class Model(ParallelModule):
     """A parallel module that can also feed itself and change its plan; what `parallelize` returns.
@@ -34,30 +33,39 @@ class Model(ParallelModule):
     cluster: the hardware as probed or given. corrections: what measured steps have taught since.
     """
 
-    def __init__(self, graph: Graph, plan: Plan, cluster: Cluster, module: nn.Module, **options: Any) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        cluster: Cluster,
+        module: nn.Module,
+        *,
+        seed: int,
+        device: torch.device,
+        initialise: Initialise | None,
+        constraints: Mapping[str, Any],
+    ) -> None:
         self.cluster = cluster
         self.corrections = Corrections()
-        self.constraints: dict[str, Any] = options.pop("constraints", {})
-        seed, device, initialise = options["seed"], options["device"], options["initialise"]
+        self.constraints = dict(constraints)
         self.seeds = Seeds(seed)
-        state = local_state(graph, module, device)
-        runtime = build_runtime(
-            graph,
-            plan,
-            lambda specs: local_values(specs, module, dist.get_rank(), seed, device, initialise),
-            state,
-            device,
-            self._random,
-        )
+        start_s = time.perf_counter()
+        state = local_state(graph, module, device, seed, initialise)
+
+        def values(specs: Sequence[ParameterSpec]) -> Mapping[str, Tensor]:
+            return local_values(specs, module, dist.get_rank(), seed, device, initialise)
+
+        runtime = build_runtime(graph, plan, values, state, device, self._stream(device))
         super().__init__(graph, runtime, simulate(graph, plan, cluster), device)
+        self.build_s = time.perf_counter() - start_s
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of the batch; see `ParallelModule`."""
         self.seeds.next_step()
         return super().forward(*args, **kwargs)
 
-    def _random(self, key: str) -> AbstractContextManager[Any]:
-        return self.seeds.stream(key, self.device)
+    def _stream(self, device: torch.device) -> Callable[[str], AbstractContextManager[Any]]:
+        return lambda key: self.seeds.stream(key, device)
 
     def loader(self, dataset: Any, batch_size: int, shuffle: bool = False, **options: Any) -> RankLoader:
         """Batches of just this rank's rows, `batch_size` being global; see runtime/loader.py."""
@@ -71,6 +79,29 @@ class Model(ParallelModule):
         Parameters and the optimizer's state are moved in memory; `optimizer` stays the same object.
         """
         return refine(self, optimizer, remaining_steps)
+
+    def move(self, plan: Plan, optimizer: torch.optim.Optimizer, costs: CostModel) -> float:
+        """Run `plan` from now on, with the parameters and the optimizer's state as they are; returns the seconds it took.
+
+        All ranks must call it. `optimizer` keeps its identity, its options and its state.
+        """
+        start_s = time.perf_counter()
+        old = self.runtime
+        specs = parameter_specs(self.graph, plan)
+        mine = specs[stage_of(plan, old.groups.rank)]
+        moved = move_state(old, optimizer, mine)
+
+        def values(wanted: Sequence[ParameterSpec]) -> Mapping[str, Tensor]:
+            return {spec.fqn: moved.parameters[spec.fqn] for spec in wanted}
+
+        runtime = build_runtime(
+            self.graph, plan, values, old.executor.state, self.device, self._stream(self.device)
+        )
+        moved.rebuild(optimizer, runtime.storage.parameters)
+        self.measurement.close()
+        self.install(runtime)
+        self.prediction = simulate(self.graph, plan, self.cluster, costs)
+        return time.perf_counter() - start_s
 
 
 def parallelize(
@@ -126,21 +157,6 @@ def parallelize(
         initialise=initialise,
         constraints=constraints,
     )
-
-
-def from_rank_zero(function: Callable[[], Result]) -> Result:
-    """`function()` of rank 0, on every rank; a ValueError there is raised everywhere."""
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = function()
-        except ValueError as error:
-            answer[1] = error
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
 
 
 def _join_world() -> torch.device:

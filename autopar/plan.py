@@ -7,7 +7,12 @@ A plan names blocks, ranks, degrees, strategies and placements; never process gr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from .cluster.spec import Cluster
+    from .graph import Graph
 
 SCHEMA = 1
 
@@ -49,6 +54,10 @@ class Stage:
     recompute: Recompute = "none"
     zero: Zero = 0
 
+    @property
+    def num_blocks(self) -> int:
+        return self.stop - self.start
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
@@ -86,3 +95,52 @@ class Plan:
     prediction: Prediction | None = None
     candidates: tuple[Candidate, ...] = ()
     schema: int = SCHEMA
+
+    @property
+    def pipeline(self) -> int:
+        return len(self.stages)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `Plan.from_json` gives back an equal plan."""
+        from .plan_json import dump_plan
+
+        return dump_plan(self)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "the text") -> Plan:
+        """The plan that `to_json` wrote. ValueError, with the field named, for anything else."""
+        from .plan_json import parse_plan
+
+        return parse_plan(text, source)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan file; a reader never sees half of one, because it is renamed into place when whole."""
+        from .plan_json import write_atomically
+
+        write_atomically(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file. OSError if it cannot be read, ValueError if it is truncated, of another schema or no plan."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8", errors="replace"), source=str(path))
+
+    def validate(self, graph: Graph, cluster: Cluster) -> None:
+        """ValueError unless the plan can run this graph on this cluster: the field, what it says, what it should say."""
+        from .plan_validate import validate_plan
+
+        validate_plan(self, graph, cluster)
+
+    def explain(self, graph: Graph | None = None) -> str:
+        """The plan in words: degrees, stages, predictions, and why the other candidates lost.
+
+        With the graph it was made for, layouts are told op by op and by their common names (column parallel, ...).
+        """
+        from .report.explain import explain_plan
+
+        return explain_plan(self, graph)
+
+    def diff(self, other: Plan) -> str:
+        """What changes from this plan to `other`, one line per field; "" when nothing does."""
+        from .report.plan_diff import diff_plans
+
+        return diff_plans(self, other)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from autopar.cluster.spec import Cluster
+from autopar.cost.model import CostModel
 from autopar.cost.types import StageCost
 from autopar.graph import Graph
 from autopar.plan import Plan
@@ -58,10 +59,7 @@ def simulate(
     all_ranks: events for every rank. By default each stage's first rank stands for all; `peak_memory_bytes` always
         has every rank.
     """
-    if model is None:
-        from autopar.cost.model import CostModel
-
-        model = CostModel(graph, cluster)
+    model = model or CostModel(graph, cluster)
     costs = [model.stage(plan, index) for index in range(len(plan.stages))]
     ranks = [stage.ranks for stage in plan.stages]
     return simulate_program(program_for(plan, training), costs, ranks, all_ranks=all_ranks)
@@ -76,8 +74,8 @@ def simulate_program(
 ) -> Timeline:
     """The Timeline of a checked program. stage_ranks[s]: the ranks of stage s, by default rank s alone.
 
-    A send's event is its time on the link, with its bytes; a receive's event is the receiver's wait. Other events carry
-    0 bytes.
+    A send's event is its time on the link, a receive's the receiver's wait; both carry the bytes of the message, and
+    other events carry 0.
     """
     check(program)
     assert len(stage_costs) == len(program.actions), (len(stage_costs), len(program.actions))
@@ -87,7 +85,8 @@ def simulate_program(
     for stage, row in enumerate(program.actions):
         for rank in ranks[stage] if all_ranks else ranks[stage][:1]:
             for instruction, (start_s, end_s) in zip(row, spans[stage], strict=True):
-                moved = stage_costs[_boundary(instruction)].boundary_bytes if is_send(instruction) else 0
+                transfer = is_send(instruction) or is_receive(instruction)
+                moved = stage_costs[_boundary(instruction)].boundary_bytes if transfer else 0
                 events.append(Event(rank, str(instruction), start_s, end_s, moved))
     step_s = max(end_s for row in spans for _, end_s in row)
     peaks = {}
@@ -148,15 +147,22 @@ def _durations(cost: StageCost) -> dict[type, float]:
     }
 
 
+def at_rest_bytes(cost: StageCost) -> int:
+    """Parameters, gradients and optimizer state of one rank."""
+    return cost.parameter_bytes + cost.gradient_bytes + cost.optimizer_bytes
+
+
 def program_peak_bytes(row: Sequence[Instruction], cost: StageCost) -> int:
     """Peak bytes of one rank over its list: at rest, plus the most that any forward or backward adds.
 
     A forward's activations count from its start to the end of its backward; in evaluation they are part of
-    `forward_peak_bytes` alone. Gradients count from the start of a training step, although they come into being in its
-    first backward; in evaluation they do not, and the optimizer's state does.
+    `forward_peak_bytes` alone. Gradients come into being during the step's first backward, which lets go of activations
+    in return; so it counts with the fuller of its two ends. Where they are reduced over data they have buffers, which
+    stay from step to step. Ignored: temporary tensors of the optimizer.
     """
     training = any(isinstance(i, Backward) for i in row)
-    rest = cost.parameter_bytes + cost.optimizer_bytes + training * cost.gradient_bytes
+    whole = at_rest_bytes(cost)
+    rest = whole if training and cost.reduce_s > 0 else whole - cost.gradient_bytes
     peak, held = rest, 0
     for instruction in row:
         if isinstance(instruction, Forward):
@@ -164,20 +170,20 @@ def program_peak_bytes(row: Sequence[Instruction], cost: StageCost) -> int:
             running = held * cost.activation_bytes + cost.forward_peak_bytes
             peak = max(peak, rest + cost.unsharded_bytes + running)
         elif isinstance(instruction, Backward):
-            running = held * cost.activation_bytes + cost.backward_peak_bytes
-            peak = max(peak, rest + cost.unsharded_bytes + running)
-            held -= 1
+            before = rest + held * cost.activation_bytes
+            rest, held = whole, held - 1
+            after = rest + held * cost.activation_bytes
+            peak = max(peak, max(before, after) + cost.unsharded_bytes + cost.backward_peak_bytes)
     return peak
 
 
 def stage_peak_bytes(cost: StageCost, schedule: str, stage: int, num_stages: int, microbatches: int) -> int:
     """`program_peak_bytes` of a training step, from the bound on microbatches in flight instead of a walk."""
     held = schedule_named(schedule).in_flight(stage, num_stages, microbatches)
-    return (
-        cost.parameter_bytes
-        + cost.gradient_bytes
-        + cost.optimizer_bytes
-        + cost.unsharded_bytes
-        + held * cost.activation_bytes
-        + max(cost.forward_peak_bytes, cost.backward_peak_bytes)
-    )
+    transient_bytes = max(cost.forward_peak_bytes, cost.backward_peak_bytes)
+    full = held * cost.activation_bytes + transient_bytes
+    if cost.reduce_s > 0 or microbatches > held:
+        return at_rest_bytes(cost) + cost.unsharded_bytes + full
+    # All forwards precede the first backward, so that no gradients lie beside all activations.
+    drained = cost.gradient_bytes + (held - 1) * cost.activation_bytes + cost.backward_peak_bytes
+    return at_rest_bytes(cost) - cost.gradient_bytes + cost.unsharded_bytes + max(full, drained)

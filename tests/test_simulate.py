@@ -71,7 +71,7 @@ def test_transfers_occupy_their_link_and_not_the_stage() -> None:
     spans = {event.token: (event.start_s, event.end_s, event.bytes) for event in line.events}
     assert spans["0F2"] == (2.0, 3.0, 0)
     assert [spans[f"0SA{m}>1"] for m in range(3)] == [(1.0, 4.0, 7), (4.0, 7.0, 7), (7.0, 10.0, 7)]
-    assert [spans[f"1RA{m}<0"] for m in range(3)] == [(0.0, 4.0, 0), (5.0, 7.0, 0), (8.0, 10.0, 0)]
+    assert [spans[f"1RA{m}<0"] for m in range(3)] == [(0.0, 4.0, 7), (5.0, 7.0, 7), (8.0, 10.0, 7)]
     assert line.step_time_s == 11.0
 
 
@@ -160,7 +160,13 @@ def test_peak_memory_by_hand() -> None:
     )  # fmt: skip
     line = simulate_program(build_program(3, 5, "1f1b"), [cost] * 3)
     assert line.peak_memory_bytes == {0: 466, 1: 456, 2: 446}
+    # GPipe: all activations before any gradient, 300 + 30 + 50 + 6, or one microbatch later 400 + 30 + 40 + 6.
     line = simulate_program(build_program(3, 5, "gpipe"), [cost] * 3)
+    assert line.peak_memory_bytes == {0: 476, 1: 476, 2: 476}
+    line = simulate_program(build_program(3, 5, "gpipe"), [replace(cost, activation_bytes=1000)] * 3)
+    assert line.peak_memory_bytes == {0: 5336, 1: 5336, 2: 5336}
+    # Buffers for the reduction over data are there from the start.
+    line = simulate_program(build_program(3, 5, "gpipe"), [replace(cost, reduce_s=1.0)] * 3)
     assert line.peak_memory_bytes == {0: 486, 1: 486, 2: 486}
     line = simulate_program(build_program(3, 5, "gpipe", training=False), [cost] * 3)
     assert line.peak_memory_bytes == {0: 334, 1: 334, 2: 334}
@@ -289,6 +295,7 @@ def test_table_puts_both_side_by_side() -> None:
     rows = {line.split("  ")[0] or line.strip().split("  ")[0]: line for line in text.splitlines()[1:]}
     assert rows["step time"].endswith("-50.0%")
     assert rows["forward"].endswith("-50.0%") and rows["backward"].endswith("-50.0%")
+    assert rows["send activation"].endswith(("s", "ms", "us"))
     assert all(rows[f"peak memory, rank {rank}"].endswith("+100.0%") for rank in range(6))
     assert "  -" in timeline_table(None, measured).splitlines()[1]
     with pytest.raises(ValueError, match="predicted, measured or both"):

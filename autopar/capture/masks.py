@@ -1,14 +1,16 @@
 """Attention masks that are known before any batch is: causal ones become `is_causal`, all-true ones disappear.
 
-A mask that depends on constants only (arange, ones, comparisons) is evaluated for real. Masks are mostly repetition: the
-same rows for every batch entry and head. So tensors are kept compressed, with size 1 along every dim in which all
-entries are known to be equal, and only what differs is computed. What the evaluation cannot do cheaply (more than
-`_LIMIT` elements, or an op it does not know and that is large) leaves the mask as it is.
+A mask that depends on constants only (arange, ones, comparisons) is evaluated for real. Masks are mostly repetition:
+the same rows for every batch entry and head. So tensors are kept compressed, with size 1 along every dim in which all
+entries are known to be equal, and only what differs is computed. A comparison of positions that gives the causal
+triangle is recognised from the two vectors compared and kept as a `_Triangle`, whatever its size. What the evaluation
+cannot do cheaply (more than `_LIMIT` elements, or an op it does not know and that is large) leaves the mask as it is.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +20,13 @@ from ..ops import bind, draws_random, is_aten, mutated_inputs, resolve, with_arg
 from .draft import Draft
 
 _LIMIT = 64 * 1024 * 1024
+_LOOKED_AT = 1024 * 1024  # elements up to which a value is searched for equal entries
+_COMPARISONS = {"aten.le.Tensor", "aten.ge.Tensor"}
 _SDPA = "aten.scaled_dot_product_attention.default"
 _UNIFORM = {"aten.ones.default", "aten.zeros.default", "aten.full.default", "aten.new_ones.default"}
 _UNIFORM |= {"aten.new_zeros.default", "aten.new_full.default", "aten.scalar_tensor.default"}
 _POINTWISE = {"aten.__and__.Tensor", "aten.__or__.Tensor", "aten.to.dtype", "aten.masked_fill.Scalar"}
+_AND = {"aten.__and__.Tensor", "aten.logical_and.default", "aten.bitwise_and.Tensor", "aten.mul.Tensor"}
 _ALONG_DIM = {"aten.cumsum.default", "aten.diff.default", "aten.cat.default"}
 
 
@@ -53,6 +58,8 @@ def simplify_masks(draft: Draft) -> None:
 def _verdict(known: _Constants, draft: Draft, name: str, square: bool) -> str:
     """"causal", "all" (nothing is masked), or "" for anything else and for what is not known."""
     mask = known.value(name)
+    if isinstance(mask, _Triangle):
+        return "causal" if square else ""
     if mask is None or mask.dim() < 2:
         return ""
     if mask.is_floating_point():
@@ -78,15 +85,26 @@ def _verdict(known: _Constants, draft: Draft, name: str, square: bool) -> str:
     return "causal"
 
 
+@dataclass(frozen=True)
+class _Triangle:
+    """The boolean [..., length, length] that is true where column <= row, equal along all other dims."""
+
+    length: int
+    num_dims: int
+
+
+_Value = torch.Tensor | _Triangle
+
+
 class _Constants:
     """Values of tensors that derive from constants only, compressed (see the module's docstring)."""
 
     def __init__(self, draft: Draft) -> None:
         self.draft = draft
         self.producer = {name: op for op in draft.ops for name in op.outputs}
-        self.values: dict[str, torch.Tensor | None] = {}
+        self.values: dict[str, _Value | None] = {}
 
-    def value(self, name: str) -> torch.Tensor | None:
+    def value(self, name: str) -> _Value | None:
         """The value, compressed; None where it is not constant, or too large."""
         order, pending = [], [name]
         while pending:
@@ -102,7 +120,7 @@ class _Constants:
             self.values[current] = self._compute(current)
         return self.values[name]
 
-    def _compute(self, name: str) -> torch.Tensor | None:
+    def _compute(self, name: str) -> _Value | None:
         if name in self.draft.constants:
             value = self.draft.constants[name]
             return value if value.numel() <= _LIMIT else None
@@ -113,7 +131,34 @@ class _Constants:
         if any(value is None for value in inputs.values()):
             return None
         with torch.no_grad():
-            return self._evaluate(op, inputs)  # type: ignore[arg-type]
+            triangle = self._triangle(op, inputs)  # type: ignore[arg-type]
+            if triangle is not None:
+                return triangle
+            dense = {n: v if isinstance(v, torch.Tensor) else _made(v) for n, v in inputs.items()}
+            if any(value is None for value in dense.values()):
+                return None
+            return _squeezed(self._evaluate(op, dense))  # type: ignore[arg-type]
+
+    def _triangle(self, op: Op, inputs: dict[str, _Value]) -> _Triangle | None:
+        """The triangle, where the op makes it from two vectors of positions, or hands it on unchanged."""
+        tensor = self.draft.tensors[op.outputs[0]]
+        shape = tensor.shape
+        given = [v for v in inputs.values() if isinstance(v, _Triangle)]
+        others = [v for v in inputs.values() if isinstance(v, torch.Tensor)]
+        if op.target in _COMPARISONS and len(inputs) == 2 and len(others) == 2 and len(shape) >= 2:
+            left, right = (inputs[ref.name] for ref in op.args)
+            low, high = (left, right) if op.target.startswith("aten.le") else (right, left)
+            return _Triangle(shape[-1], len(shape)) if _is_lower(low, high, shape) else None
+        if not given or tensor.dtype is not torch.bool or shape[-2:] != (given[0].length,) * 2:
+            return None
+        same = replace(given[0], num_dims=len(shape))
+        if op.target in _AND:
+            return same if all(v.numel() == 1 and bool(v) for v in others) else None
+        if op.target in ("aten.expand.default", "aten.alias.default", "aten.to.dtype", "aten.clone.default"):
+            return same
+        if op.target == "aten.unsqueeze.default":
+            return same if bind(op)["dim"] % len(shape) < len(shape) - 2 else None
+        return None
 
     def _evaluate(self, op: Op, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
         shape = self.draft.tensors[op.outputs[0]].shape
@@ -180,6 +225,37 @@ class _Constants:
         out = value[tuple(used)]
         rank = len(self.draft.tensors[op.outputs[0]].shape)
         return out.reshape((1,) * (rank - out.dim()) + tuple(out.shape))
+
+
+def _is_lower(low: _Value, high: _Value, shape: tuple[int, ...]) -> bool:
+    """Whether low <= high is the causal triangle, for low varying along columns only and high along rows only."""
+    length = shape[-1]
+    if shape[-2] != length or length == 1:
+        return False
+    if low.numel() != length or low.shape[-1] != length or high.numel() != length or high.dim() < 2:
+        return False
+    columns, rows = low.reshape(-1), high.reshape(-1)
+    if high.shape[-2] != length or not bool((columns[1:] > columns[:-1]).all()):
+        return False
+    # In an increasing row of columns, those <= rows[i] must be the first i + 1.
+    return torch.equal(torch.searchsorted(columns, rows, right=True), torch.arange(1, length + 1))
+
+
+def _made(triangle: _Triangle) -> torch.Tensor | None:
+    if triangle.length**2 > _LIMIT:
+        return None
+    ones = torch.ones(triangle.length, triangle.length, dtype=torch.bool).tril_()
+    return ones.reshape((1,) * (triangle.num_dims - 2) + tuple(ones.shape))
+
+
+def _squeezed(value: torch.Tensor | None) -> torch.Tensor | None:
+    """Compressed along every dim in which all entries turn out to be equal."""
+    if value is None or value.numel() > _LOOKED_AT:
+        return value
+    for dim in range(value.dim()):
+        if value.shape[dim] > 1 and bool((value == value.narrow(dim, 0, 1)).all()):
+            value = value.narrow(dim, 0, 1)
+    return value
 
 
 def _with_size(op: Op, size: tuple[int, ...]) -> Op:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
+import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Curve:
     """A rate that depends on size: (size, rate) points, sizes ascending; interpolated in log size, flat outside.
 
@@ -15,16 +23,43 @@ class Curve:
 
     points: tuple[tuple[float, float], ...]
 
+    def __post_init__(self) -> None:
+        sizes = [size for size, _ in self.points]
+        if not sizes or sizes != sorted(set(sizes)):
+            raise ValueError(f"a curve needs at least one point, sizes strictly ascending; got sizes {sizes}")
+        for size, rate in self.points:
+            _positive("size of a curve's point", size)
+            _positive("rate of a curve's point", rate)
+
+    @cached_property
+    def _log_sizes(self) -> tuple[float, ...]:
+        return tuple(math.log(size) for size, _ in self.points)
+
+    def at(self, size: float) -> float:
+        """The rate at `size`."""
+        points = self.points
+        if size <= points[0][0]:
+            return points[0][1]
+        if size >= points[-1][0]:
+            return points[-1][1]
+        right = bisect.bisect_right(self._log_sizes, math.log(size), hi=len(points) - 1)
+        low, high = self._log_sizes[right - 1], self._log_sizes[right]
+        share = (math.log(size) - low) / (high - low)
+        return points[right - 1][1] * (1 - share) + points[right][1] * share
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
     """One accelerator or CPU share, as one rank sees it while its neighbours work too.
 
     flops_per_s: dense matrix peak by dtype name ("float32", "bfloat16", ...).
-    rates: measured (or efficiency-derived) curves by class of op and dtype, keys such as "matmul.float32",
-        "attention.float32", "elementwise", "transcendental", "reduction", "gather", "optimizer"; a missing class falls
-        back to the roofline of flops_per_s and memory_bytes_per_s with published efficiencies.
+    rates: measured (or efficiency-derived) curves by class of op, forward "<class>" and backward "<class>_backward",
+        with ".<dtype>" appended for "matmul", "convolution" and "attention" (cost/compute.py lists the classes and what
+        their size means); a missing class falls back to the roofline of flops_per_s and memory_bytes_per_s with
+        published efficiencies. Rates are net of launch cost.
     launch_s: fixed cost of one op forward (dispatch plus kernel launch); backward_launch_s: of its backward.
+    asynchronous: kernels run while the host dispatches the next ops (GPUs), so that launch cost is a floor of an op's
+        time; otherwise it adds to it.
     """
 
     kind: str
@@ -34,6 +69,17 @@ class Device:
     launch_s: float
     backward_launch_s: float
     rates: Mapping[str, Curve] = field(default_factory=dict)
+    asynchronous: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("memory_bytes of a device", self.memory_bytes)
+        _positive("memory_bytes_per_s of a device", self.memory_bytes_per_s)
+        _not_negative("launch_s of a device", self.launch_s)
+        _not_negative("backward_launch_s of a device", self.backward_launch_s)
+        if "float32" not in self.flops_per_s:
+            raise ValueError(f"flops_per_s of a device must have 'float32'; it has {sorted(self.flops_per_s)}")
+        for dtype, flops in self.flops_per_s.items():
+            _positive(f"flops_per_s[{dtype!r}] of a device", flops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +88,23 @@ class Link:
 
     overlap: the share of a transfer's time that hides behind independent compute (0: none, 1: all).
     collectives: measured (latency_s, bandwidth_bytes_per_s) by collective name ("all_reduce", "all_gather",
-        "reduce_scatter", "all_to_all", "send"), where bandwidth is bus bandwidth (NCCL tests' convention).
+        "reduce_scatter", "all_to_all", "send"), where latency is per step of the ring (cost/collectives.py) and
+        bandwidth is bus bandwidth (NCCL tests' convention).
     """
 
     latency_s: float
     bandwidth_bytes_per_s: float
     overlap: float = 0.0
     collectives: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _not_negative("latency_s of a link", self.latency_s)
+        _positive("bandwidth_bytes_per_s of a link", self.bandwidth_bytes_per_s)
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"overlap of a link is a share between 0 and 1; got {self.overlap!r}")
+        for kind, (latency_s, bandwidth) in self.collectives.items():
+            _not_negative(f"latency of {kind} on a link", latency_s)
+            _positive(f"bandwidth of {kind} on a link", bandwidth)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +122,12 @@ class Cluster:
     inter: Link
     source: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("num_hosts", "devices_per_host"):
+            count = getattr(self, name)
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} of a cluster must be a whole number of at least 1; got {count!r}")
+
     @property
     def world_size(self) -> int:
         return self.num_hosts * self.devices_per_host
@@ -75,4 +137,99 @@ class Cluster:
 
     def link(self, ranks: tuple[int, ...]) -> Link:
         """The slowest link that a collective over `ranks` crosses."""
-        return self.intra if len({self.host(r) for r in ranks}) <= 1 else self.inter
+        return self.inter if self.crosses_hosts(ranks) else self.intra
+
+    def crosses_hosts(self, ranks: tuple[int, ...]) -> bool:
+        return bool(ranks) and min(ranks) // self.devices_per_host != max(ranks) // self.devices_per_host
+
+    def describe(self) -> str:
+        """A few lines for people: devices, their rates, and both kinds of link."""
+        device = self.device
+        peaks = ", ".join(f"{dtype} {flops / 1e12:.3g} Tflop/s" for dtype, flops in device.flops_per_s.items())
+        lines = [
+            f"{self.world_size} x {device.kind} ({self.num_hosts} hosts of {self.devices_per_host})"
+            + (f", from {self.source}" if self.source else ""),
+            f"  device: {device.memory_bytes / 2**30:.1f} GiB at {device.memory_bytes_per_s / 1e9:.4g} GB/s; {peaks}; "
+            f"launch {device.launch_s * 1e6:.1f} us forward, {device.backward_launch_s * 1e6:.1f} us backward",
+        ]
+        for where, link, used in (
+            ("within a host", self.intra, self.devices_per_host > 1),
+            ("between hosts", self.inter, self.num_hosts > 1),
+        ):
+            if used:
+                lines.append(
+                    f"  {where}: {link.bandwidth_bytes_per_s / 1e9:.3g} GB/s, {link.latency_s * 1e6:.3g} us, "
+                    f"{link.overlap:.0%} hides behind compute"
+                )
+                lines += [
+                    f"    {kind}: {bandwidth / 1e9:.3g} GB/s bus, {latency_s * 1e6:.3g} us per ring step"
+                    for kind, (latency_s, bandwidth) in link.collectives.items()
+                ]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "") -> Cluster:
+        """The inverse of `to_json`. ValueError for anything that is not a cluster; `source` names it in the error."""
+        where = source or "the text"
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON ({error}); expected a file written by Cluster.save") from None
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            given = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"{where} has schema {given!r}; expected a cluster file of schema {SCHEMA}; probe again")
+        try:
+            return cls(
+                device=_device(data["device"]),
+                num_hosts=data["num_hosts"],
+                devices_per_host=data["devices_per_host"],
+                intra=_link(data["intra"]),
+                inter=_link(data["inter"]),
+                source=data.get("source", ""),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where} is not a complete cluster ({type(error).__name__}: {error})") from None
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Cluster:
+        """Read a file written by `save`; ValueError when it holds something else."""
+        return cls.from_json(Path(path).read_text(), source=str(path))
+
+    @classmethod
+    def preset(cls, name: str, hosts: int = 1, devices_per_host: int = 8, inter: Link | None = None) -> Cluster:
+        """A cluster from published data sheets; see cluster/presets.py."""
+        from .presets import preset
+
+        return preset(name, hosts, devices_per_host, inter)
+
+    @classmethod
+    def probe(cls, device: Any = None, process_group: Any = None) -> Cluster:
+        """Measure the running world; every rank must call it; see cluster/probe.py."""
+        from .probe import probe
+
+        return probe(device, process_group)
+
+
+def _device(data: dict[str, Any]) -> Device:
+    rates = {name: Curve(tuple((s, rate) for s, rate in curve["points"])) for name, curve in data["rates"].items()}
+    return Device(**{**data, "rates": rates})
+
+
+def _link(data: dict[str, Any]) -> Link:
+    return Link(**{**data, "collectives": {kind: tuple(pair) for kind, pair in data["collectives"].items()}})
+
+
+def _positive(what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{what} must be a positive number; got {value!r}")
+
+
+def _not_negative(what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{what} must be a number of at least 0; got {value!r}")

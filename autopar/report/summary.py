@@ -19,6 +19,8 @@ _KINDS = {
     "D": "reduce gradients",
     "O": "optimizer",
 }
+# A predicted send lasts as long as its link is busy, a measured one until it is under way: their error means nothing.
+_NOT_COMPARABLE = frozenset({"SA", "SG"})
 _DURATIONS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 _SIZES = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
 
@@ -42,7 +44,8 @@ def timeline_table(predicted: Timeline | None, measured: Timeline | None) -> str
     for kind in (*_KINDS, *others):
         values = [mean.get(kind) for mean in means]
         if any(value is not None for value in values):
-            rows.append(_row(f"  {_KINDS.get(kind, kind)}", values, _DURATIONS))
+            row = _row(f"  {_KINDS.get(kind, kind)}", values, _DURATIONS)
+            rows.append((*row[:-1], "") if kind in _NOT_COMPARABLE else row)
     known = set.intersection(*({*line.peak_memory_bytes} for line in lines))
     fullest = sorted(known, key=lambda rank: (-lines[-1].peak_memory_bytes[rank], rank))[:8]
     for rank in sorted(fullest):

@@ -14,17 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..torch_private import all_gather_single, reduce_scatter_single
+
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
-Record = Callable[[str, int, int, float], None]
+Record = Callable[[str, tuple[int, ...], int, float], None]
+"""(kind, global ranks, bytes of the whole tensor as cost/collectives.py counts them, seconds)"""
 
 
 @dataclass(eq=False)
 class Axis:
     """A mesh axis of `size` ranks; `ranks` are their global numbers, in axis order.
 
-    on_collective(kind, num_ranks, size_bytes, seconds), when set, hears of every collective (for refinement). Setting
-    it makes collectives synchronise with the device, so the runtime sets it for measured steps only.
+    on_collective, when set, hears of every collective (for refinement). Setting it makes collectives synchronise with
+    the device, so the runtime sets it for measured steps only.
     """
 
     name: str
@@ -47,7 +50,7 @@ class Axis:
         self._timed(
             "all_gather",
             gathered,
-            lambda: dist.all_gather_into_tensor(gathered.view(-1), tensor.view(-1), group=self.group),
+            lambda: all_gather_single(gathered.view(-1), tensor.view(-1), self.group),
         )
         return _join(gathered, dim, blocks)
 
@@ -58,7 +61,7 @@ class Axis:
         self._timed(
             "reduce_scatter",
             pieces,
-            lambda: dist.reduce_scatter_tensor(out.view(-1), pieces.view(-1), group=self.group),
+            lambda: reduce_scatter_single(out.view(-1), pieces.view(-1), self.group),
         )
         return out
 
@@ -74,7 +77,10 @@ class Axis:
         pieces = _cut(tensor, to_dim, to_blocks, self.size)
         received = torch.empty_like(pieces)
         self._timed(
-            "all_to_all", pieces, lambda: dist.all_to_all_single(received.view(-1), pieces.view(-1), group=self.group)
+            "all_to_all",
+            pieces,
+            lambda: dist.all_to_all_single(received.view(-1), pieces.view(-1), group=self.group),
+            parts=self.size,
         )
         return _join(received, dim, blocks)
 
@@ -95,7 +101,8 @@ class Axis:
         """The tensor on rank 0 of the axis, zeros elsewhere."""
         return tensor if self.rank == 0 else torch.zeros_like(tensor)
 
-    def _timed(self, kind: str, whole: Tensor, call: Callable[[], object]) -> None:
+    def _timed(self, kind: str, whole: Tensor, call: Callable[[], object], parts: int = 1) -> None:
+        """parts: of how many such tensors the collective's whole consists."""
         if self.on_collective is None:
             call()
             return
@@ -103,7 +110,8 @@ class Axis:
         start = time.perf_counter()
         call()
         _synchronize(whole)
-        self.on_collective(kind, self.size, whole.numel() * whole.element_size(), time.perf_counter() - start)
+        size_bytes = whole.numel() * whole.element_size() * parts
+        self.on_collective(kind, self.ranks, size_bytes, time.perf_counter() - start)
 
 
 def _synchronize(tensor: Tensor) -> None:

@@ -38,28 +38,34 @@ class Groups:
 
 
 def build_groups(plan: Plan, graph: Graph) -> Groups:
-    """Create every group of `plan`. All ranks of the world must call it, with the same plan."""
+    """Create every group of `plan`. All ranks of the world must call it, with the same plan.
+
+    Every rank takes part in making every group, in one order. Groups made by their members alone
+    (`use_local_synchronization`) hang on gloo as soon as two members have made different numbers of groups before, as
+    the middle and the end of a pipeline have.
+    """
     rank = dist.get_rank()
     stage_of = {r: s for s, stage in enumerate(plan.stages) for r in stage.ranks}
     index = stage_of[rank]
-    stage = plan.stages[index]
-    rows, columns = _mesh_lines(stage)
-    data = _axis("data", rank, columns)
-    tensor = _axis("tensor", rank, rows)
-    all_of_stage = _axis("stage", rank, [stage.ranks])
-    position = stage.ranks.index(rank)
+    axes: dict[str, Axis] = {}
+    for stage in plan.stages:
+        rows, columns = _mesh_lines(stage)
+        for name, lines in (("data", columns), ("tensor", rows), ("stage", [stage.ranks])):
+            axis = _axis(name, rank, lines)
+            axes |= {name: axis} if axis else {}
     forward: dict[int, dist.ProcessGroup] = {}
     backward: dict[int, dist.ProcessGroup] = {}
-    for peer in sorted({index - 1, index + 1} & set(range(len(plan.stages)))):
-        pair = sorted((rank, plan.stages[peer].ranks[position]))
-        forward[peer] = dist.new_group(pair, use_local_synchronization=True)
-        backward[peer] = dist.new_group(pair, use_local_synchronization=True)
-    tied = {
-        name: _axis(f"tied:{name}", rank, [[plan.stages[s].ranks[position] for s in holders]])
-        for name, holders in tied_stages(plan, graph).items()
-        if index in holders
-    }
-    return Groups(plan, rank, index, data, tensor, all_of_stage, forward, backward, tied)
+    for first in range(len(plan.stages) - 1):
+        for pair in zip(plan.stages[first].ranks, plan.stages[first + 1].ranks, strict=True):
+            for made in (forward, backward):
+                group = dist.new_group(list(pair))
+                if rank in pair:
+                    made[first + 1 if rank == pair[0] else first] = group
+    tied: dict[str, Axis] = {}
+    for name, holders in tied_stages(plan, graph).items():
+        axis = _axis(f"tied:{name}", rank, list(zip(*(plan.stages[s].ranks for s in holders), strict=True)))
+        tied |= {name: axis} if axis else {}
+    return Groups(plan, rank, index, axes["data"], axes["tensor"], axes["stage"], forward, backward, tied)
 
 
 def tied_stages(plan: Plan, graph: Graph) -> dict[str, tuple[int, ...]]:
@@ -81,10 +87,11 @@ def _mesh_lines(stage: Stage) -> tuple[list[list[int]], list[list[int]]]:
     return grid, [list(column) for column in zip(*grid, strict=True)]
 
 
-def _axis(name: str, rank: int, lines: Sequence[Sequence[int]]) -> Axis:
-    """The axis through this rank; only the ranks of one line create its group."""
+def _axis(name: str, rank: int, lines: Sequence[Sequence[int]]) -> Axis | None:
+    """Makes the groups of all lines; the axis through this rank, if it is in one of them."""
+    found = None
     for ranks in lines:
+        group = dist.new_group(list(ranks))
         if rank in ranks:
-            group = dist.new_group(list(ranks), use_local_synchronization=True)
-            return Axis(name, list(ranks).index(rank), len(ranks), tuple(ranks), group)
-    raise AssertionError(f"rank {rank} is in no line of axis {name}")
+            found = Axis(name, list(ranks).index(rank), len(ranks), tuple(ranks), group)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from ..schedule.instructions import OptimizerStep
 from ..timeline import Event, Timeline
 from .build import Runtime
-from .memory import allocation_peak
+from .detail import detailed
+from .profile import OpSeconds
 from .recorder import CollectiveSample
 
 _DETAILED_STEP = 1  # the first step pays for lazy initialisation
@@ -36,10 +38,22 @@ class Measurement:
         self.step_times_s: list[float] = []
         self.samples: tuple[CollectiveSample, ...] = ()
         self.peak_memory_bytes: int | None = None
+        self.at_rest_bytes = 0
+        self.op_seconds: OpSeconds = {}
+        self.profiled_events: tuple[Event, ...] = ()
         self._steps = 0
         self._clean = False  # whether a step is under way that nothing but training has disturbed
         self._optimizer_start_s = 0.0
         self._handles = _watch_optimizers(self)
+
+    @property
+    def num_steps(self) -> int:
+        """Training calls so far."""
+        return self._steps
+
+    def median_step_s(self) -> float:
+        """Median of the latest undisturbed steps of this rank."""
+        return statistics.median(self.step_times_s)
 
     def close(self) -> None:
         for handle in self._handles:
@@ -59,7 +73,7 @@ class Measurement:
         detailed = training and self._steps == _DETAILED_STEP
         recorder.begin()
         if detailed:
-            with self._detailed():
+            with self._in_detail():
                 yield
         else:
             yield
@@ -67,20 +81,23 @@ class Measurement:
         self._steps += training
 
     @contextmanager
-    def _detailed(self) -> Iterator[None]:
+    def _in_detail(self) -> Iterator[None]:
         recorder = self.runtime.recorder
         axes = [a for a in (self.runtime.groups.tensor, self.runtime.groups.data) if a.size > 1]
         for axis in axes:
             axis.on_collective = recorder.collective
-        at_rest = 0 if self.device.type == "cuda" else self._bytes_at_rest()
+        self.at_rest_bytes = self._bytes_at_rest()
         try:
-            with allocation_peak(self.device) as peak:
+            with detailed(self.device) as detail:
                 yield
         finally:
             for axis in axes:
                 axis.on_collective = None
         self.samples = tuple(recorder.samples)
-        self.peak_memory_bytes = at_rest + peak.bytes
+        # CUDA's peak counts what lies at rest already.
+        self.peak_memory_bytes = detail.peak_bytes + (0 if self.device.type == "cuda" else self.at_rest_bytes)
+        self.profiled_events = recorder.finished_events()
+        self.op_seconds = detail.op_seconds
 
     def _bytes_at_rest(self) -> int:
         tensors: list[Tensor] = []

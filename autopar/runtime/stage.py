@@ -11,7 +11,7 @@ from torch import Tensor
 from ..graph import Block, Graph, Op
 from ..plan import Layout, Plan, Stage
 from ..sharding.batch import BatchLayout, batch_layout
-from ..sharding.flow import block_flow
+from ..sharding.flow import Convert, block_flow
 from ..sharding.local import local_shape
 from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split, parse_placement
 from .axis import Axis
@@ -69,9 +69,16 @@ def compile_stage(graph: Graph, plan: Plan, index: int, tensor_axis: Axis, devic
     rewriter = Rewriter(graph, batch, shards, tensor_axis if stage.tensor > 1 else None, device)
     evaluation = Rewriter(graph, batch, shards, rewriter.model_axis, device, training=False)
     layouts = stage_layouts(plan, stage)
-    blocks = []
-    for block, layout in zip(graph.blocks[stage.start : stage.stop], layouts, strict=True):
-        blocks.append(_compile_block(graph, block, layout, rewriter, evaluation, shards))
+    members = graph.blocks[stage.start : stage.stop]
+    # A replicated parameter used by a split op gets one summand of its gradient per rank. The reduction is linear in
+    # the uses, so such a parameter enters every block as SHARED, which defers it to the end of the step.
+    reduced = {
+        t for block, layout in zip(members, layouts, strict=True) for t in _used_shared(graph, block, layout, shards)
+    }
+    blocks = [
+        _compile_block(graph, block, layout, frozenset(reduced.intersection(block.parameters)), rewriter, evaluation)
+        for block, layout in zip(members, layouts, strict=True)
+    ]
     sides = tuple(dict.fromkeys(t for block in blocks for t in block.sides))
     whole, prologue_ops = _prologue(graph, batch, sides)
     side_ops = _ancestors(graph, sides, stop=whole)
@@ -124,9 +131,14 @@ def stage_layouts(plan: Plan, stage: Stage) -> list[Layout | None]:
 
 
 def _compile_block(
-    graph: Graph, block: Block, layout: Layout | None, training: Rewriter, evaluation: Rewriter, shards: int
+    graph: Graph,
+    block: Block,
+    layout: Layout | None,
+    reduced: frozenset[str],
+    training: Rewriter,
+    evaluation: Rewriter,
 ) -> CompiledBlock:
-    steps = block_flow(graph, block, layout, shards)
+    steps = block_flow(graph, block, layout, training.shards)
     at_rest = [REPLICATED] * len(block.parameters)
     arriving = [REPLICATED] * len(block.inputs)
     leaving = [REPLICATED] * len(block.outputs)
@@ -143,9 +155,6 @@ def _compile_block(
     own = {*block.inputs, *block.parameters, *produced}
     read = (t for op in graph.block_ops(block) for t in op.inputs)
     sides = tuple(dict.fromkeys(t for t in read if t not in own))
-    # A replicated parameter used by a split op gets one summand of its gradient per rank. The reduction is linear in
-    # the uses, so parameters enter as the placement that defers it: whole forward, a summand backward.
-    reduced = frozenset(_used_shared(graph, block, layout, steps))
     entering = [(t, SHARED if t in reduced else p) for t, p in parameters]
     name = f"block{block.index}"
     return CompiledBlock(
@@ -160,15 +169,15 @@ def _compile_block(
     )
 
 
-def _used_shared(graph: Graph, block: Block, layout: Layout | None, steps: Sequence[object]) -> list[str]:
-    """Parameters replicated at rest and used as SHARED: their gradients are reduced once per step, not per use."""
+def _used_shared(graph: Graph, block: Block, layout: Layout | None, shards: int) -> list[str]:
+    """Parameters of the block that are replicated at rest and used as SHARED."""
     if layout is None:
         return []
     at_rest = dict(zip(block.parameters, layout.parameters, strict=True))
     return [
-        step.tensor  # type: ignore[attr-defined]
-        for step in steps
-        if getattr(step, "want", None) == SHARED and at_rest.get(getattr(step, "tensor", "")) == "R"
+        step.tensor
+        for step in block_flow(graph, block, layout, shards)
+        if isinstance(step, Convert) and step.want == SHARED and at_rest.get(step.tensor) == str(REPLICATED)
     ]
 
 

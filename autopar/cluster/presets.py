@@ -1,0 +1,149 @@
+"""Clusters from published data sheets, for planning without the machine at hand.
+
+Memory is decimal gigabytes as sold: what torch reports beyond that (79 GiB of an "80 GB" part) is left to the driver's
+context and to communication buffers. float32 is the rate outside tensor cores, because torch keeps TF32 off for matrix
+products by default. Rates are peaks: cost/compute.py applies efficiencies.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .spec import Cluster, Device, Link
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    memory_bytes: float
+    memory_bytes_per_s: float
+    flops_per_s: Mapping[str, float]
+    intra: Link
+    inter: Link
+
+
+# Protocol overhead leaves about 80% of a link's nominal rate: 370 of 450 GB/s on H100 (NCCL's maintainers, nccl-tests
+# issue 212). The same share is assumed of PCIe and of networks.
+_LINK_EFFICIENCY = 0.8
+
+# Latency of one ring step with the simple protocol: `hwLat` in NCCL's src/graph/tuning.cc.
+_NVLINK_LATENCY_S = 3.4e-6
+_PCIE_LATENCY_S = 5.7e-6
+_NETWORK_LATENCY_S = 14e-6
+
+# Collectives on a stream of their own hide behind compute but for the SMs they take; 0.8 is an assumption.
+_OVERLAP = 0.8
+
+
+def _link(bytes_per_s: float, latency_s: float) -> Link:
+    return Link(latency_s, bytes_per_s * _LINK_EFFICIENCY, _OVERLAP)
+
+
+_PARTS: dict[str, _Part] = {
+    # NVIDIA V100 data sheet, SXM2: 15.7 Tflop/s FP32, 125 Tflop/s tensor FP16, 900 GB/s, NVLink 300 GB/s both ways.
+    # Network: DGX-1V, 4 x 100 Gb/s EDR for 8 GPUs.
+    "v100-16gb": _Part(
+        16e9,
+        900e9,
+        {"float32": 15.7e12, "float16": 125e12},
+        _link(150e9, _NVLINK_LATENCY_S),
+        _link(6.25e9, _NETWORK_LATENCY_S),
+    ),
+    "v100-32gb": _Part(
+        32e9,
+        900e9,
+        {"float32": 15.7e12, "float16": 125e12},
+        _link(150e9, _NVLINK_LATENCY_S),
+        _link(6.25e9, _NETWORK_LATENCY_S),
+    ),
+    # NVIDIA A100 data sheet, SXM4: 19.5 Tflop/s FP32, 312 Tflop/s dense BF16/FP16, 1,555 and 2,039 GB/s, NVLink 600
+    # GB/s both ways. Network: DGX A100, 8 x 200 Gb/s HDR.
+    "a100-40gb": _Part(
+        40e9,
+        1555e9,
+        {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12},
+        _link(300e9, _NVLINK_LATENCY_S),
+        _link(25e9, _NETWORK_LATENCY_S),
+    ),
+    "a100-80gb": _Part(
+        80e9,
+        2039e9,
+        {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12},
+        _link(300e9, _NVLINK_LATENCY_S),
+        _link(25e9, _NETWORK_LATENCY_S),
+    ),
+    # NVIDIA H100 data sheet, SXM5: 67 Tflop/s FP32, 1,979 Tflop/s BF16/FP16 with sparsity (half of it dense), 3.35
+    # TB/s, NVLink 900 GB/s both ways. Network: DGX H100, 8 x 400 Gb/s NDR.
+    "h100-80gb": _Part(
+        80e9,
+        3350e9,
+        {"float32": 67e12, "bfloat16": 989.5e12, "float16": 989.5e12},
+        _link(450e9, _NVLINK_LATENCY_S),
+        _link(50e9, _NETWORK_LATENCY_S),
+    ),
+    # NVIDIA H200 data sheet, SXM: compute as H100, 141 GB at 4.8 TB/s.
+    "h200-141gb": _Part(
+        141e9,
+        4800e9,
+        {"float32": 67e12, "bfloat16": 989.5e12, "float16": 989.5e12},
+        _link(450e9, _NVLINK_LATENCY_S),
+        _link(50e9, _NETWORK_LATENCY_S),
+    ),
+    # NVIDIA T4 data sheet: 8.1 Tflop/s FP32, 65 Tflop/s FP16, 300 GB/s, PCIe 3.0 x16 at 32 GB/s both ways.
+    # Network: AWS g4dn.metal, 100 Gb/s for 8 GPUs.
+    "t4-16gb": _Part(
+        16e9,
+        300e9,
+        {"float32": 8.1e12, "float16": 65e12},
+        _link(16e9, _PCIE_LATENCY_S),
+        _link(1.5625e9, _NETWORK_LATENCY_S),
+    ),
+    # NVIDIA L40S data sheet: 91.6 Tflop/s FP32, 733 Tflop/s BF16/FP16 with sparsity (362 dense), 864 GB/s, PCIe 4.0 x16
+    # at 64 GB/s both ways. Network: AWS g6e.48xlarge, 400 Gb/s for 8 GPUs.
+    "l40s-48gb": _Part(
+        48e9,
+        864e9,
+        {"float32": 91.6e12, "bfloat16": 362e12, "float16": 362e12},
+        _link(32e9, _PCIE_LATENCY_S),
+        _link(6.25e9, _NETWORK_LATENCY_S),
+    ),
+    # One core: AVX2 with two FMA units at 3 GHz (8 lanes x 2 units x 2 flops x 3e9), one channel of DDR4-3200 (JEDEC:
+    # 25.6 GB/s). Links: gloo over loopback, and 10 Gb/s Ethernet, with TCP's latencies. Real CPUs should be probed.
+    "cpu": _Part(
+        8e9,
+        25.6e9,
+        {"float32": 96e9},
+        Link(50e-6, 2e9, 0.0),
+        Link(100e-6, 1.25e9 * _LINK_EFFICIENCY, 0.0),
+    ),
+}
+
+# Dispatch of an eager op: about 5 us of host time with its kernel launch, and about as much per backward node: the
+# order that a probe of server CPUs gives (4 to 9 us).
+_LAUNCH_S = 5e-6
+
+PRESETS = tuple(_PARTS)
+
+
+def preset(name: str, hosts: int = 1, devices_per_host: int = 8, inter: Link | None = None) -> Cluster:
+    """A cluster of `hosts` x `devices_per_host` parts of one kind.
+
+    inter: the link between hosts, per device, in place of the part's usual one.
+    Raises ValueError for a name that is not in `PRESETS`, naming the nearest.
+    """
+    part = _PARTS.get(name.lower())
+    if part is None:
+        near = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"no preset {name!r}; {hint}Known: {', '.join(PRESETS)}")
+    device = Device(
+        kind=name.lower(),
+        memory_bytes=int(part.memory_bytes),
+        flops_per_s=part.flops_per_s,
+        memory_bytes_per_s=part.memory_bytes_per_s,
+        launch_s=_LAUNCH_S,
+        backward_launch_s=_LAUNCH_S,
+        asynchronous=name.lower() != "cpu",
+    )
+    return Cluster(device, hosts, devices_per_host, part.intra, inter or part.inter, f"preset {name.lower()}")

@@ -1,0 +1,309 @@
+"""What an op does, as kernels: its compute class and how much of that class's unit (flops or bytes), forward and backward.
+
+The classes and their units are those of cluster/rates.py. Bytes are what the eager kernels of torch read and write; one op
+may be several kernels, as a power's backward is three elementwise passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..graph import Op, Shape, Tensor
+from .storage import VIEWS, base_name
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """amount: flops or bytes; at: the size at which to look up the rate; launches: calls that it takes.
+
+    adjoint: look up the class's "_backward" rate. moved_bytes: what a class counted in flops reads and writes.
+    """
+
+    compute_class: str
+    amount: float
+    at: float
+    dtype: str
+    launches: int = 1
+    adjoint: bool = False
+    moved_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """An op with local shapes, in the order of its inputs and outputs.
+
+    copies: a view op that cannot alias its input. shared_uses: per input, how many consumers add to its gradient.
+    """
+
+    op: Op
+    tensors: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    shapes: tuple[Shape, ...]
+    out_shapes: tuple[Shape, ...]
+    copies: bool
+    shared_uses: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return base_name(self.op.target)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.outputs[0].dtype).removeprefix("torch.")
+
+    def bytes(self, index: int) -> int:
+        return math.prod(self.shapes[index]) * self.tensors[index].dtype.itemsize
+
+    def out_bytes(self, index: int = 0) -> int:
+        return math.prod(self.out_shapes[index]) * self.outputs[index].dtype.itemsize
+
+    @property
+    def in_bytes(self) -> int:
+        """Bytes of the distinct inputs; a broadcast or expanded input is read at its own size."""
+        return sum({t.name: self.bytes(i) for i, t in enumerate(self.tensors)}.values())
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """Indices of the inputs that get a gradient from this op."""
+        if self.op.no_grad or not any(t.requires_grad for t in self.outputs):
+            return ()
+        return tuple(i for i, t in enumerate(self.tensors) if t.requires_grad)
+
+    def argument(self, position: int, name: str, default: object = None) -> object:
+        if position < len(self.op.args):
+            return self.op.args[position]
+        return dict(self.op.kwargs).get(name, default)
+
+
+Kernels = list[Kernel]
+
+
+def kernels(call: Call) -> tuple[Kernels, Kernels]:
+    """(forward, backward) kernels of an op on one rank."""
+    forward, backward = _TABLE.get(call.name, _pointwise)(call)
+    if not call.differentiable:
+        return forward, []
+    return forward, [*backward, *_accumulations(call)]
+
+
+def _accumulations(call: Call) -> Iterator[Kernel]:
+    """Gradients of a tensor with several consumers are added up: each consumer is charged its part of the additions."""
+    for i in call.differentiable:
+        uses = call.shared_uses[i]
+        if uses > 1 and call.tensors[i].role != "parameter":
+            yield _bytes("pointwise", 3 * call.bytes(i) * (uses - 1) / uses, at=3 * call.bytes(i))
+
+
+def _bytes(
+    compute_class: str, amount: float, *, at: float | None = None, adjoint: bool = False, launches: int = 1
+) -> Kernel:
+    return Kernel(compute_class, amount, amount if at is None else at, "", launches, adjoint)
+
+
+# -- contractions
+
+
+def _products(call: Call, flops: float, compute_class: str = "matmul") -> tuple[Kernels, Kernels]:
+    """One product forward, and one per input (of the first two) that needs a gradient backward."""
+    moved = call.in_bytes + call.out_bytes()
+    forward = [Kernel(compute_class, flops, flops, call.dtype, moved_bytes=moved)]
+    backward = []
+    for i in call.differentiable:
+        if len(call.shapes[i]) > 1:
+            backward.append(Kernel(compute_class, flops, flops, call.dtype, adjoint=True, moved_bytes=moved))
+        else:  # a bias: its gradient is a sum over the rows of the result's
+            backward.append(_bytes("reduction", call.out_bytes()))
+    return forward, backward
+
+
+def _linear(call: Call) -> tuple[Kernels, Kernels]:
+    return _products(call, 2.0 * math.prod(call.shapes[0]) * call.shapes[1][0])
+
+
+def _matmul(call: Call) -> tuple[Kernels, Kernels]:
+    return _products(call, 2.0 * math.prod(call.out_shapes[0]) * call.shapes[0][-1])
+
+
+def _addmm(call: Call) -> tuple[Kernels, Kernels]:
+    return _products(call, 2.0 * math.prod(call.out_shapes[0]) * call.shapes[1][-1])
+
+
+def _einsum(call: Call) -> tuple[Kernels, Kernels]:
+    """2 x the product of all letters' sizes; the letters of an ellipsis count through the first operand's leading dims."""
+    terms = str(call.op.args[0]).replace(" ", "").split("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, call.shapes, strict=False):
+        if "..." not in term:
+            sizes.update(zip(term, shape, strict=False))
+        else:
+            before, after = term.split("...")
+            sizes.update(zip(before, shape, strict=False))
+            sizes.update(zip(reversed(after), reversed(shape), strict=False))
+            sizes["..."] = math.prod(shape[len(before) : len(shape) - len(after)])
+    return _products(call, 2.0 * math.prod(sizes.values()))
+
+
+def _convolution(call: Call) -> tuple[Kernels, Kernels]:
+    weight = call.shapes[1]  # [out, in / groups, kernel...]
+    flops = 2.0 * math.prod(call.out_shapes[0]) * math.prod(weight[1:])
+    return _products(call, flops, "convolution")
+
+
+def _attention(call: Call) -> tuple[Kernels, Kernels]:
+    """Fused attention; with dropout on CPUs torch materialises the scores, which this counts as softmax and dropout."""
+    query, key, value = call.shapes[:3]
+    heads = math.prod(query[:-2])
+    head_flops = 2.0 * query[-2] * key[-2] * (query[-1] + value[-1])
+    if call.argument(5, "is_causal", False):
+        head_flops /= 2
+    flops = heads * head_flops
+    forward = [Kernel("attention", flops, head_flops, call.dtype)]
+    backward = [Kernel("attention", flops, head_flops, call.dtype, adjoint=True)]
+    return forward, backward
+
+
+# -- views and copies
+
+
+def _view(call: Call) -> tuple[Kernels, Kernels]:
+    size = sum(call.out_bytes(i) for i in range(len(call.outputs)))
+    forward = [_bytes("copy", 2 * size) if call.copies else _bytes("view", 0)]
+    if call.name in ("slice", "select", "narrow", "diagonal", "unfold"):
+        # Zeros of the whole, and the gradient copied into its place.
+        whole = call.bytes(0)
+        return forward, [] if whole == size else [_bytes("copy", whole + 2 * size, launches=2)]
+    if call.name in ("split", "split_with_sizes", "chunk", "unbind"):
+        return forward, [_bytes("copy", 2 * size)]
+    if call.name in ("expand", "expand_as") and size > call.bytes(0):
+        return forward, [_bytes("reduction", size)]
+    return forward, [_bytes("copy", 2 * size) if call.copies else _bytes("view", 0)]
+
+
+def _copy(call: Call) -> tuple[Kernels, Kernels]:
+    size = call.in_bytes + call.out_bytes()
+    return [_bytes("copy", size)], [_bytes("view", 0)]
+
+
+def _cast(call: Call) -> tuple[Kernels, Kernels]:
+    """A change of dtype, or nothing."""
+    if call.tensors and call.tensors[0].dtype == call.outputs[0].dtype and not call.copies:
+        return [_bytes("view", 0)], [_bytes("view", 0)]
+    size = call.in_bytes + call.out_bytes()
+    return [_bytes("copy", size)], [_bytes("copy", size)]
+
+
+# -- elementwise, by passes of n (the bytes of the result) that the gradient of one input takes
+
+_PASSES: dict[str, tuple[float, int]] = {
+    "add": (0, 0),
+    "sub": (0, 0),
+    "rsub": (2, 1),
+    "neg": (2, 1),
+    "mul": (3, 1),
+    "div": (3, 1),
+    "pow": (7, 3),
+    "rsqrt": (7, 3),
+    "sqrt": (5, 2),
+    "square": (7, 3),
+    "reciprocal": (5, 2),
+    "relu": (3, 1),
+    "leaky_relu": (3, 1),
+    "where": (3, 1),
+    "masked_fill": (3, 1),
+    "abs": (5, 2),
+    "clamp": (5, 2),
+}
+
+
+def _pointwise(call: Call) -> tuple[Kernels, Kernels]:
+    """Elementwise ops, and any op that is not in the table: it reads its inputs and writes its outputs once."""
+    size = sum(call.out_bytes(i) for i in range(len(call.outputs)))
+    forward = [_bytes("pointwise", call.in_bytes + size)]
+    passes, launches = _PASSES.get(call.name, (3, 1))
+    if call.name in ("mul", "div") and len(call.tensors) < 2:
+        passes = 2
+    backward: Kernels = []
+    for i in call.differentiable:
+        backward.append(_bytes("pointwise", passes * size, adjoint=True, launches=max(launches, 1)))
+        if math.prod(call.shapes[i]) < math.prod(call.out_shapes[0]):  # broadcast: summed back
+            backward.append(_bytes("reduction", size))
+    return forward, backward
+
+
+def _streaming(compute_class: str) -> Callable[[Call], tuple[Kernels, Kernels]]:
+    """Ops of one input and one result of the same size, whose backward reads gradient and saved value and writes one."""
+
+    def found(call: Call) -> tuple[Kernels, Kernels]:
+        size = call.out_bytes()
+        return [_bytes(compute_class, 2 * size)], [_bytes(compute_class, 3 * size, adjoint=True)]
+
+    return found
+
+
+def _reduction(call: Call) -> tuple[Kernels, Kernels]:
+    size = call.in_bytes
+    return [_bytes("reduction", size)], [_bytes("reduction", size, adjoint=True)]
+
+
+def _pool(call: Call) -> tuple[Kernels, Kernels]:
+    size = call.in_bytes + sum(call.out_bytes(i) for i in range(len(call.outputs)))
+    return [_bytes("reduction", size)], [_bytes("pointwise", size, adjoint=True)]
+
+
+def _gather(call: Call) -> tuple[Kernels, Kernels]:
+    """Rows of a table; the backward writes a dense gradient of the whole table."""
+    size = call.out_bytes()
+    table = max((call.bytes(i) for i in call.differentiable), default=0)
+    return [_bytes("gather", 2 * size)], [_bytes("gather", table + 2 * size, adjoint=True)]
+
+
+def _dropout(call: Call) -> tuple[Kernels, Kernels]:
+    if not call.argument(1, "p", 0.5) or not call.argument(2, "train", True):
+        return [_bytes("view", 0)], [_bytes("view", 0)]
+    size = 3 * call.out_bytes()
+    return [_bytes("dropout", size)], [_bytes("dropout", size, adjoint=True)]
+
+
+def _loss(call: Call) -> tuple[Kernels, Kernels]:
+    size = call.bytes(0)
+    return [_bytes("loss", 2 * size)], [_bytes("loss", 5 * size, adjoint=True)]
+
+
+def _create(call: Call) -> tuple[Kernels, Kernels]:
+    return [_bytes("pointwise", sum(call.out_bytes(i) for i in range(len(call.outputs))))], []
+
+
+_TABLE: dict[str, Callable[[Call], tuple[Kernels, Kernels]]] = {
+    **dict.fromkeys(VIEWS, _view),
+    "linear": _linear,
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), _matmul),
+    **dict.fromkeys(("addmm", "baddbmm"), _addmm),
+    "einsum": _einsum,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
+    "scaled_dot_product_attention": _attention,
+    **dict.fromkeys(("clone", "cat", "stack", "roll", "constant_pad_nd", "pad", "repeat", "flip", "tril", "triu"), _copy),
+    **dict.fromkeys(("to", "_to_copy", "type_as", "contiguous", "float", "lift_fresh"), _cast),
+    **dict.fromkeys(
+        ("exp", "log", "tanh", "sigmoid", "silu", "sin", "cos", "erf", "softplus", "mish", "elu", "log1p", "logsigmoid"),
+        _streaming("transcendental"),
+    ),
+    "gelu": _streaming("gelu"),
+    **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax"), _streaming("softmax")),
+    **dict.fromkeys(
+        ("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"), _streaming("norm")
+    ),
+    **dict.fromkeys(
+        ("sum", "mean", "amax", "amin", "max", "min", "var", "std", "var_mean", "prod", "linalg_vector_norm", "norm",
+         "cumsum", "argmax", "argmin", "any", "all", "logsumexp"),
+        _reduction,
+    ),
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_avg_pool1d"), _pool),
+    **dict.fromkeys(("embedding", "index_select", "gather", "index", "index_put", "scatter", "take"), _gather),
+    "dropout": _dropout,
+    **dict.fromkeys(("cross_entropy_sum", "cross_entropy_loss", "nll_loss", "nll_loss_nd"), _loss),
+    **dict.fromkeys(("arange", "zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "eye"), _create),
+}  # fmt: skip
+
+

@@ -1,0 +1,36 @@
+"""Local shapes: what one rank holds of a tensor, given the cut of the batch and its placement on the model axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..graph import Graph, Shape
+from ..sharding.placement import Placement, Split
+
+
+def cut(shape: Shape, placement: Placement | None, parts: int) -> Shape:
+    """`shape` after an axis of `parts` ranks; the largest part where it does not divide."""
+    if not isinstance(placement, Split) or parts == 1:
+        return shape
+    return tuple(math.ceil(size / parts) if dim == placement.dim else size for dim, size in enumerate(shape))
+
+
+@dataclass(frozen=True)
+class LocalShapes:
+    """Shapes on one rank, when the batch is cut into `shards` (data ranks x microbatches).
+
+    batch: placement of every tensor on the axis that cuts the batch.
+    """
+
+    graph: Graph
+    shards: int
+    batch: Mapping[str, Placement]
+
+    def shape(self, tensor: str, placement: Placement | None = None, degree: int = 1) -> Shape:
+        """placement, degree: on the model axis."""
+        return cut(cut(self.graph.tensors[tensor].shape, self.batch.get(tensor), self.shards), placement, degree)
+
+    def size_bytes(self, tensor: str, placement: Placement | None = None, degree: int = 1) -> int:
+        return math.prod(self.shape(tensor, placement, degree)) * self.graph.tensors[tensor].dtype.itemsize

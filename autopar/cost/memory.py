@@ -1,0 +1,330 @@
+"""Bytes that one block keeps and needs, per rank and microbatch, by walking its steps forward and back.
+
+Activations are counted by storage: views share their base's, a tensor that several ops save counts once, parameters and
+batch inputs are at rest and do not count again. In the forward a tensor lives from its op to its last use, or on to the
+backward where some op saves it. In the backward a gradient lives from its first contribution to its producer's backward;
+views and sums pass their gradient on without a copy. Ignored: allocator rounding and fragmentation, and scratch space
+inside library kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..graph import Block, Graph, Op
+from ..sharding.flow import Convert, Run, Step
+from ..sharding.placement import Placement, Split, conversion
+from .local import LocalShapes
+from .storage import VIEWS, Storages, base_name
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMemory:
+    """Bytes of one block, one microbatch, one rank.
+
+    saved_bytes: storages made in the block that its backward needs. input_bytes, output_bytes: by position; saves_input,
+    saves_output: whether that storage is among what the backward needs (an output's is then in saved_bytes).
+    side_bytes: saved storages of side tensors by name, which blocks of a stage share.
+    forward_peak_bytes: most that is alive in the forward, beyond the block's saved inputs; bare_peak_bytes: the same when
+        nothing is saved (the first forward under recompute).
+    backward_peak_bytes: most that is alive in the backward beyond saved_bytes; parameter gradients count only where they
+        are temporary. parameter_bytes: one tensor per `Block.parameters`.
+    """
+
+    saved_bytes: int
+    input_bytes: tuple[int, ...]
+    output_bytes: tuple[int, ...]
+    saves_input: tuple[bool, ...]
+    saves_output: tuple[bool, ...]
+    side_bytes: tuple[tuple[str, int], ...]
+    forward_peak_bytes: int
+    bare_peak_bytes: int
+    backward_peak_bytes: int
+    parameter_bytes: tuple[int, ...]
+
+
+# A storage is named by the tensor (and its placement) that made it.
+_Key = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """A block on one rank: its steps, local sizes, and the placements at its edges."""
+
+    graph: Graph
+    block: Block
+    steps: Sequence[Step]
+    local: LocalShapes
+    degree: int
+    storages: Storages
+    input_placements: tuple[Placement | None, ...]
+    parameter_placements: tuple[Placement | None, ...]
+
+    def size(self, tensor: str, placement: Placement | None) -> int:
+        return self.local.size_bytes(tensor, placement, self.degree)
+
+
+def block_memory(view: BlockView, accumulate: bool) -> BlockMemory:
+    """Walk `view.steps`. accumulate: there are several microbatches, so new parameter gradients are temporary."""
+    walk = _Walk(view)
+    graph, block = view.graph, view.block
+    saved = {key: size for key, size in walk.saved.items() if key in walk.made}
+    side = {name: size for (name, _), size in walk.saved.items() if _is_side(graph, name)}
+    outputs = [walk.at_end(name) for name in block.outputs]
+    inputs = [(name, "") for name in block.inputs]
+    return BlockMemory(
+        saved_bytes=sum(saved.values()) + walk.extra_bytes,
+        input_bytes=tuple(
+            view.size(name, place) for name, place in zip(block.inputs, view.input_placements, strict=True)
+        ),
+        output_bytes=tuple(walk.sizes.get(key, 0) for key in outputs),
+        saves_input=tuple(key in walk.saved for key in inputs),
+        saves_output=tuple(key in saved or key in inputs for key in outputs),
+        side_bytes=tuple(side.items()),
+        forward_peak_bytes=walk.forward_peak(saving=True),
+        bare_peak_bytes=walk.forward_peak(saving=False),
+        backward_peak_bytes=walk.backward_peak(accumulate),
+        parameter_bytes=tuple(
+            view.size(name, place) for name, place in zip(block.parameters, view.parameter_placements, strict=True)
+        ),
+    )
+
+
+def _is_side(graph: Graph, name: str) -> bool:
+    producer = graph.producer.get(name)
+    return producer is not None and producer.name in graph.side_ops
+
+
+def scratch_bytes(op: Op, sizes: Sequence[int], out_bytes: int) -> tuple[int, int]:
+    """(forward, backward) bytes that an op needs besides its inputs, outputs and what it saves.
+
+    sizes: of its inputs. A loss's backward makes the gradient of the log-softmax besides that of the logits; a power's and
+    a root's take an intermediate result.
+    """
+    name = base_name(op.target)
+    if name in ("cross_entropy_sum", "cross_entropy_loss"):
+        return 0, sizes[0]
+    if name in ("pow", "rsqrt", "square", "sqrt"):
+        return 0, out_bytes
+    return 0, 0
+
+
+class _Walk:
+    """Storages of a block, who makes them, who uses them last, and who saves them."""
+
+    def __init__(self, view: BlockView) -> None:
+        self.view = view
+        graph = view.graph
+        self.sizes: dict[_Key, int] = {}
+        self.made: dict[_Key, int] = {}  # storage -> the step that makes it
+        self.last_use: dict[_Key, int] = {}
+        self.saved: dict[_Key, int] = {}
+        self.savers: dict[_Key, int] = {}  # storage -> the first step that saves it: its backward is the last user
+        self.extra: dict[int, int] = {}  # step -> bytes that autograd keeps besides
+        self.scratch: dict[int, tuple[int, int]] = {}
+        self.where: dict[tuple[str, str], _Key] = {}
+        self.have: dict[str, str] = {}
+        for name, place in zip(view.block.inputs, view.input_placements, strict=True):
+            self._enter(name, place)
+        for index, step in enumerate(view.steps):
+            if isinstance(step, Convert):
+                self._convert(index, step)
+            else:
+                self._run(index, step)
+        for name in view.block.outputs:
+            self.last_use[self.at_end(name)] = len(view.steps)
+        self.extra_bytes = sum(self.extra.values())
+        self.graph = graph
+
+    def _enter(self, name: str, place: Placement | None) -> None:
+        key = (name, "")
+        self.where[name, str(place)] = key
+        self.have[name] = str(place)
+        self.sizes[key] = self.view.size(name, place)
+
+    def _use(self, name: str, place: Placement | None, index: int) -> _Key:
+        if (name, str(place)) not in self.where:
+            # A parameter, a side tensor or a batch input: at rest as far as this block is concerned.
+            self.where[name, str(place)] = (self.view.storages.root(name), "rest")
+            self.sizes.setdefault((self.view.storages.root(name), "rest"), self.view.size(name, place))
+        key = self.where[name, str(place)]
+        self.last_use[key] = index
+        return key
+
+    def _make(self, name: str, place: Placement | None, index: int) -> _Key:
+        key = (name, str(place))
+        self.where[name, str(place)] = key
+        self.sizes[key] = self.view.size(name, place)
+        self.made[key] = index
+        self.last_use[key] = index
+        return key
+
+    def at_end(self, name: str) -> _Key:
+        """The storage of an output as it leaves."""
+        return self.where.get((name, self.have.get(name, "")), (name, "rest"))
+
+    def _convert(self, index: int, step: Convert) -> None:
+        source = self._use(step.tensor, step.have, index)
+        action = conversion(step.have, step.want).forward
+        view_only = action == "" or (
+            action == "slice" and isinstance(step.want, Split) and step.want.blocks == 1
+        )
+        if view_only:
+            self.where[step.tensor, str(step.want)] = source
+        else:
+            self._make(step.tensor, step.want, index)
+        if step.tensor in self.view.block.outputs:
+            self.have[step.tensor] = str(step.want)
+
+    def _run(self, index: int, step: Run) -> None:
+        op, strategy = step.op, step.strategy
+        in_places = strategy.inputs if strategy else (None,) * len(op.inputs)
+        out_places = strategy.outputs if strategy else (None,) * len(op.outputs)
+        keys = {name: self._use(name, place, index) for name, place in zip(op.inputs, in_places, strict=True)}
+        for name, place in zip(op.outputs, out_places, strict=True):
+            source = self.view.storages.source.get(name)
+            if source in keys:
+                keys[name] = keys[source]
+                self.where[name, str(place)] = keys[source]
+            else:
+                keys[name] = self._make(name, place, index)
+            self.have[name] = str(place)
+        for name in op.saves:
+            key = keys.get(name)
+            if key is not None and self.view.graph.tensors[key[0]].role not in ("parameter", "input", "buffer"):
+                self.saved[key] = self.sizes[key]
+                self.savers.setdefault(key, index)
+        if op.outputs:
+            out = op.outputs[0]
+            mine = self.view.size(out, out_places[0])
+            if op.saved_extra_bytes:
+                # What autograd keeps besides goes with the largest tensor of the op, such as a loss's logits.
+                largest = max(
+                    (*zip(op.inputs, in_places, strict=True), *zip(op.outputs, out_places, strict=True)),
+                    key=lambda pair: self.view.graph.tensors[pair[0]].size_bytes,
+                )
+                share = self.view.size(*largest) / max(1, self.view.graph.tensors[largest[0]].size_bytes)
+                self.extra[index] = int(op.saved_extra_bytes * share)
+            sizes = [self.view.size(n, p) for n, p in zip(op.inputs, in_places, strict=True)]
+            self.scratch[index] = scratch_bytes(op, sizes, mine)
+
+    def forward_peak(self, saving: bool) -> int:
+        live = {(name, ""): self.sizes[name, ""] for name in self.view.block.inputs if (name, "") not in self.saved}
+        if not saving:
+            live = {(name, ""): self.sizes[name, ""] for name in self.view.block.inputs}
+        ends: dict[int, list[_Key]] = {}
+        for key, index in self.last_use.items():
+            if not (saving and key in self.saved):
+                ends.setdefault(index, []).append(key)
+        makes: dict[int, list[_Key]] = {}
+        for key, index in self.made.items():
+            makes.setdefault(index, []).append(key)
+        total = peak = sum(live.values())
+        for index in range(len(self.view.steps)):
+            for key in makes.get(index, ()):
+                live[key] = self.sizes[key]
+                total += self.sizes[key]
+            extra = self.extra.get(index, 0)
+            peak = max(peak, total + extra + self.scratch.get(index, (0, 0))[0])
+            if saving:
+                total += extra
+            for key in ends.get(index, ()):
+                total -= live.pop(key, 0)
+        return peak
+
+    def backward_peak(self, accumulate: bool) -> int:
+        """Walk the steps in reverse; `live` counts gradients made less saved storages released."""
+        graph, view = self.graph, self.view
+        gradients: dict[tuple[str, str], int] = {}  # (tensor, placement) -> buffer
+        sizes: dict[int, int] = {}
+        holders: dict[int, int] = {}
+        live = peak = 0
+        fresh = iter(range(1 << 60))
+
+        def hold(tensor: str, place: str, buffer: int) -> None:
+            gradients[tensor, place] = buffer
+            holders[buffer] = holders.get(buffer, 0) + 1
+
+        def release(tensor: str, place: str) -> None:
+            nonlocal live
+            buffer = gradients.pop((tensor, place), None)
+            if buffer is not None:
+                holders[buffer] -= 1
+                if not holders[buffer]:
+                    live -= sizes[buffer]
+
+        def new(size: int) -> int:
+            nonlocal live
+            buffer = next(fresh)
+            sizes[buffer] = size
+            live += size
+            return buffer
+
+        def contribute(tensor: str, placement: Placement | None, buffer: int | None) -> None:
+            """A gradient arrives: `buffer` when it is shared with another tensor's, else a new one."""
+            nonlocal peak, live
+            place = str(placement)
+            size = view.size(tensor, placement)
+            own = buffer is None
+            if own:
+                buffer = new(size)
+            peak = max(peak, live)
+            if (tensor, place) not in gradients:
+                hold(tensor, place, buffer)
+                return
+            # Two contributions are added: into the first where nobody else holds it, else into a new buffer.
+            if holders[gradients[tensor, place]] > 1:
+                release(tensor, place)
+                hold(tensor, place, new(size))
+                peak = max(peak, live)
+            if own:
+                live -= size
+
+        for name in view.block.outputs:
+            if graph.tensors[name].requires_grad and name not in view.block.inputs:
+                place = self.have.get(name, "None")
+                hold(name, place, new(self.sizes[self.at_end(name)]))
+        peak = live
+        parameters = set(view.block.parameters)
+        for index in range(len(view.steps) - 1, -1, -1):
+            step = view.steps[index]
+            if isinstance(step, Convert):
+                buffer = gradients.get((step.tensor, str(step.want)))
+                if buffer is not None:
+                    alias = conversion(step.have, step.want).backward in ("", "slice")
+                    contribute(step.tensor, step.have, buffer if alias else None)
+                    release(step.tensor, str(step.want))
+                continue
+            op, strategy = step.op, step.strategy
+            in_places = strategy.inputs if strategy else (None,) * len(op.inputs)
+            out_places = strategy.outputs if strategy else (None,) * len(op.outputs)
+            arrived = [gradients.get((n, str(p))) for n, p in zip(op.outputs, out_places, strict=True)]
+            if not op.no_grad and (any(b is not None for b in arrived) or graph.loss in op.outputs):
+                passed = arrived[0] if _passes_gradient(op, graph, view.storages) else None
+                temporary = self.scratch.get(index, (0, 0))[1]
+                for name, place in zip(op.inputs, in_places, strict=True):
+                    tensor = graph.tensors[name]
+                    if not tensor.requires_grad:
+                        continue
+                    if name in parameters:
+                        temporary += view.size(name, place) if accumulate else 0
+                        continue
+                    same = passed is not None and tensor.numel == graph.tensors[op.outputs[0]].numel
+                    contribute(name, place, passed if same else None)
+                peak = max(peak, live + temporary)
+            for name, place in zip(op.outputs, out_places, strict=True):
+                release(name, str(place))
+            live -= self.extra.get(index, 0)
+            for key, saver in self.savers.items():
+                if saver == index and key in self.made:
+                    live -= self.saved[key]
+        return max(peak, 0)
+
+
+def _passes_gradient(op: Op, graph: Graph, storages: Storages) -> bool:
+    """The gradient of the (first) output is that of the inputs of the same size, with no copy."""
+    name = base_name(op.target)
+    if name in ("add", "add_"):
+        return True
+    return name in VIEWS and name not in ("slice", "select", "split", "split_with_sizes", "chunk", "unbind")

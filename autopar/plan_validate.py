@@ -1,0 +1,233 @@
+"""Whether a plan can run a graph on a cluster. Each error says the field, what it holds, what was expected, what to do.
+
+The checks run from the outside in: the same model and world, the degrees, the stages, and last the layouts, so that the
+first error shown is the one that explains the others.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from .cluster.spec import Cluster
+from .graph import Block, Graph
+from .plan import SCHEMA, Layout, Plan, Stage
+from .schedule.orders import SCHEDULES
+from .sharding.batch import batch_layout
+from .sharding.placement import REPLICATED, Split, parse_placement
+from .sharding.rule import divides
+from .sharding.strategies import strategies
+
+_REMAKE = "make the plan again with autopar.search(graph, cluster)"
+
+
+def validate_plan(plan: Plan, graph: Graph, cluster: Cluster) -> None:
+    """ValueError unless `plan` can run `graph` on `cluster`."""
+    _check_identity(plan, graph, cluster)
+    _check_degrees(plan, graph)
+    _check_stages(plan, graph)
+    _check_batch(plan, graph)
+    _check_layouts(plan, graph)
+
+
+def nearest_divisors(size: int, wanted: int) -> str:
+    """The divisors of `size` next below and above `wanted`, in words."""
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    below = [d for d in divisors if d <= wanted][-1:]
+    above = [d for d in divisors if d > wanted][:1]
+    return " or ".join(map(str, below + above))
+
+
+def _check_identity(plan: Plan, graph: Graph, cluster: Cluster) -> None:
+    if plan.schema != SCHEMA:
+        raise ValueError(f"plan.schema is {plan.schema}, this version of autopar runs {SCHEMA}; {_REMAKE}")
+    if plan.model != graph.name:
+        raise ValueError(f"plan.model is {plan.model}, the captured model is {graph.name}; {_REMAKE}")
+    if plan.batch_size != graph.batch_size:
+        raise ValueError(
+            f"plan.batch_size is {plan.batch_size}, the captured example has {graph.batch_size} rows; "
+            f"capture with {plan.batch_size} rows, or {_REMAKE}"
+        )
+    if plan.fingerprint != graph.fingerprint:
+        raise ValueError(
+            f"plan.fingerprint is {plan.fingerprint}, the captured {graph.name} has {graph.fingerprint}: same class, "
+            f"but other sizes, options or example shapes; {_REMAKE}"
+        )
+    if plan.world_size != cluster.world_size:
+        raise ValueError(
+            f"plan.world_size is {plan.world_size}, the cluster has {cluster.world_size} devices; "
+            f"start {plan.world_size} ranks, or {_REMAKE}"
+        )
+
+
+def _check_degrees(plan: Plan, graph: Graph) -> None:
+    if plan.schedule not in SCHEDULES:
+        near = difflib.get_close_matches(plan.schedule, SCHEDULES, 1)
+        raise ValueError(
+            f"plan.schedule is {plan.schedule!r}, expected one of {', '.join(SCHEDULES)}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    if plan.microbatches < 1:
+        raise ValueError(f"plan.microbatches is {plan.microbatches}, expected at least 1")
+    if not plan.stages:
+        raise ValueError(f"plan.stages is empty, expected stages that cover all {len(graph.blocks)} blocks")
+    for s, stage in enumerate(plan.stages):
+        at = f"plan.stages[{s}]"
+        for name in ("data", "tensor"):
+            degree, first = getattr(stage, name), getattr(plan.stages[0], name)
+            if degree < 1:
+                raise ValueError(f"{at}.{name} is {degree}, expected at least 1")
+            if degree != first:
+                raise ValueError(
+                    f"{at}.{name} is {degree}, but plan.stages[0].{name} is {first}; all stages have one {name} degree"
+                )
+        if len(stage.ranks) != stage.data * stage.tensor:
+            raise ValueError(
+                f"{at}.ranks has {len(stage.ranks)} ranks, expected data {stage.data} x tensor {stage.tensor} = "
+                f"{stage.data * stage.tensor}"
+            )
+        if stage.recompute not in ("none", "full"):
+            raise ValueError(f"{at}.recompute is {stage.recompute!r}, expected 'none' or 'full'")
+        if stage.zero not in (0, 3):
+            raise ValueError(f"{at}.zero is {stage.zero!r}, expected 0 or 3")
+        if stage.zero == 3 and stage.data == 1:
+            raise ValueError(f"{at}.zero is 3, which shards over the data axis, but data is 1; set zero to 0")
+    used = [rank for stage in plan.stages for rank in stage.ranks]
+    if sorted(used) != list(range(plan.world_size)):
+        first = plan.stages[0]
+        product = len(plan.stages) * first.data * first.tensor
+        if product != plan.world_size:
+            raise ValueError(
+                f"plan.stages: pipeline {len(plan.stages)} x data {first.data} x tensor {first.tensor} = {product}, "
+                f"but plan.world_size is {plan.world_size}; the degrees must multiply to it"
+            )
+        strange = sorted({r for r in used if not 0 <= r < plan.world_size or used.count(r) > 1})
+        raise ValueError(
+            f"plan.stages: each rank of 0..{plan.world_size - 1} must stand in exactly one stage; "
+            f"ranks {', '.join(map(str, strange))} are out of range or stand in two"
+        )
+
+
+def _check_stages(plan: Plan, graph: Graph) -> None:
+    reached = 0
+    for s, stage in enumerate(plan.stages):
+        at = f"plan.stages[{s}]"
+        if stage.start != reached:
+            raise ValueError(f"{at}.start is {stage.start}, expected {reached}, where the stages before it end")
+        if stage.stop <= stage.start:
+            raise ValueError(f"{at}.stop is {stage.stop}, expected more than its start {stage.start}: a stage has blocks")
+        reached = stage.stop
+    if reached != len(graph.blocks):
+        raise ValueError(
+            f"plan.stages[{len(plan.stages) - 1}].stop is {reached}, expected {len(graph.blocks)}: "
+            f"{graph.name} has {len(graph.blocks)} blocks and the stages must cover them all"
+        )
+
+
+def _check_batch(plan: Plan, graph: Graph) -> None:
+    data = plan.stages[0].data
+    shards = data * plan.microbatches
+    if plan.batch_size % shards:
+        least = nearest_divisors(plan.batch_size // data, plan.microbatches) if plan.batch_size % data == 0 else None
+        advice = (
+            f"plan.microbatches could be {least}"
+            if least
+            else f"data must divide the batch: {nearest_divisors(plan.batch_size, data)}"
+        )
+        raise ValueError(
+            f"plan.microbatches is {plan.microbatches}: data {data} x microbatches {plan.microbatches} = {shards} does "
+            f"not divide the batch of {plan.batch_size} rows; {advice}"
+        )
+    if shards > 1:
+        conflict = batch_layout(graph, shards).conflict
+        if conflict:
+            name, value = ("microbatches", plan.microbatches) if plan.microbatches > 1 else ("data", data)
+            raise ValueError(f"plan.{name} is {value}, but the rows of {graph.name}'s batch depend on each other: {conflict}")
+
+
+def _check_layouts(plan: Plan, graph: Graph) -> None:
+    checked: set[tuple[int, int]] = set()
+    leaving: tuple[str, ...] | None = None
+    at_rest: dict[str, tuple[str, str]] = {}
+    for s, stage in enumerate(plan.stages):
+        at = f"plan.stages[{s}]"
+        expected = stage.num_blocks if stage.tensor > 1 else 0
+        if len(stage.layouts) != expected:
+            why = f"one per block [{stage.start}, {stage.stop})" if stage.tensor > 1 else "none, because tensor is 1"
+            raise ValueError(f"{at}.layouts has {len(stage.layouts)} entries, expected {expected}: {why}")
+        for i, (index, block) in enumerate(zip(stage.layouts, graph.blocks[stage.start : stage.stop], strict=False)):
+            if not 0 <= index < len(plan.layouts):
+                raise ValueError(f"{at}.layouts[{i}] is {index}, expected an index into the {len(plan.layouts)} layouts")
+            layout = plan.layouts[index]
+            if (index, block.kind) not in checked:
+                _check_layout(plan, graph, stage, block, index)
+                checked.add((index, block.kind))
+            if leaving is not None and leaving != layout.inputs:
+                raise ValueError(
+                    f"plan.layouts[{index}].inputs (block {block.index}) is {list(layout.inputs)}, but the block before "
+                    f"leaves {list(leaving)}; make the two equal"
+                )
+            leaving = layout.outputs
+            for name, token in zip(block.parameters, layout.parameters, strict=True):
+                field = f"plan.layouts[{index}].parameters"
+                there, said = at_rest.setdefault(name, (field, token))
+                if token != said:
+                    raise ValueError(
+                        f"{field} (block {block.index}) holds {graph.tensors[name].fqn or name} as {token}, but {there} "
+                        f"as {said}; a parameter that two blocks share has one placement"
+                    )
+
+
+def _check_layout(plan: Plan, graph: Graph, stage: Stage, block: Block, index: int) -> None:
+    layout, at = plan.layouts[index], f"plan.layouts[{index}]"
+    shards = stage.data * plan.microbatches
+    if layout.degree != stage.tensor:
+        raise ValueError(f"{at}.degree is {layout.degree}, but block {block.index}'s stage has tensor {stage.tensor}")
+    _check_tokens(graph, block, layout, at, shards)
+    if len(layout.strategies) != len(block.ops):
+        raise ValueError(
+            f"{at}.strategies has {len(layout.strategies)} entries, expected {len(block.ops)}, one per op of block "
+            f"{block.index}"
+        )
+    for i, (key, op) in enumerate(zip(layout.strategies, graph.block_ops(block), strict=True)):
+        legal = [strategy.key for strategy in strategies(graph, op, layout.degree, shards)]
+        if key not in legal:
+            raise ValueError(
+                f"{at}.strategies[{i}] is {key!r}, but {op.name} ({op.target}{' in ' + op.module if op.module else ''}) "
+                f"can run on {layout.degree} ranks only as {', '.join(legal)}"
+            )
+
+
+def _check_tokens(graph: Graph, block: Block, layout: Layout, at: str, shards: int) -> None:
+    """Each placement token is one, and the degree divides the dim that it splits."""
+    on_batch = batch_layout(graph, shards).placements if shards > 1 else {}
+    for field in ("inputs", "outputs", "parameters"):
+        names, tokens = getattr(block, field), getattr(layout, field)
+        if len(names) != len(tokens):
+            raise ValueError(
+                f"{at}.{field} has {len(tokens)} entries, expected {len(names)}: block {block.index}'s {field} are "
+                f"{', '.join(names) or 'none'}"
+            )
+        for i, (name, token) in enumerate(zip(names, tokens, strict=True)):
+            try:
+                placement = parse_placement(token)
+            except ValueError as error:
+                raise ValueError(f"{at}.{field}[{i}]: {error}") from None
+            if not isinstance(placement, Split):
+                continue
+            tensor = graph.tensors[name]
+            if placement.dim >= len(tensor.shape):
+                raise ValueError(
+                    f"{at}.{field}[{i}] is {token}, but {tensor.fqn or name} of shape {tensor.shape} has no dim "
+                    f"{placement.dim}"
+                )
+            size = tensor.shape[placement.dim]
+            cut = on_batch.get(name, REPLICATED)
+            if isinstance(cut, Split) and cut.dim == placement.dim:
+                size //= shards
+            if not divides(tensor.shape, [(cut, shards), (placement, layout.degree)]):
+                raise ValueError(
+                    f"{at}.{field}[{i}] is {token}: {tensor.fqn or name} has {size} along dim {placement.dim} on each "
+                    f"data rank and microbatch, which degree {layout.degree}"
+                    f"{f' x {placement.blocks} blocks' if placement.blocks > 1 else ''} does not divide; "
+                    f"the nearest tensor degrees that do are {nearest_divisors(max(1, size // placement.blocks), layout.degree)}"
+                )

@@ -1,0 +1,64 @@
+"""The oracle: simulate every plan of the space. For small cases, and for the tests of the searches that are clever."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from ...plan import Plan, Prediction
+from ...report.words import gib, plan_in_words
+from ...simulate import simulate
+from ..pricing import Piece, assemble
+from ..problem import Problem
+
+# About ten minutes of simulation; beyond it the method is not the right one.
+MAX_PLANS = 200_000
+
+
+def exhaustive(problem: Problem, progress: bool = True) -> Plan:
+    """The plan of least simulated step time that fits. ValueError when there are too many plans, or none fits."""
+    num_plans = _count(problem)
+    if num_plans > MAX_PLANS:
+        raise ValueError(
+            f"method='exhaustive' would simulate {num_plans} plans, at most {MAX_PLANS} make sense; use method='auto', "
+            f"which finds the same plan, or pin some of pipeline=, data=, tensor=, microbatches=, zero=, recompute="
+        )
+    best: Plan | None = None
+    smallest: tuple[int, Plan] | None = None
+    for plan in tqdm(every_plan(problem), total=num_plans, desc="planning", delay=2, leave=False, disable=not progress):
+        line = simulate(problem.graph, plan, problem.cluster, model=problem.costs)
+        peak_bytes = max(line.peak_memory_bytes.values())
+        if smallest is None or peak_bytes < smallest[0]:
+            smallest = (peak_bytes, plan)
+        if peak_bytes <= problem.memory_limit_bytes and (best is None or line.step_time_s < best.prediction.step_time_s):
+            best = replace(plan, prediction=Prediction(line.step_time_s, peak_bytes))
+    if best is None:
+        peak_bytes, plan = smallest
+        limit_bytes = problem.memory_limit_bytes
+        raise ValueError(
+            f"no plan of {problem.graph.name} fits in {limit_bytes} bytes ({gib(limit_bytes)}) per device; the smallest "
+            f"({plan_in_words(plan)}) needs {peak_bytes} bytes, {peak_bytes - limit_bytes} too many"
+        )
+    return best
+
+
+def every_plan(problem: Problem) -> Iterator[Plan]:
+    """All plans of the space, whether or not they fit in memory."""
+    num_blocks, pinned = len(problem.graph.blocks), problem.constraints.recompute
+    for shape in problem.shapes:
+        for chain in problem.chains(problem, shape):
+            for cuts in itertools.combinations(range(1, num_blocks), shape.pipeline - 1):
+                edges = list(itertools.pairwise((0, *cuts, num_blocks)))
+                for choice in itertools.product((pinned,) if pinned else ("none", "full"), repeat=shape.pipeline):
+                    pieces = [Piece(*edge, recompute) for edge, recompute in zip(edges, choice, strict=True)]
+                    yield assemble(problem, shape, chain, pieces)
+
+
+def _count(problem: Problem) -> int:
+    """Plans of the space, chains of layouts apart."""
+    num_blocks, ways = len(problem.graph.blocks), 1 if problem.constraints.recompute else 2
+    return sum(math.comb(num_blocks - 1, shape.pipeline - 1) * ways**shape.pipeline for shape in problem.shapes)

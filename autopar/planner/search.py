@@ -1,0 +1,53 @@
+"""`autopar.search`: one entrance for every planning method."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from ..cluster.spec import Cluster
+from ..cost.model import CostModel
+from ..graph import Graph
+from ..plan import Plan
+from .auto import auto
+from .chains import layout_chains
+from .methods.exhaustive import exhaustive
+from .problem import Constraints, Costs, Problem
+
+METHODS: dict[str, Callable[[Problem, bool], Plan]] = {"auto": auto, "exhaustive": exhaustive}
+
+
+def search(
+    graph: Graph,
+    cluster: Cluster,
+    method: str = "auto",
+    *,
+    model: Costs | None = None,
+    progress: bool = True,
+    **constraints: Any,
+) -> Plan:
+    """The plan that trains `graph` on `cluster` with the least predicted step time, among those that fit in memory.
+
+    method: "auto" (exact over the space, see planner/auto.py) or "exhaustive" (simulates every plan; small cases only).
+    model: the cost model; by default `CostModel(graph, cluster)`. progress: show a bar when planning takes long.
+    constraints: data=, tensor=, pipeline= (degrees), microbatches=, schedule= ("1f1b" or "gpipe"), zero= (0 or 3),
+        recompute= ("none" or "full") pin one choice each; memory_limit_bytes= is what a plan may use of each device (by
+        default the device's memory less a reserve); context= and expert= may only be 1.
+    ValueError: an unknown method or constraint, constraints that contradict each other, the batch, the model or the
+        cluster, or no plan that fits in memory (with the smallest that was found, and what it lacks).
+    Needs no process group.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: expected one of {', '.join(METHODS)}{_nearest(method, METHODS)}")
+    known = Constraints.__dataclass_fields__
+    for name in constraints:
+        if name not in known:
+            raise ValueError(f"unknown constraint {name}=; expected one of {', '.join(known)}{_nearest(name, known)}")
+    problem = Problem(graph, cluster, model or CostModel(graph, cluster), layout_chains, Constraints(**constraints))
+    return METHODS[method](problem, progress)
+
+
+def _nearest(name: str, known) -> str:
+    near = difflib.get_close_matches(name, known, 3, cutoff=0.4)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

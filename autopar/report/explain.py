@@ -1,0 +1,149 @@
+"""A plan in words: degrees, stages, predictions, what its layouts amount to, and why the other candidates lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from ..graph import Block, Graph
+from ..plan import Layout, Plan, Stage
+from ..sharding.placement import Split, parse_placement
+from .words import gib, plan_in_words, ranges, seconds
+
+_SCHEDULES = {
+    "1f1b": "each stage alternates one forward and one backward (1F1B), so that few microbatches are in flight",
+    "gpipe": "all forwards of the step run before its backwards (GPipe)",
+}
+
+
+def explain_plan(plan: Plan, graph: Graph | None = None) -> str:
+    """Some tens of lines of plain text; with the graph, also what each distinct layout does to each op."""
+    parts = [_degrees(plan), _stages(plan)]
+    if plan.layouts:
+        parts.append(_layouts(plan, graph))
+    if plan.prediction:
+        parts.append(
+            f"Predicted: {seconds(plan.prediction.step_time_s)} per step, "
+            f"{gib(plan.prediction.peak_memory_bytes)} on the fullest device."
+        )
+    if plan.candidates:
+        parts.append(_candidates(plan))
+    return "\n\n".join(parts)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns as wide as they need to be."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+    return "\n".join((lines[0], "  ".join("-" * width for width in widths), *lines[1:]))
+
+
+def _degrees(plan: Plan) -> str:
+    first = plan.stages[0]
+    rows = plan.batch_size // first.data
+    lines = [f"Plan for {plan.model} on {plan.world_size} device{'s' if plan.world_size > 1 else ''}: {plan_in_words(plan)}"]
+    if plan.pipeline > 1:
+        lines.append(f"- pipeline {plan.pipeline}: the blocks are cut into {plan.pipeline} stages; {_SCHEDULES[plan.schedule]}")
+    if first.data > 1:
+        lines.append(f"- data {first.data}: each data rank has {rows} of the batch's {plan.batch_size} rows")
+    if first.tensor > 1:
+        lines.append(f"- tensor {first.tensor}: each block's ops are shared out over {first.tensor} ranks")
+    lines.append(
+        f"- {plan.microbatches} microbatch{'es' if plan.microbatches > 1 else ''} of {rows // plan.microbatches} "
+        f"row{'s' if rows // plan.microbatches > 1 else ''} per data rank and step"
+    )
+    if any(stage.zero == 3 for stage in plan.stages):
+        lines.append("- ZeRO 3: parameters, gradients and optimizer state are sharded over the data ranks")
+    elif first.data > 1:
+        lines.append("- ZeRO 0: every data rank holds all parameters, gradients and optimizer state of its stage")
+    if any(stage.recompute == "full" for stage in plan.stages):
+        lines.append("- recompute: a stage marked full keeps only block inputs and computes each block again in the backward")
+    return "\n".join(lines)
+
+
+def _stages(plan: Plan) -> str:
+    rows = [
+        (
+            str(s),
+            f"{stage.start}-{stage.stop - 1}" if stage.num_blocks > 1 else str(stage.start),
+            ranges(stage.ranks),
+            stage.recompute,
+            str(stage.zero),
+            _layout_words(plan, stage),
+        )
+        for s, stage in enumerate(plan.stages)
+    ]
+    return table(("stage", "blocks", "ranks", "recompute", "zero", "layout"), rows)
+
+
+def _layout_words(plan: Plan, stage: Stage) -> str:
+    if stage.tensor == 1:
+        return "whole"
+    counts = Counter(stage.layouts)
+    return ", ".join(f"layout {index} x {count}" if count > 1 else f"layout {index}" for index, count in counts.items())
+
+
+def _layouts(plan: Plan, graph: Graph | None) -> str:
+    lines = ["Layouts on the tensor axis:"]
+    for index, layout in enumerate(plan.layouts):
+        lines.append(f"- layout {index}: enters {_boundary(layout.inputs)}, leaves {_boundary(layout.outputs)}")
+        if graph is not None and (block := _first_block(plan, graph, index)) is not None:
+            lines += [f"    {line}" for line in _ops(graph, block, layout)]
+        else:
+            counts = Counter(layout.strategies)
+            lines.append("    op strategies: " + ", ".join(f"{key} x {count}" for key, count in counts.most_common()))
+    return "\n".join(lines)
+
+
+def _boundary(tokens: tuple[str, ...]) -> str:
+    """Placements of a block's boundary in words. Dim 1 of the residual stream is the sequence, its last is hidden."""
+    if not tokens:
+        return "with the batch"
+    words = []
+    for token in dict.fromkeys(tokens):
+        placement = parse_placement(token)
+        if isinstance(placement, Split):
+            words.append(f"split along dim {placement.dim}" + (" (sequence parallel)" if placement.dim == 1 else ""))
+        else:
+            words.append({"R": "replicated", "P": "as partial sums", "H": "replicated with partial gradients"}[token])
+    return " and ".join(words)
+
+
+def _first_block(plan: Plan, graph: Graph, index: int) -> Block | None:
+    for stage in plan.stages:
+        for block, used in zip(graph.blocks[stage.start : stage.stop], stage.layouts, strict=True):
+            if used == index:
+                return block
+    return None
+
+
+def _ops(graph: Graph, block: Block, layout: Layout) -> list[str]:
+    """The ops that use parameters, by module path: how each runs and how its parameters lie."""
+    placed = dict(zip(block.parameters, layout.parameters, strict=True))
+    lines = []
+    for op, key in zip(graph.block_ops(block), layout.strategies, strict=True):
+        names = [name for name in dict.fromkeys(op.inputs) if name in placed]
+        if names:
+            where = ", ".join(f"{graph.tensors[name].fqn or name} {placed[name]}" for name in names)
+            lines.append(f"{op.target.split('.')[1]} as {key}{_common_name(op.target, key, placed, names)}: {where}")
+    return lines
+
+
+def _common_name(target: str, key: str, placed: dict[str, str], names: list[str]) -> str:
+    """What the literature calls this choice, where it has a name."""
+    token, kind = placed[names[0]], target.split(".")[1]
+    if kind == "linear" and token.startswith("S0"):
+        return " (column parallel)"
+    if kind == "linear" and token.startswith("S1"):
+        return " (row parallel)"
+    if kind == "embedding" and token.startswith("S0"):
+        return " (vocabulary parallel)"
+    return " (whole on every rank)" if key == "-" else ""
+
+
+def _candidates(plan: Plan) -> str:
+    rows = [
+        ("*" if one.verdict.startswith("chosen") else "", one.name, seconds(one.step_time_s), gib(one.peak_memory_bytes), one.verdict)
+        for one in plan.candidates
+    ]
+    return "Candidates (* marks the plan):\n" + table(("", "plan", "step", "memory", "verdict"), rows)

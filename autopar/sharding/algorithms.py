@@ -1,0 +1,161 @@
+"""Local algorithms of ops whose split form is not the op itself on smaller tensors.
+
+Those that take an axis take it first, then the op's own arguments at their own positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Axis(Protocol):
+    """Where a rank stands on an axis, and reductions over it (which autograd does not see)."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A mean over this rank's elements, times their share of all elements: the parts then add up to the mean."""
+
+    function: Callable[..., Tensor]
+    share: float
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(*args, **kwargs) * self.share
+
+
+@dataclass(frozen=True, slots=True)
+class ArangeRows:
+    """This rank's part of an arange; strides: elements between neighbouring ranks, by axis."""
+
+    strides: tuple[int, ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        axes, (start, step, count) = args[: len(self.strides)], args[len(self.strides) :]
+        first = sum(axis.rank * stride for axis, stride in zip(axes, self.strides, strict=True))
+        return torch.arange(first, first + count, **kwargs) * step + start
+
+
+@dataclass(frozen=True, slots=True)
+class IndexRows:
+    """self[.., rows, ..] where `rows` counts the rows of dim `dim` and both are split alike: numbers become local."""
+
+    dim: int
+    strides: tuple[int, ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        axes, (tensor, indices) = args[: len(self.strides)], args[len(self.strides) :]
+        first = sum(axis.rank * stride for axis, stride in zip(axes, self.strides, strict=True))
+        local = list(indices)
+        local[self.dim] = local[self.dim] - first
+        return torch.ops.aten.index.Tensor(tensor, local)
+
+
+def causal_rows(
+    axis: Axis,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = True,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Causal attention of this rank's rows of queries [.., q / n, d] to all keys [.., k, d] up to their own place."""
+    assert is_causal and attn_mask is None
+    rows = query.shape[-2]
+    first = axis.rank * rows
+    seen = min(first + rows, key.shape[-2])
+    mask = torch.ones(rows, seen, dtype=torch.bool, device=query.device).tril(first)
+    return F.scaled_dot_product_attention(
+        query, key[..., :seen, :], value[..., :seen, :], mask, dropout_p, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def vocab_embedding(
+    axis: Axis,
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of this rank's part of the table [v / n, h]; zeros for indices that other ranks hold (Megatron-LM, 2019)."""
+    assert not scale_grad_by_freq and not sparse
+    rows = weight.shape[0]
+    local = indices - axis.rank * rows
+    elsewhere = (local < 0) | (local >= rows)
+    padding = padding_idx - axis.rank * rows if padding_idx >= 0 else -1
+    found = torch.ops.aten.embedding.default(
+        weight, local.masked_fill(elsewhere, 0), padding if 0 <= padding < rows else -1
+    )
+    return found.masked_fill(elsewhere.unsqueeze(-1), 0)
+
+
+def vocab_cross_entropy(
+    axis: Axis,
+    logits: Tensor,
+    target: Tensor,
+    weight: None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Summed cross entropy of logits whose classes are split, [n, v / n, ..] with class numbers [n, ..] -> [].
+
+    The loss of a row is log sum exp z - (1 - e) z[target] - e / v sum z, with smoothing e. The sums over classes are
+    all-reduced, after the maximum; the gradient, softmax minus the smoothed target, is local. Half-precision logits
+    give a float32 loss.
+    """
+    assert weight is None
+    return _VocabCrossEntropy.apply(logits, target, axis, ignore_index, label_smoothing)
+
+
+class _VocabCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, axis: Axis, ignore_index: int, label_smoothing: float
+    ) -> Tensor:
+        dim = 0 if logits.dim() == 1 else 1
+        size = logits.shape[dim]
+        classes = size * axis.size
+        scores = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        largest = axis.all_reduce(scores.amax(dim, keepdim=True), "max")
+        exponentials = (scores - largest).exp_()
+        local = target.unsqueeze(dim) - axis.rank * size
+        elsewhere = (local < 0) | (local >= size)
+        local = local.masked_fill(elsewhere, 0)
+        at_target = (scores.gather(dim, local) - largest).masked_fill_(elsewhere, 0)
+        sums = [exponentials.sum(dim, keepdim=True), at_target]
+        if label_smoothing:
+            sums.append((scores - largest).sum(dim, keepdim=True))
+        total, at_target, *shifted = axis.all_reduce(torch.stack(sums)).unbind()
+        loss = total.log() - (1 - label_smoothing) * at_target
+        if label_smoothing:
+            loss -= label_smoothing / classes * shifted[0]
+        ignored = (target == ignore_index).unsqueeze(dim)
+        loss = loss.masked_fill(ignored, 0).sum()
+        exponentials /= total
+        ctx.save_for_backward(exponentials, local, elsewhere, ignored)
+        ctx.dim, ctx.classes, ctx.label_smoothing, ctx.dtype = dim, classes, label_smoothing, logits.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        softmax, local, elsewhere, ignored = ctx.saved_tensors
+        weight = (1 - ctx.label_smoothing) * (~elsewhere).to(softmax.dtype)
+        out = softmax - ctx.label_smoothing / ctx.classes if ctx.label_smoothing else softmax.clone()
+        out.scatter_add_(ctx.dim, local, -weight)
+        out.mul_(gradient).masked_fill_(ignored, 0)
+        return out.to(ctx.dtype), None, None, None, None

@@ -1,0 +1,188 @@
+"""What a rule says about one op: which index of which tensor is which named dim, and what may be done along it.
+
+A *named dim* of an op is an index space that all its tensors share. It lies in a tensor in one of three ways:
+as a dim of its own, as a factor of a dim that is a product, or (in views) spread over several consecutive dims, which
+together are its digits, outermost first. To split a named dim of size N "at O" among n ranks is to view it as
+(O, n, N / (O n)) and to give rank r the part [:, r]; O = 1 is the ordinary contiguous split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..graph import Shape
+from .notation import Dims
+from .placement import PARTIAL, REPLICATED, SHARED, Placement, Split
+from .strategy import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """The local algorithm that a split along some named dim needs.
+
+    output: placement of the outputs that lack the dim, where it is not PARTIAL.
+    work: factor on the share of the op's compute. collective_bytes: see `Strategy`.
+    """
+
+    name: str
+    output: Placement = PARTIAL
+    work: float = 1.0
+    collective_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an op may be run in parallel. Tensors are numbered as in `Op.inputs` and `Op.outputs`.
+
+    inputs, outputs: the named factors of every dim of every tensor.
+    shapes: of the inputs, then of the outputs. sizes: of the named dims.
+    splits: names that may be split, in the order in which strategies list them.
+    sums: names of `splits` that the op sums over: outputs that lack them become PARTIAL. An output that lacks a name
+        outside `sums` forbids the split.
+    specials: by name, where a split needs a local algorithm of its own.
+    batch_only: names of `splits` that only the batch axis may split.
+    blocked: why a name that is not in `splits` cannot be split (for error messages).
+    additive: inputs that are added to the result, hence PARTIAL wherever the output becomes PARTIAL.
+    linear: groups of inputs in which the op is jointly linear (a pending sum in all of them passes through).
+    flops: floating point operations of the whole op, forward, at the global shape.
+    """
+
+    inputs: tuple[Dims, ...]
+    outputs: tuple[Dims, ...]
+    shapes: tuple[Shape, ...]
+    sizes: Mapping[str, int]
+    splits: tuple[str, ...] = ()
+    sums: frozenset[str] = frozenset()
+    specials: Mapping[str, Special] = field(default_factory=dict)
+    batch_only: frozenset[str] = frozenset()
+    blocked: Mapping[str, str] = field(default_factory=dict)
+    additive: frozenset[int] = frozenset()
+    linear: tuple[frozenset[int], ...] = ()
+    flops: int = 0
+
+    @property
+    def tensors(self) -> tuple[tuple[Dims, Shape], ...]:
+        return tuple(zip(self.inputs + self.outputs, self.shapes, strict=True))
+
+
+def split_of(rule: Rule, index: int, name: str, outer: int) -> Split | None:
+    """Where tensor `index` (inputs, then outputs) is cut when `name` is split at `outer`; None where it cannot be.
+
+    The tensor must carry the name. Divisibility by the degree is not looked at: see `divides`.
+    """
+    dims, shape = rule.tensors[index]
+    positions = [i for i, dim in enumerate(dims) if name in dim]
+    if len(positions) == 1:
+        i = positions[0]
+        before = dims[i][: dims[i].index(name)]
+        return Split(i, math.prod(rule.sizes[f] for f in before) * outer)
+    prefix = 1
+    for i in positions:
+        if outer % prefix == 0 and prefix <= outer < prefix * shape[i]:
+            return Split(i, outer // prefix) if shape[i] % (outer // prefix) == 0 else None
+        prefix *= shape[i]
+    return None
+
+
+def name_of(rule: Rule, index: int, split: Split) -> tuple[str, int] | None:
+    """The inverse of `split_of`: the name and the outer count that cut tensor `index` as `split` does."""
+    dims, shape = rule.tensors[index]
+    if split.dim >= len(dims) or shape[split.dim] % split.blocks:
+        return None
+    prefix = 1
+    for name in dims[split.dim]:
+        size = rule.sizes[name]
+        positions = [i for i, dim in enumerate(dims) if name in dim]
+        if len(positions) > 1:
+            return name, split.blocks * math.prod(shape[i] for i in positions if i < split.dim)
+        last = name == dims[split.dim][-1]
+        if prefix <= split.blocks < prefix * size or (last and size == 1 and split.blocks == prefix):
+            outer, rest = divmod(split.blocks, prefix)
+            return (name, outer) if rest == 0 and size % outer == 0 else None
+        prefix *= size
+    return None
+
+
+def carries(dims: Dims, name: str) -> bool:
+    return any(name in dim for dim in dims)
+
+
+def divides(shape: Shape, placements: Sequence[tuple[Placement, int]]) -> bool:
+    """Whether all these splits (placement, degree) of a tensor, on different axes, can be made together.
+
+    Splits of one dim must nest: with blocks O1 <= O2, dim = (O1, n1, .., n2, ..) needs O2 to be a multiple of O1 n1
+    (equal blocks nest in the order of the axes).
+    """
+    by_dim: dict[int, list[tuple[int, int]]] = {}
+    for placement, degree in placements:
+        if isinstance(placement, Split) and degree > 1:
+            by_dim.setdefault(placement.dim, []).append((placement.blocks, degree))
+    for dim, cuts in by_dim.items():
+        outer, previous = 1, 0
+        for blocks, degree in sorted(cuts, key=lambda cut: cut[0]):
+            outer = outer if blocks == previous else blocks if blocks % outer == 0 else 0
+            if outer == 0:
+                return False
+            previous, outer = blocks, outer * degree
+        if shape[dim] % outer:
+            return False
+    return True
+
+
+def split_strategy(rule: Rule, name: str, outer: int, degree: int, gradient: Sequence[bool]) -> Strategy | None:
+    """The strategy that splits `name` at `outer`, or None where some tensor cannot be cut so.
+
+    gradient: per tensor (inputs, then outputs) whether a gradient flows through it in this op.
+    """
+    if name not in rule.splits or rule.sizes[name] % (outer * degree):
+        return None
+    special = rule.specials.get(name)
+    placements: list[Placement] = []
+    pending = name in rule.sums and not (special and special.output != PARTIAL)
+    for index, (dims, shape) in enumerate(rule.tensors):
+        is_input = index < len(rule.inputs)
+        if carries(dims, name):
+            split = split_of(rule, index, name, outer)
+            if split is None or shape[split.dim] % (split.blocks * degree):
+                return None
+            placements.append(split)
+        elif is_input:
+            if pending and index in rule.additive:
+                placements.append(PARTIAL)
+            else:
+                placements.append(SHARED if gradient[index] else REPLICATED)
+        elif name not in rule.sums:
+            return None
+        else:
+            placements.append(special.output if special else PARTIAL)
+    count = len(rule.inputs)
+    return Strategy(
+        key=name if outer == 1 else f"{name}@{outer}",
+        inputs=tuple(placements[:count]),
+        outputs=tuple(placements[count:]),
+        work=min(1.0, (special.work if special else 1.0) / degree),
+        special=special.name if special else "",
+        collective_bytes=special.collective_bytes if special else 0,
+    )
+
+
+def partial_strategy(rule: Rule, group: frozenset[int], gradient: Sequence[bool]) -> Strategy:
+    """The strategy that lets a pending sum of the inputs in `group` through."""
+    count = len(rule.inputs)
+    inputs = tuple(
+        PARTIAL if i in group else SHARED if gradient[i] else REPLICATED for i in range(count)
+    )
+    key = "partial" if len(group) == count > 1 else f"partial:{min(group)}"
+    return Strategy(key, inputs, (PARTIAL,) * len(rule.outputs), 1.0)
+
+
+def whole_strategies(rule: Rule, gradient: Sequence[bool]) -> tuple[Strategy, ...]:
+    """ "-" and, where a gradient flows, "shared"; legal for every op."""
+    count = len(rule.inputs)
+    whole = Strategy("-", (REPLICATED,) * count, (REPLICATED,) * len(rule.outputs), 1.0)
+    if not any(gradient):
+        return (whole,)
+    placed = tuple(SHARED if flows else REPLICATED for flows in gradient)
+    return whole, Strategy("shared", placed[:count], placed[count:], 1.0)

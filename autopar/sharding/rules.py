@@ -1,0 +1,115 @@
+"""`rule(graph, op)`: what may be done in parallel along which dim of an op.
+
+A rule is found by the op's target ("aten.max.dim"), else by the target without its overload ("aten.max"), else, where
+torch tags the overload as pointwise, as an elementwise op. An op without a rule runs whole: that is always legal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ..graph import Graph, Op
+from ..ops import resolve
+from . import rules_linear, rules_loss, rules_norm, rules_opaque, rules_pointwise, rules_reduce, rules_views
+from .call import Call
+from .notation import parse
+from .rule import Rule
+
+RuleFunction = Callable[[Call], Rule | None]
+
+
+@dataclass(frozen=True)
+class RuleTable:
+    """Rules by target. Immutable: `register_rule` returns a larger table."""
+
+    functions: Mapping[str, RuleFunction]
+
+    def register_rule(
+        self,
+        target: str,
+        pattern: str,
+        *,
+        sums: Iterable[str] = (),
+        whole: Iterable[str] = (),
+        sizes: Mapping[str, int] | None = None,
+        linear: Iterable[int] = (),
+        multiplies: bool = False,
+    ) -> RuleTable:
+        """Add a rule in one line: `table.register_rule("mylib.scan.default", "b s h, h -> b s h", whole=["s"])`.
+
+        target: "<namespace>.<name>" or "<namespace>.<name>.<overload>". pattern: see sharding/notation.py; names that
+        only inputs carry must be in `sums` (the op sums over them) or in `whole`.
+        whole: names that must not be split. sizes: of factors that shapes do not fix. linear: inputs, by number, in
+        each of which alone the op is linear. multiplies: whether flops are 2 x the product of all sizes.
+        Raises ValueError for a pattern that does not parse or that names unknown dims in the options.
+        """
+        parsed = parse(pattern)
+        known = {name for dims in parsed.inputs + parsed.outputs for dim in dims for name in dim}
+        unknown = sorted({*sums, *whole, *(sizes or {})} - known)
+        if unknown:
+            raise ValueError(f"rule {pattern!r} has no dim {', '.join(unknown)}")
+        if target.count(".") not in (1, 2):
+            raise ValueError(f"target {target!r} is not '<namespace>.<name>' or '<namespace>.<name>.<overload>'")
+        blocked = dict.fromkeys(whole, f"its rule {pattern!r} keeps it whole")
+        options: dict[str, Any] = {"sums": tuple(sums), "blocked": blocked}
+        groups = tuple(frozenset({i}) for i in linear)
+
+        def function(call: Call) -> Rule:
+            found = call.pattern(pattern, sizes, **options)
+            flops = 2 if multiplies else 0
+            for size in found.sizes.values() if multiplies else ():
+                flops *= size
+            return replace(found, linear=groups, flops=flops)
+
+        return RuleTable(MappingProxyType({**self.functions, target: function}))
+
+    def find(self, target: str) -> RuleFunction | None:
+        """The function that makes the rule of an op with this target."""
+        packet = ".".join(target.split(".")[:2])
+        found = self.functions.get(target) or self.functions.get(packet)
+        if found is None and packet not in rules_pointwise.NOT_POINTWISE and target.startswith("aten."):
+            tags = getattr(resolve(target), "tags", ())
+            found = rules_pointwise.pointwise if torch.Tag.pointwise in tags else None
+        return found
+
+
+DEFAULT = RuleTable(
+    MappingProxyType(
+        {
+            **rules_pointwise.RULES,
+            **rules_views.RULES,
+            **rules_linear.RULES,
+            **rules_reduce.RULES,
+            **rules_norm.RULES,
+            **rules_loss.RULES,
+            **rules_opaque.RULES,
+        }
+    )
+)
+
+
+def make_rule(graph: Graph, op: Op, table: RuleTable = DEFAULT) -> Rule | None:
+    """The rule of an op, or None where there is none (it then runs whole)."""
+    function = table.find(op.target)
+    if function is None or not op.outputs:
+        return None
+    return function(Call.of(graph, op))
+
+
+def whole_rule(graph: Graph, op: Op) -> Rule:
+    """The rule that is legal for every op: nothing is split, nothing passes through."""
+    tensors = [graph.tensors[name] for name in (*op.inputs, *op.outputs)]
+    dims = tuple(tuple((f"t{n}_{i}",) for i in range(len(t.shape))) for n, t in enumerate(tensors))
+    sizes = {f"t{n}_{i}": size for n, t in enumerate(tensors) for i, size in enumerate(t.shape)}
+    return Rule(
+        inputs=dims[: len(op.inputs)],
+        outputs=dims[len(op.inputs) :],
+        shapes=tuple(t.shape for t in tensors),
+        sizes=sizes,
+        blocked=dict.fromkeys(sizes, f"{op.target} has no sharding rule (see RuleTable.register_rule)"),
+    )

@@ -1,0 +1,102 @@
+"""Rules of normalisations and pooling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from .call import Call
+from .notation import Dims
+from .rule import Rule
+from .rules_pointwise import RuleFunction, full
+
+
+def layer_norm(call: Call) -> Rule:
+    """layer_norm, rms_norm: statistics over the trailing dims; rows are independent."""
+    shape = call.shape("input")
+    count = len(call["normalized_shape"])
+    lead = len(shape) - count
+    norm: Dims = tuple((f"n{i}",) for i in range(count))
+    dims = (*full(shape[:lead]), *norm)
+    statistics: Dims = (*full(shape[:lead]), *((),) * count)
+    return call.rule(
+        {"input": dims, "weight": norm, "bias": norm},
+        [dims, statistics, statistics][: len(call.outputs)],
+        blocked={f"n{i}": "the statistics run over it" for i in range(count)},
+        flops=8 * math.prod(shape),
+    )
+
+
+def group_norm(call: Call) -> Rule:
+    """Channels are (groups, channels of a group): whole groups may be split."""
+    shape = call.shape("input")
+    groups = call["num_groups"]
+    inner = tuple((f"x{i}",) for i in range(len(shape) - 2))
+    dims = (("b",), ("g", "c"), *inner)
+    reason = "a group's statistics run over it"
+    return call.rule(
+        {"input": dims, "weight": (("g", "c"),), "bias": (("g", "c"),)},
+        [dims],
+        sizes={"g": groups, "c": shape[1] // groups},
+        blocked={"c": reason, **{f"x{i}": reason for i in range(len(inner))}},
+        flops=8 * math.prod(shape),
+    )
+
+
+def batch_norm(call: Call) -> Rule:
+    """In training every channel's statistics run over the whole batch, so rows meet; in evaluation nothing does."""
+    shape = call.shape("input")
+    channel: Dims = (("c",),)
+    dims = tuple(("c",) if i == 1 else (f"d{i}",) for i in range(len(shape)))
+    training = call.get("training", call.get("train", call.get("use_input_stats", False)))
+    reason = "batch norm in training takes its statistics over the whole batch"
+    return call.rule(
+        {"input": dims, **dict.fromkeys(("weight", "bias", "running_mean", "running_var"), channel)},
+        [dims, channel, channel][: len(call.outputs)],
+        blocked={f"d{i}": reason for i in range(len(shape)) if i != 1} if training else {},
+        flops=8 * math.prod(shape),
+    )
+
+
+def instance_norm(call: Call) -> Rule:
+    """Every row and channel by itself."""
+    shape = call.shape("input")
+    channel: Dims = (("c",),)
+    dims = (("b",), ("c",), *((f"x{i}",) for i in range(len(shape) - 2)))
+    blocked = {f"x{i}": "the statistics run over it" for i in range(len(shape) - 2)}
+    if call.has("running_mean"):
+        blocked["b"] = "running statistics average over the batch"
+    inputs = {"input": dims, **dict.fromkeys(("weight", "bias", "running_mean", "running_var"), channel)}
+    return call.rule(inputs, [dims], blocked=blocked, flops=8 * math.prod(shape))
+
+
+def pooling(call: Call, spatial: int) -> Rule:
+    """Leading dims (batch, channels) are independent; windows overlap in space."""
+    shape, out = call.shape("self"), call.out
+    lead = len(shape) - spatial
+    ins = (*full(shape[:lead]), *((f"x{i}",) for i in range(spatial)))
+    outs = (*full(out[:lead]), *((f"y{i}",) for i in range(spatial)))
+    blocked = {f"{c}{i}": "windows of neighbouring places overlap" for i in range(spatial) for c in "xy"}
+    linear = [["self"]] if "avg" in call.packet else ()
+    return call.rule({"self": ins}, [outs] * len(call.outputs), blocked=blocked, linear=linear, flops=math.prod(shape))
+
+
+def _pool(spatial: int) -> RuleFunction:
+    return lambda call: pooling(call, spatial)
+
+
+_POOLS = ("max_pool{}d", "max_pool{}d_with_indices", "avg_pool{}d", "adaptive_avg_pool{}d", "adaptive_max_pool{}d")
+
+RULES: Mapping[str, RuleFunction] = MappingProxyType(
+    {
+        "aten.layer_norm": layer_norm,
+        "aten.rms_norm": layer_norm,
+        "aten.group_norm": group_norm,
+        "aten.batch_norm": batch_norm,
+        "aten.instance_norm": instance_norm,
+        **{f"aten.{name.format(n)}": _pool(n) for n in (1, 2, 3) for name in _POOLS},
+        "aten._adaptive_avg_pool2d": _pool(2),
+        **{f"aten.upsample_{name}": _pool(n) for name, n in (("nearest1d", 1), ("nearest2d", 2), ("bilinear2d", 2))},
+    }
+)

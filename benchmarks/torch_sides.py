@@ -1,0 +1,166 @@
+"""What a user would write by hand in plain PyTorch, one class per kind of parallelism.
+
+Each side is made from a module that every rank has whole and alike, owns its AdamW, and runs one training step of the
+global batch; `step` returns this rank's view of the loss without waiting for the device, and `loss` (outside the timed
+region, all ranks) makes the global mean of it. B batch rows, S sequence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from launch.model import LanguageModel, rotary_table
+
+
+class Eager:
+    """One rank, the module as it is."""
+
+    def __init__(self, module: nn.Module, learning_rate: float) -> None:
+        self.module = module
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate)
+
+    def rows(self, batch: Tensor) -> Tensor:
+        """This rank's rows of the global batch."""
+        return batch
+
+    def step(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        loss = self.module(self.rows(tokens), self.rows(targets))
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def loss(self, value: Tensor) -> float:
+        return value.item()
+
+
+class DataParallel(Eager):
+    """Equal shares of the rows: the mean of the ranks' means is the global mean, and so it is for gradients."""
+
+    def rows(self, batch: Tensor) -> Tensor:
+        return batch.chunk(dist.get_world_size())[dist.get_rank()]
+
+    def loss(self, value: Tensor) -> float:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total.item() / dist.get_world_size()
+
+
+class Replicated(DataParallel):
+    """DistributedDataParallel with its defaults."""
+
+    def __init__(self, module: nn.Module, learning_rate: float, device: torch.device) -> None:
+        super().__init__(DistributedDataParallel(module, [device] if device.type == "cuda" else None), learning_rate)
+
+
+class FullySharded(DataParallel):
+    """fully_shard on each layer, then on the rest."""
+
+    def __init__(self, module: LanguageModel, learning_rate: float, device: torch.device) -> None:
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        for layer in module.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+        if device.type == "cpu":
+            # gloo has no averaging reduction: sum, and let fully_shard divide.
+            for part in (*module.layers, module):
+                part.set_force_sum_reduction_for_comms(True)
+        super().__init__(module, learning_rate)
+
+
+class TensorParallel(Eager):
+    """The plan of torch's tensor-parallel tutorial: column then row in attention and feed-forward, and at the ends.
+
+    shard_ends: also split the embedding by rows and the head by columns.
+    """
+
+    def __init__(self, module: LanguageModel, learning_rate: float, device: torch.device, shard_ends: bool) -> None:
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        if shard_ends:
+            ends = {
+                "embedding": RowwiseParallel(input_layouts=Replicate()),
+                "head": ColwiseParallel(output_layouts=Replicate()),
+            }
+            parallelize_module(module, mesh, ends)
+        column = ("attention.query", "attention.key", "attention.value", "feed_forward.gate", "feed_forward.up")
+        row = ("attention.output", "feed_forward.down")
+        for layer in module.layers:
+            layer_plan = {name: ColwiseParallel() for name in column} | {name: RowwiseParallel() for name in row}
+            parallelize_module(layer, mesh, layer_plan)
+        # Some parameters are now DTensors and others not, which fused and foreach kernels do not take together.
+        sharded = [p for p in module.parameters() if hasattr(p, "to_local")]
+        whole = [p for p in module.parameters() if not hasattr(p, "to_local")]
+        super().__init__(module, learning_rate)
+        groups = [{"params": group} for group in (sharded, whole) if group]
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+
+
+class _Piece(nn.Module):
+    """A run of layers with the embedding before the first and the head after the last."""
+
+    def __init__(self, module: LanguageModel, start: int, stop: int) -> None:
+        super().__init__()
+        self.config = module.config
+        self.layers = nn.ModuleList(module.layers[start:stop])
+        self.embedding = module.embedding if start == 0 else None
+        last = stop == len(module.layers)
+        self.norm, self.head = (module.norm, module.head) if last else (None, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.embedding is not None:
+            x = self.embedding(x)
+        cosines, sines = rotary_table(self.config, torch.arange(x.shape[1], device=x.device))
+        for layer in self.layers:
+            x = layer(x, cosines, sines)
+        return x if self.head is None else self.head(self.norm(x))
+
+
+class Pipeline:
+    """Schedule1F1B over two stages; `first_layers` layers, and the embedding, are the first."""
+
+    def __init__(
+        self, module: LanguageModel, learning_rate: float, device: torch.device, microbatches: int, first_layers: int
+    ) -> None:
+        rank = dist.get_rank()
+        spans = ((0, first_layers), (first_layers, len(module.layers)))
+        self.piece = _Piece(module, *spans[rank])
+        self.optimizer = torch.optim.AdamW(self.piece.parameters(), lr=learning_rate)
+        stage = PipelineStage(self.piece, rank, len(spans), device)
+        self.schedule = Schedule1F1B(stage, microbatches, loss_fn=_mean_cross_entropy)
+        self.is_first = rank == 0
+
+    def step(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        losses: list[Tensor] = []
+        if self.is_first:
+            self.schedule.step(tokens)
+        else:
+            self.schedule.step(target=targets, losses=losses)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return torch.stack(losses).mean().detach() if losses else torch.zeros((), device=tokens.device)
+
+    def loss(self, value: Tensor) -> float:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total.item()
+
+
+def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def layers_named(names: Iterable[str]) -> set[int]:
+    """The numbers of the layers that parameters of these names belong to."""
+    return {int(found.group(1)) for name in names if (found := re.match(r"layers\.(\d+)\.", name))}

@@ -1,0 +1,153 @@
+"""A whole graph on all ranks of a (batch x model) grid in one process, by the strategies given for each op.
+
+What the runtime does with processes, done with lists: the values of one chunk of the batch on every model rank, one
+chunk after the other. Shares no code with the runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from autopar.graph import DEVICE, Graph, Op, map_refs
+from autopar.sharding.batch import BatchLayout, batch_layout
+from autopar.sharding.emulate import EmulatedAxis, convert, hand_out, on_every_rank
+from autopar.sharding.local import localize
+from autopar.sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split
+from autopar.sharding.strategies import strategies
+from autopar.sharding.strategy import Strategy
+
+Values = Mapping[str, torch.Tensor]
+
+
+def run_emulated(
+    graph: Graph, values: Values, shards: int, degree: int, chosen: Mapping[str, Strategy]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of all parameters, summed over `shards` chunks of the batch.
+
+    values: every input, parameter, buffer and constant of the graph, whole. chosen: strategy of each main op.
+    """
+    layout = batch_layout(graph, shards)
+    assert shards == 1 or not layout.conflict
+    whole: dict[str, torch.Tensor] = {}
+    for name in layout.prologue:
+        parts = [_Chunk(graph, values, layout, chunk, degree, chosen, whole).side(name) for chunk in range(shards)]
+        whole[name] = torch.stack(parts).sum(0)
+    loss = torch.zeros(())
+    gradients: dict[str, torch.Tensor] = {}
+    for chunk in range(shards):
+        one, found = _Chunk(graph, values, layout, chunk, degree, chosen, whole).run()
+        loss = loss + one
+        for name, gradient in found.items():
+            gradients[name] = gradients.get(name, 0) + gradient
+    return loss, gradients
+
+
+class _Chunk:
+    def __init__(
+        self,
+        graph: Graph,
+        values: Values,
+        layout: BatchLayout,
+        chunk: int,
+        degree: int,
+        chosen: Mapping[str, Strategy],
+        whole: Values,
+    ) -> None:
+        self.graph, self.layout, self.chunk, self.degree, self.chosen = graph, layout, chunk, degree, chosen
+        self.shards, self.whole = layout.shards, whole
+        self.lists: dict[str, list[torch.Tensor]] = {}
+        self.placed: dict[str, Placement] = {}
+        self.leaves: dict[str, list[torch.Tensor]] = {}
+        for name, value in values.items():
+            tensor = graph.tensors[name]
+            if tensor.role == "parameter" and tensor.requires_grad:
+                self.leaves[name] = [value.detach().clone().requires_grad_() for _ in range(degree)]
+                self.lists[name] = self.leaves[name]
+            else:
+                self.lists[name] = [hand_out(value, layout.placements[name], self.shards)[chunk]] * degree
+            self.placed[name] = REPLICATED
+
+    def side(self, name: str) -> torch.Tensor:
+        """A side tensor of this chunk, as produced."""
+        needed, names = [], {name}
+        for op in reversed(self.graph.ops):
+            if names.intersection(op.outputs):
+                needed.append(op)
+                names.update(t for t in op.inputs if t not in self.whole)
+        for op in reversed(needed):
+            self.run_op(op)
+        return self.lists[name][0]
+
+    def run(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        for op in self.graph.ops:
+            self.run_op(op)
+        losses = convert(self.lists[self.graph.loss], self.placed[self.graph.loss], REPLICATED)
+        torch.autograd.backward(losses, [torch.ones_like(x) for x in losses])
+        found = {}
+        for name, leaves in self.leaves.items():
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
+            for other in gradients[1:]:  # parameters rest REPLICATED: the gradient is whole on every rank
+                torch.testing.assert_close(other, gradients[0])
+            found[name] = gradients[0]
+        return losses[0].detach(), found
+
+    def run_op(self, op: Op) -> None:
+        batch = self.layout.strategies[op.name]
+        model = self.chosen.get(op.name) or strategies(self.graph, op, self.degree, self.shards)[0]
+        operands = [self.value(t, b, m) for t, b, m in zip(op.inputs, batch.inputs, model.inputs, strict=True)]
+        call = localize(self.graph, op, batch, self.shards, model, self.degree)
+
+        def on_rank(axis: EmulatedAxis) -> list[torch.Tensor]:
+            named = iter(operands)
+            args, kwargs = map_refs((call.args, tuple(v for _, v in call.kwargs)), lambda _: next(named)[axis.rank])
+            axes = [EmulatedAxis(self.chunk, self.shards) if a == "batch" else axis for a in call.axes]
+            with torch.set_grad_enabled(not op.no_grad):
+                named_kwargs = {key: _real(v) for (key, _), v in zip(call.kwargs, kwargs, strict=True)}
+                out = call.function(*axes, *map(_real, args), **named_kwargs)
+            return list(out) if isinstance(out, tuple | list) else [out]
+
+        results = on_every_rank(self.degree, on_rank, "model" in call.axes)
+        for i, name in enumerate(op.outputs):
+            self.lists[name] = [r[i] for r in results]
+            self.placed[name] = model.outputs[i]
+
+    def value(self, tensor: str, on_batch: Placement, on_model: Placement) -> list[torch.Tensor]:
+        if tensor in self.whole:
+            assert on_batch == REPLICATED
+            return hand_out(self.whole[tensor], on_model, self.degree)
+        values, have = self.lists[tensor], self.placed[tensor]
+        values = convert_chunks(values, have, on_model, self.graph.tensors[tensor].shape, self.layout, tensor)
+        start = self.layout.placements[tensor]
+        if start == on_batch or self.shards == 1:
+            return values
+        assert start in (REPLICATED, SHARED), f"{tensor}: {start} -> {on_batch} is not local"
+        if isinstance(on_batch, Split):
+            blocks = on_batch.blocks
+            if isinstance(on_model, Split) and on_model.dim == on_batch.dim and on_model.blocks < blocks:
+                blocks //= self.degree
+            return [hand_out(v, Split(on_batch.dim, blocks), self.shards)[self.chunk] for v in values]
+        return [v / self.shards for v in values] if on_batch == PARTIAL else values
+
+
+def convert_chunks(
+    values: list[torch.Tensor], have: Placement, want: Placement, shape: Any, layout: BatchLayout, tensor: str
+) -> list[torch.Tensor]:
+    """The conversion on the model axis, of values that the batch axis has already cut."""
+    cut = layout.placements[tensor]
+
+    def local(placement: Placement) -> Placement:
+        if isinstance(placement, Split) and isinstance(cut, Split) and placement.dim == cut.dim:
+            blocks = placement.blocks
+            return Split(placement.dim, blocks // layout.shards if cut.blocks < blocks else blocks)
+        return placement
+
+    return convert(values, local(have), local(want)) if len(values) > 1 else values
+
+
+def _real(value: Any) -> Any:
+    if value is DEVICE:
+        return torch.device("cpu")
+    return [_real(v) for v in value] if isinstance(value, tuple) else value

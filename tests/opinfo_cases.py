@@ -1,0 +1,267 @@
+"""Cases for tests/test_opinfo.py: samples as one-op graphs, and the comparison of a split op with the whole one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.testing._internal import common_methods_invocations as invocations
+
+from autopar.graph import Graph, Op, Ref, Tensor, map_refs
+from autopar.ops import resolve
+from autopar.sharding.analysis import analysis
+from autopar.sharding.emulate import EmulatedAxis, combine, dual, hand_out, on_every_rank
+from autopar.sharding.local import localize
+from autopar.sharding.placement import PARTIAL, REPLICATED, SHARED, Placement
+from autopar.sharding.rule import partial_strategy, whole_strategies
+from autopar.sharding.rules import DEFAULT
+from autopar.sharding.strategies import strategies
+from autopar.sharding.strategy import Strategy
+
+Sample = tuple[str, tuple[Any, ...], dict[str, Any]]
+
+
+def one_op_graph(target: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Graph, list[torch.Tensor]]:
+    """A graph that is one op on these arguments, and its inputs; every occurrence of a tensor is an input."""
+    values: list[torch.Tensor] = []
+
+    def take(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            values.append(value)
+            return Ref(f"in{len(values) - 1}")
+        return tuple(take(v) for v in value) if isinstance(value, tuple | list) else value
+
+    taken = take(tuple(args))
+    named = tuple((key, take(value)) for key, value in kwargs.items())
+    out = resolve(target)(*args, **kwargs)
+    sequence = isinstance(out, tuple | list)
+    tensors = {}
+    for prefix, listed in (("in", values), ("out", list(out) if sequence else [out])):
+        for i, v in enumerate(listed):
+            name = f"{prefix}{i}"
+            tensors[name] = Tensor(name, tuple(v.shape), v.dtype, "activation", v.requires_grad)
+    outputs = tuple(name for name in tensors if name.startswith("out"))
+    op = Op("op", target, taken, named, outputs, returns_sequence=sequence)
+    graph = Graph("one", tensors, (op,), (), (), "out0", (), (), frozenset(), (), 1)
+    return graph, values
+
+
+def _call(function: Callable[..., Any], args: Any, kwargs: Any, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    taken, named = map_refs((args, tuple(v for _, v in kwargs)), lambda ref: values[int(ref.name[2:])])
+
+    def lists(value: Any) -> Any:
+        return [lists(v) for v in value] if isinstance(value, tuple) else value
+
+    out = function(*map(lists, taken), **{k: lists(v) for (k, _), v in zip(kwargs, named, strict=True)})
+    return list(out) if isinstance(out, tuple | list) else [out]
+
+
+def place(whole: torch.Tensor, placement: Placement, degree: int) -> list[torch.Tensor]:
+    """Local values; a PARTIAL becomes random summands."""
+    if placement == PARTIAL and whole.dtype.is_floating_point:
+        parts = [torch.randn_like(whole) for _ in range(degree - 1)]
+        return [whole - sum(parts), *parts]
+    return hand_out(whole, placement, degree)
+
+
+def check_strategy(graph: Graph, values: Sequence[torch.Tensor], strategy: Strategy, degree: int) -> str:
+    """Run the op split by `strategy` and as a whole; what differs, "" if nothing does."""
+    (op,) = graph.ops
+    whole = whole_strategies(analysis(graph).rule(op), analysis(graph).gradient(op))[0]
+    leaves = [v.detach().clone().requires_grad_(v.requires_grad) for v in values]
+    expected = _call(resolve(op.target), op.args, op.kwargs, leaves)
+    flows = [v.requires_grad for v in expected]
+    seeds = [torch.randn_like(v) if f else None for v, f in zip(expected, flows, strict=True)]
+    wanted = _gradients(expected, seeds, leaves)
+
+    local_inputs = [place(v.detach(), p, degree) for v, p in zip(values, strategy.inputs, strict=True)]
+    local_seeds = [
+        place(s, dual(p), degree) if s is not None else [None] * degree
+        for s, p in zip(seeds, strategy.outputs, strict=True)
+    ]
+    call = localize(graph, op, whole, 1, strategy, degree)
+
+    def run(axis: EmulatedAxis) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        mine = [
+            part[axis.rank].clone().requires_grad_(v.requires_grad)
+            for part, v in zip(local_inputs, values, strict=True)
+        ]
+        axes = [axis] * len(call.axes)
+        out = _call(lambda *a, **k: call.function(*axes, *a, **k), call.args, call.kwargs, mine)
+        return out, _gradients(out, [s[axis.rank] for s in local_seeds], mine)
+
+    results = on_every_rank(degree, run, bool(call.axes))
+    for i, placement in enumerate(strategy.outputs):
+        problem = _compare([r[0][i].detach() for r in results], placement, expected[i].detach())
+        if problem:
+            return f"output {i} ({placement}): {problem}"
+    for i, placement in enumerate(strategy.inputs):
+        if wanted[i] is not None:
+            parts = [r[1][i] if r[1][i] is not None else torch.zeros_like(local_inputs[i][0]) for r in results]
+            problem = _compare(parts, dual(placement), wanted[i])
+            if problem:
+                return f"gradient {i} ({placement}): {problem}"
+    return ""
+
+
+def _gradients(outs: Sequence[torch.Tensor], seeds: Sequence[Any], leaves: Sequence[torch.Tensor]) -> list[Any]:
+    pairs = [(o, s) for o, s in zip(outs, seeds, strict=True) if s is not None and o.requires_grad]
+    learn = [leaf for leaf in leaves if leaf.requires_grad]
+    if not pairs or not learn:
+        return [None] * len(leaves)
+    found = torch.autograd.grad([o for o, _ in pairs], learn, [s for _, s in pairs], allow_unused=True)
+    by_leaf = iter(found)
+    return [next(by_leaf) if leaf.requires_grad else None for leaf in leaves]
+
+
+def _compare(parts: list[torch.Tensor], placement: Placement, whole: torch.Tensor) -> str:
+    if placement in (REPLICATED, SHARED):
+        joined = parts
+    elif placement == PARTIAL and not whole.dtype.is_floating_point:
+        joined = [torch.stack(parts).sum(0).to(whole.dtype)]
+    else:
+        joined = [combine(parts, placement)]
+    for one in joined:
+        if one.shape != whole.shape or one.dtype != whole.dtype:
+            return f"{one.dtype} {tuple(one.shape)} instead of {whole.dtype} {tuple(whole.shape)}"
+        if not torch.allclose(one, whole, rtol=1e-6, atol=1e-8, equal_nan=True):
+            return f"largest difference {(one.double() - whole.double()).abs().max():.2e}"
+    return ""
+
+
+def check_sample(sample: Sample, degrees: Sequence[int] = (2, 3)) -> tuple[int, list[str]]:
+    """How many splits of a sample were checked, and which of them went wrong."""
+    target, args, kwargs = sample
+    graph, values = one_op_graph(target, args, kwargs)
+    (op,) = graph.ops
+    found = analysis(graph)
+    try:
+        rule = found.rule(op)
+    except Exception as error:
+        return 0, [f"{target} {[tuple(v.shape) for v in values]} {op.args}: its rule raises {error!r}"]
+    count, wrong = 0, []
+    for degree in degrees:
+        passing = [partial_strategy(rule, g, found.gradient(op)) for g in rule.linear]
+        for strategy in (*strategies(graph, op, degree), *passing):
+            count += strategy.key not in ("-", "shared")
+            try:
+                problem = check_strategy(graph, values, strategy, degree)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if problem:
+                shapes = [tuple(v.shape) for v in values]
+                wrong.append(f"{target} {shapes} {op.args} {op.kwargs} {strategy.key} on {degree}: {problem}")
+    return count, wrong
+
+
+_REDUCTION = {"none": 0, "mean": 1, "sum": 2}
+
+
+def _loss(name: str) -> Callable[..., Sample]:
+    def adapt(*args: Any, reduction: str = "mean", **kwargs: Any) -> Sample:
+        return _resolved(name, args, {**kwargs, "reduction": _REDUCTION[reduction]})
+
+    return adapt
+
+
+def _cross_entropy(
+    input: Any, target: Any, weight: Any = None, ignore_index: int = -100, label_smoothing: float = 0.0, **_: Any
+) -> Sample:
+    return "autopar.cross_entropy_sum", (input, target, weight, ignore_index, label_smoothing), {}
+
+
+def _batch_norm(
+    x: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False,
+    momentum: float = 0.1, eps: float = 1e-5,
+) -> Sample:  # fmt: skip
+    return "aten.batch_norm.default", (x, weight, bias, mean, var, training, momentum, eps, False), {}
+
+
+def _pool(name: str) -> Callable[..., Sample]:
+    def adapt(x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, **kw: Any) -> Sample:
+        return _resolved(name, (x, kernel_size, stride or (), padding, dilation, kw.get("ceil_mode", False)), {})
+
+    return adapt
+
+
+_ELEMENTWISE_LOSSES = (
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "kl_div",
+    "soft_margin_loss",
+    "hinge_embedding_loss",
+    "margin_ranking_loss",
+)
+
+_ADAPTERS: Mapping[str, Callable[..., Sample]] = {
+    "nn.functional.cross_entropy": _cross_entropy,
+    "nn.functional.batch_norm": _batch_norm,
+    "nn.functional.embedding": lambda indices, weight, padding_idx=None, max_norm=None, norm_type=2.0, **kw: (
+        "aten.embedding.default",
+        (weight, indices, -1 if padding_idx is None else padding_idx % weight.shape[0]),
+        {k: v for k, v in kw.items() if k in ("scale_grad_by_freq",)},
+    ),
+    "einsum": lambda tensors, equation: ("aten.einsum.default", (equation, list(tensors)), {}),
+    "where": lambda x, condition, other: ("aten.where.self", (condition, x, other), {}),
+    **{f"nn.functional.{n}": _pool(n) for n in ("max_pool1d", "max_pool2d", "max_pool3d")},
+    **{f"nn.functional.{n}": _loss(n) for n in _ELEMENTWISE_LOSSES},
+    "nn.functional.nll_loss": _loss("nll_loss_nd"),
+}
+
+# Draw random numbers, or return what depends on uninitialised memory.
+_SKIPPED = frozenset(
+    ("empty", "new_empty", "empty_like", "rrelu", "dropout", "alpha_dropout", "rand_like", "randn_like", "bernoulli")
+)
+
+
+def _resolved(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sample:
+    overload = torch._C._jit_resolve_packet(f"aten::{name}", *args, **kwargs)
+    return f"aten.{name}.{overload}", tuple(args), dict(kwargs)
+
+
+def op_samples(per_op: int = 24) -> Iterator[Sample]:
+    """Samples of every op of torch's database that has a rule, in float64 and with sizes that 2 and 3 divide."""
+    sizes = {name: getattr(invocations, name) for name in ("S", "M", "L", "XS")}
+    try:
+        invocations.S, invocations.M, invocations.L, invocations.XS = 6, 12, 24, 3
+        for info in invocations.op_db:
+            yield from _samples(info, per_op)
+    finally:
+        for name, size in sizes.items():
+            setattr(invocations, name, size)
+
+
+def _samples(info: Any, per_op: int) -> Iterator[Sample]:
+    name = info.name.removeprefix("nn.functional.")
+    packet = name.replace("special.", "special_").replace("linalg.", "linalg_")
+    if packet in _SKIPPED or torch.float64 not in info.dtypes:
+        return
+    if info.name not in _ADAPTERS and not hasattr(torch.ops.aten, packet):
+        return
+    try:
+        drawn = list(info.sample_inputs("cpu", torch.float64, requires_grad=info.supports_autograd))
+    except Exception:
+        return  # a generator that cannot do with other sizes
+    taken = 0
+    for sample in drawn:
+        try:
+            if info.name in _ADAPTERS:
+                case = _ADAPTERS[info.name](sample.input, *sample.args, **sample.kwargs)
+            else:
+                case = _resolved(packet, (sample.input, *sample.args), sample.kwargs)
+            if DEFAULT.find(case[0]) is None:
+                continue
+            graph, values = one_op_graph(*case)
+            usable = not case[2].get("dropout_p") and all(
+                v.layout == torch.strided and not v.is_complex() and 0 < v.numel() < 40_000 for v in values
+            )
+        except Exception:
+            continue  # what torch's own call does before the operator; not ours to check
+        if usable and taken < per_op:
+            taken += 1
+            yield case

@@ -1,0 +1,137 @@
+"""Seeded small planning problems with hand-made costs, for the tests of plans and of the stage search."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+from autopar.cluster.spec import Cluster, Device, Link
+from autopar.cost.types import StageCost
+from autopar.graph import Block, Graph, Op, Ref, Tensor
+from autopar.plan import Layout, Plan
+from autopar.planner.problem import Chain, Problem, Shape
+
+WIDTH = 24
+
+
+def chain_graph(kinds: tuple[int, ...], batch_size: int, name: str = "Chain") -> Graph:
+    """A linear layer per block, the last one summed to the loss; blocks of one kind have as many linears as the kind says."""
+    tensors = {"x": Tensor("x", (batch_size, WIDTH), torch.float32, "input")}
+    ops, blocks = [], []
+    value = "x"
+    for index, kind in enumerate(kinds):
+        names, parameters, entered = [], [], value
+        for layer in range(kind % 3 + 1):
+            weight, out = f"w{index}_{layer}", f"y{index}_{layer}"
+            tensors[weight] = Tensor(weight, (WIDTH, WIDTH), torch.float32, "parameter", True, f"layers.{index}.{layer}.weight")
+            tensors[out] = Tensor(out, (batch_size, WIDTH), torch.float32, "activation", True)
+            ops.append(Op(f"linear{index}_{layer}", "aten.linear.default", (Ref(value), Ref(weight)), (), (out,), f"layers.{index}"))
+            names.append(ops[-1].name)
+            parameters.append(weight)
+            value = out
+        last = index == len(kinds) - 1
+        if last:
+            tensors["loss"] = Tensor("loss", (), torch.float32, "activation", True)
+            ops.append(Op("sum", "aten.sum.default", (Ref(value),), (), ("loss",)))
+            names.append("sum")
+        # the last block also has the loss, so it is of a kind of its own
+        blocks.append(
+            Block(index, kind + 1000 * last, tuple(names), (entered,) if index else (), () if last else (value,), tuple(parameters))
+        )
+    return Graph(
+        name, tensors, tuple(ops), ("x",), (0,), "loss", (), (), frozenset(), tuple(blocks), batch_size,
+    )  # fmt: skip
+
+
+def small_cluster(world_size: int, per_host: int | None = None, memory_bytes: int = 10**12) -> Cluster:
+    per_host = per_host or world_size
+    device = Device("test", memory_bytes, {"float32": 1e12}, 1e11, 1e-6, 1e-6)
+    return Cluster(device, world_size // per_host, per_host, Link(1e-6, 1e11), Link(1e-5, 1e10), "test")
+
+
+@dataclass
+class MadeUpCosts:
+    """Costs that are drawn once per kind of block; a stage adds up its blocks. `asked` counts the questions.
+
+    They keep what planner/auto.py assumes: cutting, ZeRO and recomputation save no time, a tensor axis at most its share.
+    """
+
+    graph: Graph
+    cluster: Cluster
+    seed: int
+    slow_network: float = 1.0
+    asked: int = 0
+    _kinds: dict = field(default_factory=dict)
+
+    def _kind(self, kind: int) -> dict[str, float]:
+        if kind not in self._kinds:
+            draw = random.Random(f"{self.seed} {kind}")
+            self._kinds[kind] = {
+                "forward": draw.uniform(0.2, 2) * 1e-3,
+                "backward": draw.uniform(0.5, 4) * 1e-3,
+                "launch": draw.uniform(0, 0.5) * 1e-3,
+                "efficiency": draw.uniform(0.3, 1.0),
+                "gather": draw.uniform(0, 1) * 1e-3,
+                "send": draw.uniform(0, 0.3) * 1e-3 * self.slow_network,
+                "reduce": draw.uniform(0, 3) * 1e-3 * self.slow_network,
+                "optimizer": draw.uniform(0, 1) * 1e-3,
+                "parameters": draw.randrange(1, 100),
+                "activations": draw.randrange(1, 100),
+                "inputs": draw.randrange(0, 20),
+                "peak": draw.randrange(0, 30),
+            }
+        return self._kinds[kind]
+
+    def stage(self, plan: Plan, index: int) -> StageCost:
+        self.asked += 1
+        stage = plan.stages[index]
+        blocks = self.graph.blocks[stage.start : stage.stop]
+        kinds = [self._kind(block.kind) for block in blocks]
+        rows = plan.batch_size // stage.data / plan.microbatches
+        share = [rows * stage.tensor ** -kind["efficiency"] for kind in kinds]
+        forward_s = sum(k["launch"] + s * k["forward"] for k, s in zip(kinds, share, strict=True))
+        backward_s = sum(k["launch"] + s * k["backward"] for k, s in zip(kinds, share, strict=True))
+        if stage.zero == 3:
+            gather_s = sum(k["gather"] for k in kinds)
+            forward_s, backward_s = forward_s + gather_s, backward_s + 2 * gather_s
+        if stage.recompute == "full":
+            backward_s += forward_s
+        last = index == len(plan.stages) - 1
+        far = 1 if last else 1 + self.cluster.host(plan.stages[index + 1].ranks[0]) - self.cluster.host(stage.ranks[0])
+        parameters = sum(k["parameters"] for k in kinds) // stage.tensor // (stage.data if stage.zero == 3 else 1)
+        activations = sum(k["inputs" if stage.recompute == "full" else "activations"] for k in kinds)
+        reduce_s = sum(k["reduce"] for k in kinds) / stage.tensor * (1 - 1 / stage.data)
+        return StageCost(
+            forward_s=forward_s,
+            backward_s=backward_s,
+            prologue_s=1e-5 if last else 0.0,
+            send_s=0.0 if last else kinds[-1]["send"] * rows * far,
+            boundary_bytes=0 if last else int(8 * rows),
+            reduce_s=reduce_s,
+            reduce_overlap_s=min(reduce_s, backward_s) / 2,
+            reduce_model_s=0.0,
+            optimizer_s=sum(k["optimizer"] for k in kinds) / stage.tensor / (stage.data if stage.zero == 3 else 1),
+            parameter_bytes=parameters,
+            gradient_bytes=parameters,
+            optimizer_bytes=2 * parameters,
+            unsharded_bytes=max(k["parameters"] for k in kinds) if stage.zero == 3 else 0,
+            activation_bytes=int(activations * rows),
+            forward_peak_bytes=int(max(k["peak"] for k in kinds) * rows),
+            backward_peak_bytes=int(2 * max(k["peak"] for k in kinds) * rows),
+        )
+
+
+def whole_layouts(problem: Problem, shape: Shape) -> tuple[Chain, ...]:
+    """One chain in which no op uses the axis: made-up costs do not look at layouts."""
+    if shape.tensor == 1:
+        return (Chain(),)
+    layouts = [
+        Layout(
+            shape.tensor, ("-",) * len(block.ops), ("R",) * len(block.inputs), ("R",) * len(block.outputs),
+            ("R",) * len(block.parameters),
+        )
+        for block in problem.graph.blocks
+    ]  # fmt: skip
+    return (Chain.of(layouts),)
