@@ -198,7 +198,7 @@ def _check_layout(plan: Plan, graph: Graph, stage: Stage, block: Block, index: i
 
 def _check_tokens(graph: Graph, block: Block, layout: Layout, at: str, shards: int) -> None:
     """Each placement token is one, and the degree divides the dim that it splits."""
-    dims = batch_layout(graph, shards).dims if shards > 1 else {}
+    on_batch = batch_layout(graph, shards).placements if shards > 1 else {}
     for field in ("inputs", "outputs", "parameters"):
         names, tokens = getattr(block, field), getattr(layout, field)
         if len(names) != len(tokens):
@@ -220,7 +220,7 @@ def _check_tokens(graph: Graph, block: Block, layout: Layout, at: str, shards: i
                     f"{placement.dim}"
                 )
             size = tensor.shape[placement.dim]
-            cut = dims.get(name)
+            cut = on_batch.get(name)
             if isinstance(cut, Split) and cut.dim == placement.dim:
                 size //= shards
             if size % (placement.blocks * layout.degree):
