@@ -35,6 +35,16 @@ def schema(op: torch._ops.OpOverload) -> torch._C.FunctionSchema:
     return op._schema
 
 
+def all_gather_single(output: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Join equal parts of all ranks in `output`; torch 2.13 renamed the function."""
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(output, part, group=group)
+
+
+def reduce_scatter_single(output: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Sum `whole` over the ranks and keep this rank's part; torch 2.13 renamed the function."""
+    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(output, whole, group=group)
+
+
 def default_store() -> dist.Store | None:
     """The key-value store behind the default process group, None without one."""
     if not dist.is_initialized():
