@@ -156,11 +156,13 @@ def program_peak_bytes(row: Sequence[Instruction], cost: StageCost) -> int:
     """Peak bytes of one rank over its list: at rest, plus the most that any forward or backward adds.
 
     A forward's activations count from its start to the end of its backward; in evaluation they are part of
-    `forward_peak_bytes` alone. Gradients count from the start of a training step, although they come into being in its
-    first backward; in evaluation they do not, and the optimizer's state does.
+    `forward_peak_bytes` alone. Gradients come into being during the step's first backward, which lets go of activations
+    in return; so it counts with the fuller of its two ends. Where they are reduced over data they have buffers, which
+    stay from step to step. Ignored: temporary tensors of the optimizer.
     """
     training = any(isinstance(i, Backward) for i in row)
-    rest = at_rest_bytes(cost) - (0 if training else cost.gradient_bytes)
+    whole = at_rest_bytes(cost)
+    rest = whole if training and cost.reduce_s > 0 else whole - cost.gradient_bytes
     peak, held = rest, 0
     for instruction in row:
         if isinstance(instruction, Forward):
@@ -168,14 +170,20 @@ def program_peak_bytes(row: Sequence[Instruction], cost: StageCost) -> int:
             running = held * cost.activation_bytes + cost.forward_peak_bytes
             peak = max(peak, rest + cost.unsharded_bytes + running)
         elif isinstance(instruction, Backward):
-            running = held * cost.activation_bytes + cost.backward_peak_bytes
-            peak = max(peak, rest + cost.unsharded_bytes + running)
-            held -= 1
+            before = rest + held * cost.activation_bytes
+            rest, held = whole, held - 1
+            after = rest + held * cost.activation_bytes
+            peak = max(peak, max(before, after) + cost.unsharded_bytes + cost.backward_peak_bytes)
     return peak
 
 
 def stage_peak_bytes(cost: StageCost, schedule: str, stage: int, num_stages: int, microbatches: int) -> int:
     """`program_peak_bytes` of a training step, from the bound on microbatches in flight instead of a walk."""
     held = schedule_named(schedule).in_flight(stage, num_stages, microbatches)
-    running = held * cost.activation_bytes + max(cost.forward_peak_bytes, cost.backward_peak_bytes)
-    return at_rest_bytes(cost) + cost.unsharded_bytes + running
+    transient_bytes = max(cost.forward_peak_bytes, cost.backward_peak_bytes)
+    full = held * cost.activation_bytes + transient_bytes
+    if cost.reduce_s > 0 or microbatches > held:
+        return at_rest_bytes(cost) + cost.unsharded_bytes + full
+    # All forwards precede the first backward, so that no gradients lie beside all activations.
+    drained = cost.gradient_bytes + (held - 1) * cost.activation_bytes + cost.backward_peak_bytes
+    return at_rest_bytes(cost) - cost.gradient_bytes + cost.unsharded_bytes + max(full, drained)

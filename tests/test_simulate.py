@@ -160,7 +160,13 @@ def test_peak_memory_by_hand() -> None:
     )  # fmt: skip
     line = simulate_program(build_program(3, 5, "1f1b"), [cost] * 3)
     assert line.peak_memory_bytes == {0: 466, 1: 456, 2: 446}
+    # GPipe: all activations before any gradient, 300 + 30 + 50 + 6, or one microbatch later 400 + 30 + 40 + 6.
     line = simulate_program(build_program(3, 5, "gpipe"), [cost] * 3)
+    assert line.peak_memory_bytes == {0: 476, 1: 476, 2: 476}
+    line = simulate_program(build_program(3, 5, "gpipe"), [replace(cost, activation_bytes=1000)] * 3)
+    assert line.peak_memory_bytes == {0: 5336, 1: 5336, 2: 5336}
+    # Buffers for the reduction over data are there from the start.
+    line = simulate_program(build_program(3, 5, "gpipe"), [replace(cost, reduce_s=1.0)] * 3)
     assert line.peak_memory_bytes == {0: 486, 1: 486, 2: 486}
     line = simulate_program(build_program(3, 5, "gpipe", training=False), [cost] * 3)
     assert line.peak_memory_bytes == {0: 334, 1: 334, 2: 334}
