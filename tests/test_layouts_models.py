@@ -1,4 +1,4 @@
-"""The layout solver on Llama and GPT-2: never worse than Megatron's layouts made by hand, and those where they are best."""
+"""The layout solver on Llama and GPT-2: never worse than Megatron's layouts made by hand, and those where best."""
 
 from __future__ import annotations
 
@@ -54,14 +54,15 @@ def test_never_worse_than_megatron(name):
         for shards, prices in ((1, {}), (8, {}), (8, FAVOURS_MEGATRON), (8, FAVOURS_SEQUENCE)):
             costs = GivenCosts(graph, degree, shards=shards, **prices)
             options = layout_options(graph, degree, costs)
-            for weight in (0.0, 1e-12, 1e-10):
+            hands = [megatron(graph, degree, costs, sequence) for sequence in (False, True)]
+            for weight in (0.0, 1e-11):
                 best = chain_layouts(options, 0, len(graph.blocks), memory_weight=weight)
                 priced = _total(graph, best.layouts, costs, best.shared_parameters, weight)
                 assert priced == pytest.approx(best.objective_s, rel=1e-9)
-                for sequence in (False, True):
-                    hand = _total(graph, megatron(graph, degree, costs, sequence), costs, shared, weight)
-                    assert best.objective_s <= hand * (1 + 1e-9), (degree, shards, weight, sequence)
-                    gains.append(hand / best.objective_s)
+                for hand in hands:
+                    hand_s = _total(graph, hand, costs, shared, weight)
+                    assert best.objective_s <= hand_s * (1 + 1e-9), (degree, shards, weight)
+                    gains.append(hand_s / best.objective_s)
     print(f"{name}: hand-made layouts take {min(gains):.3f} to {max(gains):.2f} times the optimum ({len(gains)} cases)")
 
 
