@@ -45,7 +45,7 @@ class Ref:
 class Tensor:
     """One value of the graph, with its global shape.
 
-    `requires_grad` is true where a gradient flows: a trainable parameter, or anything computed from one under grad mode.
+    `requires_grad` is true where a gradient flows: a trainable parameter, or what is computed from one under grad mode.
     `fqn` is the original fully qualified name of a parameter or buffer, "" otherwise. Tied parameters are one `Tensor`.
     `base` names the tensor whose storage this one is a view of, "" where it has its own: memory is counted per base.
     """

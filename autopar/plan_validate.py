@@ -13,7 +13,8 @@ from .graph import Block, Graph
 from .plan import SCHEMA, Layout, Plan, Stage
 from .schedule.orders import SCHEDULES
 from .sharding.batch import batch_layout
-from .sharding.placement import Split, parse_placement
+from .sharding.placement import REPLICATED, Split, parse_placement
+from .sharding.rule import divides
 from .sharding.strategies import strategies
 
 _REMAKE = "make the plan again with autopar.search(graph, cluster)"
@@ -198,7 +199,7 @@ def _check_layout(plan: Plan, graph: Graph, stage: Stage, block: Block, index: i
 
 def _check_tokens(graph: Graph, block: Block, layout: Layout, at: str, shards: int) -> None:
     """Each placement token is one, and the degree divides the dim that it splits."""
-    dims = batch_layout(graph, shards).dims if shards > 1 else {}
+    on_batch = batch_layout(graph, shards).placements if shards > 1 else {}
     for field in ("inputs", "outputs", "parameters"):
         names, tokens = getattr(block, field), getattr(layout, field)
         if len(names) != len(tokens):
@@ -220,10 +221,10 @@ def _check_tokens(graph: Graph, block: Block, layout: Layout, at: str, shards: i
                     f"{placement.dim}"
                 )
             size = tensor.shape[placement.dim]
-            cut = dims.get(name)
+            cut = on_batch.get(name, REPLICATED)
             if isinstance(cut, Split) and cut.dim == placement.dim:
                 size //= shards
-            if size % (placement.blocks * layout.degree):
+            if not divides(tensor.shape, [(cut, shards), (placement, layout.degree)]):
                 raise ValueError(
                     f"{at}.{field}[{i}] is {token}: {tensor.fqn or name} has {size} along dim {placement.dim} on each "
                     f"data rank and microbatch, which degree {layout.degree}"

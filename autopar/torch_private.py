@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._functorch.utils as _functorch_utils
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
@@ -29,6 +31,16 @@ def storage_key(tensor: torch.Tensor) -> int:
 def schema(op: torch._ops.OpOverload) -> torch._C.FunctionSchema:
     """The operator's schema, which says what it writes and what its arguments are called."""
     return op._schema
+
+
+def all_gather_single(output: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Join equal parts of all ranks in `output`; torch 2.13 renamed the function."""
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(output, part, group=group)
+
+
+def reduce_scatter_single(output: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Sum `whole` over the ranks and keep this rank's part; torch 2.13 renamed the function."""
+    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(output, whole, group=group)
 
 
 def default_store() -> dist.Store | None:
@@ -54,20 +66,22 @@ def allocation_deltas(profile: torch.profiler.profile) -> list[int]:
 def forbid_custom_autograd(refuse: Callable[[type], None]) -> Iterator[None]:
     """Call `refuse(function)` when a torch.autograd.Function other than torch's own is applied in the context.
 
-    Tracing sees the ops of such a function's forward and would differentiate these, not call its backward.
+    Tracing sees the ops of such a function's forward and would differentiate these, not call its backward. Users keep
+    `apply` under names of their own, so that replacing the attribute would not do: what every `apply` calls is.
     """
-    original = torch.autograd.Function.__dict__["apply"]
+    unwrap = _functorch_utils.unwrap_dead_wrappers
 
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch."):
-            refuse(cls)
-        return original.__get__(None, cls)(*args, **kwargs)
+    def unwrap_checked(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        function = sys._getframe(1).f_locals.get("cls")
+        if isinstance(function, type) and not function.__module__.startswith("torch."):
+            refuse(function)
+        return unwrap(args)
 
-    torch.autograd.Function.apply = classmethod(apply)
+    _functorch_utils.unwrap_dead_wrappers = unwrap_checked
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original
+        _functorch_utils.unwrap_dead_wrappers = unwrap
 
 
 def strided_shard(dim: int, split_factor: int) -> Placement:

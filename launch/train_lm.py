@@ -15,7 +15,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,7 +25,8 @@ import torch.distributed as dist
 from console import cluster_text, comparison_text
 from model import LanguageModel, ModelConfig
 from text import Windows, files_under, read_split, standard_library_files, unigram_entropy
-from torch.utils.data import Dataset, default_collate
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, default_collate
 from tqdm import tqdm
 
 import autopar
@@ -89,6 +90,7 @@ def join_world() -> tuple[int, torch.device]:
 def plan_constraints(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `parallelize` that pin the plan or parts of it."""
     given = {
+        "plan": arguments.plan,
         "data": arguments.data_axis,
         "tensor": arguments.tensor,
         "pipeline": arguments.pipeline,
@@ -96,12 +98,7 @@ def plan_constraints(arguments: argparse.Namespace) -> dict[str, Any]:
         "zero": arguments.zero,
         "recompute": arguments.recompute,
     }
-    given = {name: value for name, value in given.items() if value is not None}
-    if arguments.plan is None:
-        return given
-    if given:
-        raise ValueError(f"--plan is a whole plan, so it excludes {sorted(given)}; give one or the other")
-    return {"plan": autopar.Plan.load(arguments.plan)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def model_config(arguments: argparse.Namespace) -> ModelConfig:
@@ -124,7 +121,8 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def batches(model: Any, dataset: Dataset, batch: int, device: torch.device):
+def batches(model: Any, dataset: Dataset, batch: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """This rank's rows of each global batch, under the plan that the model has now."""
     for rows in model.loader(dataset, batch):
         yield {name: tensor.to(device) for name, tensor in rows.items()}
 
@@ -140,7 +138,7 @@ def held_out_loss(model: Any, dataset: Dataset, batch: int, device: torch.device
 
 def train(
     model: Any,
-    dataset: Dataset,
+    dataset: Windows,
     arguments: argparse.Namespace,
     device: torch.device,
     log: Callable[..., None],
@@ -151,9 +149,10 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, arguments.steps))
     step_times_s: list[float] = []
     with tqdm(total=arguments.steps, unit="step", disable=rank != 0, dynamic_ncols=True, mininterval=1.0) as bar:
+        source = batches(model, dataset, arguments.batch, device)
         start_s = time.perf_counter()
-        for step, rows in enumerate(batches(model, dataset, arguments.batch, device), start=1):
-            loss = model(**rows)
+        for step in range(1, arguments.steps + 1):
+            loss = model(**next(source))
             loss.backward()
             gradient_norm = autopar.clip_grad_norm_(model, 1.0)
             optimizer.step()
@@ -171,12 +170,13 @@ def train(
             bar.set_postfix_str(f"loss {record['loss']:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
             bar.update()
             if arguments.refine_every and step % arguments.refine_every == 0 and step < arguments.steps:
-                plan = model.plan
-                outcome = model.refine(optimizer)
+                outcome = model.refine(optimizer, remaining_steps=arguments.steps - step)
                 if rank == 0:
-                    bar.write(f"refine after step {step}: {outcome}")
-                if model.plan != plan:
+                    bar.write(f"refined after step {step}: {outcome}")
+                if outcome.moved:
                     step_times_s.clear()
+                    rest = Subset(dataset, range(step * arguments.batch, len(dataset)))
+                    source = batches(model, rest, arguments.batch, device)
             start_s = time.perf_counter()
     return statistics.median(step_times_s[WARM_UP_STEPS:] or step_times_s)
 
@@ -234,7 +234,7 @@ def main() -> None:
     say(f"held-out loss after {arguments.steps} steps: {after:.3f} nats per byte")
     say(f"of a predictor that sees no context (unigram entropy): {unigram_entropy(held_out_text):.3f}")
 
-    say("\n" + comparison_text(predicted, step_time_s, measured.peak_memory_bytes))
+    say("\n" + comparison_text(predicted, step_time_s, measured.peak_memory_bytes if measured else {}))
     if metrics_file is not None:
         metrics_file.close()
         model.plan.save(run_dir / "plan.json")

@@ -168,7 +168,9 @@ class TwoInputs(nn.Module):
         self.mix = nn.Linear(64, 32)
         self.out = nn.Linear(32, VOCAB)
 
-    def forward(self, tokens: Tensor, extra: dict[str, Tensor], targets: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+    def forward(
+        self, tokens: Tensor, extra: dict[str, Tensor], targets: Tensor, scale: float = 1.0
+    ) -> dict[str, Tensor]:
         """tokens [B, S], extra["features"] [B, 16], targets [B]."""
         words = self.embed(tokens).mean(1)
         mixed = torch.tanh(self.mix(torch.cat((words, self.features(extra["features"])), -1))) * scale

@@ -1,4 +1,4 @@
-"""The in-memory stand-in for torch.distributed: against gloo, its fixed order, its deadlocks; and the conversions on it.
+"""The in-memory stand-in for torch.distributed: against gloo, its fixed order, its deadlocks, and conversions on it.
 
 Placements state what the ranks' tensors mean, so a conversion is right when the meaning stays: the value going forward,
 and the gradient, placed by the duals, going back.

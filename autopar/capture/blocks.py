@@ -20,20 +20,21 @@ from typing import Any
 import numpy as np
 
 from ..graph import Block, Op, Ref, Tensor, map_refs
-from ..ops import mutated_inputs
 
 MAX_CUT = 4  # live tensors that a cut may have
 _ENOUGH = 0.5  # share of the ops in repeated blocks at which no wider cuts are tried
 _SPLIT_PERIOD = 3  # repetitions inside a period from which on the period is divided again
 
 
-def arrange(ops: Sequence[Op], side_ops: frozenset[str], tensors: Mapping[str, Tensor]) -> list[Op]:
+def arrange(
+    ops: Sequence[Op], side_ops: frozenset[str], tensors: Mapping[str, Tensor], updated: set[str]
+) -> list[Op]:
     """The same ops, still topological, with main ops that depend on neither batch nor activations next to their reader.
 
     So a cast or a reshape of a parameter belongs to the block that uses it, wherever the module made it.
+    updated: buffers that the step writes, and their views; who reads them stays in its place.
     """
-    moving = {t.name for t in tensors.values() if t.role == "input"}
-    moving.update(name for op in ops for name in mutated_inputs(op))
+    moving = {t.name for t in tensors.values() if t.role == "input"} | updated
     held: dict[str, Op] = {}
     for op in ops:
         if op.random or moving.intersection(op.inputs):
@@ -100,7 +101,7 @@ class _Piece:
 
 
 class _Main:
-    """The main ops by position. A cut at position i stands in front of op i; `live[i]` crosses it, in order of making."""
+    """The main ops by position. A cut at position i stands in front of op i; `live[i]` crosses it, oldest first."""
 
     def __init__(self, ops: list[Op], tensors: Mapping[str, Tensor], loss: str) -> None:
         self.ops, self.tensors = ops, tensors

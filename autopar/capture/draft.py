@@ -87,17 +87,22 @@ class Draft:
         self.loss = final(self.loss)
         self.outputs = [(path, final(name)) for path, name in self.outputs]
 
+    def updated_buffers(self) -> set[str]:
+        """Buffers that an op writes, directly or through a view, with all views of them (bases must be known)."""
+        written = {self.tensors[name].base or name for op in self.ops for name in mutated_inputs(op)}
+        return written | {name for name, t in self.tensors.items() if t.base in written}
+
     def drop_dead(self) -> None:
-        """Remove what reaches neither the loss, nor an output, nor a buffer update, and tensors that nobody names."""
+        """Remove what reaches neither the loss, nor an output, nor a buffer update, and tensors that nobody names.
+
+        In-place ops other than buffer updates must be gone by now.
+        """
         needed = {self.loss, *(name for _, name in self.outputs)}
         kept: list[Op] = []
         for op in reversed(self.ops):
-            if needed.intersection(op.outputs) or any(
-                self.tensors[name].role == "buffer" or name in needed for name in mutated_inputs(op)
-            ):
+            if needed.intersection(op.outputs) or mutated_inputs(op):
                 kept.append(op)
                 needed.update(op.inputs)
-                needed.update(mutated_inputs(op))
         self.ops = kept[::-1]
         alive = {name for op in self.ops for name in (*op.outputs, *op.inputs)} | needed
         self.tensors = {

@@ -1,4 +1,4 @@
-"""How the user's example is passed to the module and the loss, and how loss and outputs are found in what comes back."""
+"""How the user's example reaches the module and the loss, and how loss and outputs are found in what comes back."""
 
 from __future__ import annotations
 
@@ -157,14 +157,16 @@ def output_tensors(out: Any, path: tuple[Key, ...] = ()) -> list[tuple[tuple[Key
 
 def _checked(value: torch.Tensor, what: str) -> torch.Tensor:
     if value.dim() != 0 or not value.is_floating_point():
-        raise CaptureError(f"{what} is {_describe(value)}; expected a floating-point scalar, such as a mean over the batch")
+        raise CaptureError(f"{what} is {_describe(value)}; expected a floating-point scalar, such as a mean over rows")
     return value
 
 
 def _match_names(module: Any, signature: inspect.Signature, example: Mapping, loss: Loss | None) -> tuple:
     for key in example:
         if not isinstance(key, str):
-            raise ValueError(f"the example's key {key!r} is a {type(key).__name__}; expected names of forward's arguments")
+            raise ValueError(
+                f"the example's key {key!r} is a {type(key).__name__}; expected names of forward's arguments"
+            )
     if loss is None:
         return {}, dict(example), {}
     named = {p.name for p in signature.parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}

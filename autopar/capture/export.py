@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from ..graph import Graph, Op
+from ..graph import Graph
 from ..ops import mutated_inputs
 from .blocks import arrange, find_blocks
 from .draft import Draft
@@ -45,8 +44,9 @@ def capture(module: torch.nn.Module, example: Any, loss: Loss | None = None) -> 
     draft.drop_dead()
     apply_survey(draft, observer.survey(draft))
     _check_trainable(draft, module)
-    side_ops = _side_ops(draft)
-    draft.ops = arrange(draft.ops, side_ops, draft.tensors)
+    updated = draft.updated_buffers()
+    side_ops = _side_ops(draft, updated)
+    draft.ops = arrange(draft.ops, side_ops, draft.tensors, updated)
     return Graph(
         name=type(module).__name__,
         tensors=draft.tensors,
@@ -64,26 +64,21 @@ def capture(module: torch.nn.Module, example: Any, loss: Loss | None = None) -> 
     )
 
 
-def _side_ops(draft: Draft) -> frozenset[str]:
+def _side_ops(draft: Draft, updated: set[str]) -> frozenset[str]:
     """Ops that depend on no parameter, no random draw and no buffer that the step updates."""
-    main = {t.name for t in draft.tensors.values() if t.role == "parameter"}
-    main.update(_updated_buffers(draft.ops))
+    main = {t.name for t in draft.tensors.values() if t.role == "parameter"} | updated
     side = []
     for op in draft.ops:
-        if op.random or mutated_inputs(op) or main.intersection(op.inputs):
+        if op.random or mutated_inputs(op) or main.intersection((*op.inputs, *op.outputs)):
             main.update(op.outputs)
         else:
             side.append(op.name)
     return frozenset(side)
 
 
-def _updated_buffers(ops: Iterable[Op]) -> set[str]:
-    return {name for op in ops for name in mutated_inputs(op)}
-
-
 def _check_trainable(draft: Draft, module: torch.nn.Module) -> None:
     if not draft.tensors[draft.loss].requires_grad:
         raise ValueError(
-            f"the loss of {type(module).__name__} depends on no trainable parameter; expected at least one parameter with "
-            "requires_grad=True on a path to the loss that is not under no_grad or detach"
+            f"the loss of {type(module).__name__} depends on no trainable parameter; expected at least one parameter "
+            "with requires_grad=True on a path to the loss that is not under no_grad or detach"
         )

@@ -1,9 +1,9 @@
 """Turn in-place ops on activations into functional ones, so that every tensor of the graph has one value.
 
 Tensors that share storage form a family: a root, and views of it, each made from its parent by a view op. Writing to a
-member gives the member a new value, from it the parent (`_put_back`, the inverse of the view), and so on up to the root;
-other members are made again from the new root when they are next read. Buffers are the exception: they are state, so that
-ops which update them (and their views) stay as they are, in order.
+member gives the member a new value, from it the parent (`put_back`, the inverse of the view), and so on up to the
+root; other members are made again from the new root when they are next read. Buffers are the exception: they are state,
+so that ops which update them (and their views) stay as they are, in order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _METADATA_ONLY = {"detach_", "unsqueeze_", "squeeze_", "t_", "transpose_", "swap
 
 
 def functionalise(draft: Draft, observer: Observer) -> None:
-    """Remove in-place ops on activations, inputs and constants. ValueError for an update that has no functional form."""
+    """Remove in-place ops on activations, inputs and constants; ValueError for one that has no functional form."""
     if any(mutated_inputs(op) for op in draft.ops):
         survey = observer.survey(draft, grad=False)
         draft.ops = _Functionaliser(draft, observer, survey).run()
@@ -35,7 +35,10 @@ class _View:
 
 
 class _Functionaliser:
-    """now[name]: (version of its family, the functional tensor that holds its value)."""
+    """now[name]: (version of its family, the functional tensor that holds its value).
+
+    same[name]: the tensor that an in-place op returned under another name.
+    """
 
     def __init__(self, draft: Draft, observer: Observer, survey: Survey) -> None:
         self.draft, self.observer, self.survey = draft, observer, survey
@@ -43,6 +46,7 @@ class _Functionaliser:
         self.views: dict[str, _View] = {}
         self.version: dict[str, int] = {}
         self.now: dict[str, tuple[int, str]] = {}
+        self.same: dict[str, str] = {}
         self.frozen: set[str] = set()
         self.ops: list[Op] = []
 
@@ -63,10 +67,15 @@ class _Functionaliser:
     def root(self, name: str) -> str:
         return self.survey.base.get(name, name)
 
+    def canonical(self, name: str) -> str:
+        while name in self.same:
+            name = self.same[name]
+        return name
+
     def keep(self, op: Op) -> None:
         read = self.reading(op)
         self.ops.append(read)
-        aliased = {self.root(name): name for name in reversed(op.inputs)}
+        aliased = {self.root(name): self.canonical(name) for name in reversed(op.inputs)}
         for position, name in enumerate(op.outputs):
             self.now[name] = (self.version.get(self.root(name), 0), name)
             if name in self.survey.base and self.root(name) in aliased:
@@ -79,6 +88,7 @@ class _Functionaliser:
 
     def read(self, name: str) -> str:
         """The functional tensor with the value that `name` has now; views are made again where their family changed."""
+        name = self.canonical(name)
         version = self.version.get(self.root(name), 0)
         seen, current = self.now.get(name, (0, name))
         if seen != version:
@@ -97,7 +107,7 @@ class _Functionaliser:
             self.draft.add_tensor(new, t.shape, t.dtype)
             self.forms[new] = self.forms[old]
         args, kwargs = (
-            map_refs(v, lambda ref: Ref(parent if ref.name == view.parent else self.read(ref.name)))
+            map_refs(v, lambda ref: Ref(parent if self.canonical(ref.name) == view.parent else self.read(ref.name)))
             for v in (view.op.args, view.op.kwargs)
         )
         self.ops.append(replace(view.op, name=outputs[0], outputs=outputs, args=args, kwargs=kwargs))
@@ -109,30 +119,31 @@ class _Functionaliser:
         read = self.reading(op)
         if bare in _METADATA_ONLY:
             self.emit(replace(read, target=op.target.replace(bare, bare[:-1])))
-            self.now[name] = self.now[op.outputs[0]] = (self.version.get(self.root(name), 0), op.outputs[0])
+            self.now[self.canonical(name)] = (self.version.get(self.root(name), 0), op.outputs[0])
+            self.same[op.outputs[0]] = self.canonical(name)
             self.frozen.add(self.root(name))
             return
         if self.root(name) in self.frozen:
             raise self.unsupported(op, "writes to a tensor whose shape or gradient was changed in place before")
         if op.no_grad and self.draft.tensors[name].dtype.is_floating_point:
             raise self.unsupported(op, "writes to an activation under no_grad")
-        value = self.functional(read, self.read(name), bare)
-        root = self.root(name)
-        self.version[root] = version = self.version.get(root, 0) + 1
-        self.now[name] = self.now[op.outputs[0]] = (version, value)
-        # The op returned its input: the two names are one tensor.
-        self.views[op.outputs[0]] = self.views.get(name) or _View(name, op, 0)
-        child = name
-        while child != root:
-            view = self.views.get(child)
+        name, root = self.canonical(name), self.root(name)
+        self.same[op.outputs[0]] = name
+        # From the written tensor up to the root, each with its value before the write.
+        chain: list[tuple[_View, str]] = []
+        member = name
+        while member != root:
+            view = self.views.get(member)
             if view is None:
                 raise self.unsupported(op, "writes to a view of unknown origin")
-            if view.parent == child:
-                break
-            old = self.now.get(view.parent, (0, view.parent))[1]
+            chain.append((view, self.read(view.parent)))
+            member = view.parent
+        value = self.functional(read, self.read(name), bare)
+        self.version[root] = version = self.version.get(root, 0) + 1
+        self.now[name] = (version, value)
+        for view, old in chain:
             value = self.put_back(op, view, old, value)
-            child = view.parent
-            self.now[child] = (version, value)
+            self.now[view.parent] = (version, value)
 
     def functional(self, op: Op, target: str, bare: str) -> str:
         """The value that the written tensor gets, of its old shape and dtype."""

@@ -12,7 +12,9 @@ from ..graph import DEVICE, Graph, Op, Ref
 from ..ops import resolve
 
 
-def interpret(graph: Graph, inputs: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def interpret(
+    graph: Graph, inputs: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Every tensor of the graph, by name; autograd records as the eager module would.
 
     inputs: batch tensors by name (`Graph.inputs`). state: parameters and buffers by fully qualified name.

@@ -62,7 +62,9 @@ class _Lowering:
                 draft.add_tensor(name, value.shape, value.dtype, "input")
                 draft.inputs.append(name)
             else:
-                raise ValueError(f"the module uses {spec.target or node.name}, a {spec.kind.name}; only tensors can be captured")
+                raise ValueError(
+                    f"the module uses {spec.target or node.name}, a {spec.kind.name}; only tensors can be captured"
+                )
             env[node] = Ref(name)
         return env
 
@@ -70,8 +72,9 @@ class _Lowering:
         target = target.removeprefix("module.")
         if value.is_meta or type(value) is not torch.Tensor:
             raise ValueError(
-                f"the module uses the tensor {target!r} ({type(value).__name__} on {value.device}), which is neither a parameter "
-                "nor a buffer and has no value; register it with register_buffer, or build the module on a real device"
+                f"the module uses the tensor {target!r} ({type(value).__name__} on {value.device}), which is neither a "
+                "parameter nor a buffer and has no value; register it with register_buffer, or build the module on a "
+                "real device"
             )
         name = self.draft.fresh("constant_" + target.rpartition(".")[2])
         self.draft.add_tensor(name, value.shape, value.dtype, "constant")
@@ -94,7 +97,8 @@ class _Lowering:
             elif isinstance(node.target, torch._ops.OpOverload):
                 env[node] = self.operator(node, env, no_grad)
             else:
-                raise self.unsupported(node, f"computes {getattr(node.target, '__name__', node.target)} of traced sizes")
+                what = getattr(node.target, "__name__", node.target)
+                raise self.unsupported(node, f"computes {what} of sizes that depend on the values of a tensor")
         raise AssertionError("a graph without an output node")
 
     def attribute(self, module: torch.fx.GraphModule, target: str) -> Any:
@@ -111,9 +115,8 @@ class _Lowering:
         elif kind == "wrap_with_autocast":
             device, dtype, enabled, _cache, body, *operands = args
             if enabled:
-                raise self.unsupported(
-                    node, f"opens torch.autocast({device!r}, {dtype}) inside the module; wrap the call of the model instead"
-                )
+                first = next((n for n in body.graph.nodes if n.meta.get("stack_trace")), node)
+                raise self.unsupported(first, f"runs under torch.autocast({device!r}, {dtype}) opened in the module")
         else:
             raise self.unsupported(node, f"uses {kind}, a control-flow or wrapper operator")
         inner = [n for n in body.graph.nodes if n.op == "placeholder"]
@@ -159,7 +162,7 @@ class _Lowering:
             return tuple(fill(v) for v in value) if isinstance(value, tuple) else value
 
         positional, keyword = fill(call.args), tuple((k, fill(v)) for k, v in call.kwargs)
-        saves = tuple(dict.fromkeys([tensors[i].name for i in call.saved_inputs] + [op.outputs[i] for i in call.saved_outputs]))
+        saved = [tensors[i].name for i in call.saved_inputs] + [op.outputs[i] for i in call.saved_outputs]
         return Op(
             op.name,
             OPAQUE,
@@ -171,7 +174,7 @@ class _Lowering:
             returns_sequence=len(op.outputs) > 1,
             random=True,  # nobody can tell, so it is treated as if it did
             no_grad=op.no_grad,
-            saves=saves,
+            saves=tuple(dict.fromkeys(saved)),
             saved_extra_bytes=call.saved_extra_bytes,
         )
 
@@ -187,8 +190,8 @@ class _Lowering:
     def unsupported(self, node: torch.fx.Node, what: str) -> CaptureError:
         module = _module_path(node)
         return CaptureError(
-            f"cannot be captured: {user_line(node.meta.get('stack_trace'))} in module {module!r} {what}. Rewrite it with "
-            "static shapes, or keep that module whole: autopar.opaque(module.that_submodule), or @autopar.opaque on its class"
+            f"cannot be captured: {user_line(node.meta.get('stack_trace'))} in module {module!r} {what}. Rewrite it "
+            "without, or keep that module whole: autopar.opaque(module.that_submodule), or @autopar.opaque on its class"
         )
 
 

@@ -1,7 +1,7 @@
 """Attention masks that are known before any batch is: causal ones become `is_causal`, all-true ones disappear.
 
-A mask that depends on constants only (arange, ones, comparisons) is evaluated for real. Masks are mostly repetition: the
-same rows for every batch entry and head. So tensors are kept compressed, with size 1 along every dim in which all
+A mask that depends on constants only (arange, ones, comparisons) is evaluated for real. Masks are mostly repetition:
+the same rows for every batch entry and head. So tensors are kept compressed, with size 1 along every dim in which all
 entries are known to be equal, and only what differs is computed. A comparison of positions that gives the causal
 triangle is recognised from the two vectors compared and kept as a `_Triangle`, whatever its size. What the evaluation
 cannot do cheaply (more than `_LIMIT` elements, or an op it does not know and that is large) leaves the mask as it is.

@@ -1,8 +1,8 @@
 """Losses as sums over elements and global counts, so that gradients are plain sums over data ranks and microbatches.
 
-A mean-reduced cross entropy or nll loss is `autopar.*_sum(...)` divided by `autopar.target_count(...)`: the count depends
-on the batch alone, so it can be known for the whole batch before the first microbatch runs. Other losses become their
-elementwise form followed by aten.mean or aten.sum. Values are those of the one-device loss.
+A mean-reduced cross entropy or nll loss is `autopar.*_sum(...)` divided by `autopar.target_count(...)`: the count
+depends on the batch alone, so it can be known for the whole batch before the first microbatch runs. Other losses become
+their elementwise form followed by aten.mean or aten.sum. Values are those of the one-device loss.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..graph import DEVICE, Op, Ref, iterate_refs, map_refs
+from ..graph import DEVICE, Op, Ref, map_refs
 from ..ops import OPAQUE, resolve
 from ..torch_private import fake_mode, storage_key
 from .draft import Draft
@@ -69,10 +69,7 @@ class Observer:
             if t.role != "activation":
                 forms[t.name] = Form(t.shape, _contiguous(t.shape), t.dtype, grad and t.requires_grad)
         for op in draft.ops:
-            if op.target == OPAQUE:
-                seen = _opaque_observation(op, draft, forms)
-            else:
-                seen = self.observe(op, forms)
+            seen = _opaque_observation(op, draft, forms) if op.target == OPAQUE else self.observe(op, forms)
             observations[op.name] = seen
             inputs = tuple(dict.fromkeys(op.inputs))
             assert len(seen.outputs) == len(op.outputs), (op, seen)
@@ -167,8 +164,3 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
-
-
-def refs_of(op: Op) -> tuple[Ref, ...]:
-    """Every `Ref` of the op's arguments, in order."""
-    return tuple(iterate_refs((op.args, tuple(value for _, value in op.kwargs))))

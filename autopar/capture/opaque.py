@@ -116,8 +116,8 @@ def _stand_in(
         ran = _in_clean_thread(lambda: _run_real(module, forward, slots, inputs, real_state))
         if isinstance(ran, Exception):
             raise CaptureError(
-                f"opaque module {fqn!r} ({type(module).__name__}) failed on zeros of shapes {[s for s, _, _ in inputs]}: "
-                f"{type(ran).__name__}: {ran}"
+                f"opaque module {fqn!r} ({type(module).__name__}) failed on zeros of shapes "
+                f"{[shape for shape, _, _ in inputs]}: {type(ran).__name__}: {ran}"
             ) from ran
         outputs, rebuild, saves = ran
         recorder.calls.append(OpaqueCall(fqn, *slots, tuple(state), *saves))

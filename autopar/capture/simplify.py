@@ -23,7 +23,7 @@ def simplify(draft: Draft, survey: Survey) -> None:
     def step(op: Op) -> list[Op] | None:
         if not is_aten(op):
             return None
-        if op.target == "aten.broadcast_tensors.default" and (same := _unchanged(op, survey)):
+        if op.target == "aten.broadcast_tensors.default" and not op.no_grad and (same := _unchanged(op, survey)):
             renamed.update(same)
             return []
         source = _identity_of(op, draft, survey)

@@ -72,7 +72,7 @@ def trace(module: torch.nn.Module, call: Call, loss: Loss | None) -> Trace:
     fqns = {"module." + name: names[id(t)] for name, t in every}
     if isinstance(loss, torch.nn.Module) and (any(loss.parameters()) or any(loss.buffers())):
         raise ValueError(
-            f"the loss {type(loss).__name__} has parameters or buffers; put it into the module, which then returns the loss"
+            f"the loss {type(loss).__name__} has parameters or buffers; put it into the module, which then returns it"
         )
     trainable = frozenset(names[id(p)] for p in module.parameters() if p.requires_grad)
     mode = fake_mode()
@@ -132,9 +132,10 @@ def _training(module: torch.nn.Module) -> Iterator[None]:
 
 def _refuse_custom_autograd(function: type) -> None:
     raise CaptureError(
-        f"torch.autograd.Function {function.__qualname__} cannot be traced ({_last_user_line(traceback.extract_stack())}): its "
-        "own backward would be lost. Mark the module that calls it with autopar.opaque(...), or register the function "
-        "as an operator with torch.library.custom_op and register_autograd"
+        f"torch.autograd.Function {function.__qualname__} cannot be traced "
+        f"({_last_user_line(traceback.extract_stack())}): its own backward would be lost. Mark the module that calls "
+        "it with autopar.opaque(...), or register the function as an operator with torch.library.custom_op and "
+        "register_autograd"
     )
 
 
@@ -154,9 +155,9 @@ def _explain(module: torch.nn.Module, error: BaseException) -> str:
             break
     reason = next((text.strip() for text in str(error).splitlines() if text.strip()), "")
     return (
-        f"{type(module).__name__} cannot be traced: {line}{where} stopped it with {type(error).__name__}: {reason}. Rewrite "
-        "the line so that shapes and control flow do not depend on tensor values, or keep the module that holds it whole: "
-        "autopar.opaque(module.that_submodule), or @autopar.opaque on its class"
+        f"{type(module).__name__} cannot be traced: {line}{where} stopped it with {type(error).__name__}: {reason}. "
+        "Rewrite the line so that shapes and control flow do not depend on tensor values, or keep the module that "
+        "holds it whole: autopar.opaque(module.that_submodule), or @autopar.opaque on its class"
     )
 
 

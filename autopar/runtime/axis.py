@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..torch_private import all_gather_single, reduce_scatter_single
+
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 Record = Callable[[str, tuple[int, ...], int, float], None]
@@ -48,7 +50,7 @@ class Axis:
         self._timed(
             "all_gather",
             gathered,
-            lambda: dist.all_gather_into_tensor(gathered.view(-1), tensor.view(-1), group=self.group),
+            lambda: all_gather_single(gathered.view(-1), tensor.view(-1), self.group),
         )
         return _join(gathered, dim, blocks)
 
@@ -59,7 +61,7 @@ class Axis:
         self._timed(
             "reduce_scatter",
             pieces,
-            lambda: dist.reduce_scatter_tensor(out.view(-1), pieces.view(-1), group=self.group),
+            lambda: reduce_scatter_single(out.view(-1), pieces.view(-1), self.group),
         )
         return out
 

@@ -1,0 +1,141 @@
+"""Every plan computes what the module computes on one device: losses, gradients, and ten steps of an optimizer.
+
+The plans are random (layouts, stage cuts, placements at rest); the oracle is the untouched module in this process.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+from plan_cases import random_plan
+from torch import Tensor, nn
+
+import autopar
+from autopar.cluster.spec import Cluster
+from autopar.runtime.ownership import Ownership
+from autopar.torch_private import local_tensor
+
+MODELS = ["build_llama", "build_gpt2", "build_mlp", "build_conv_net", "build_tied_lm", "build_two_inputs"]
+DEGREES = list(itertools.product((1, 2), repeat=3))
+
+
+def call(module: nn.Module, example: Any, loss: Callable[..., Tensor] | None = None) -> Tensor:
+    """The scalar loss of the module, or of the parallel module, on the example."""
+    args, kwargs = example if isinstance(example, tuple) else (), example if isinstance(example, dict) else {}
+    if isinstance(example, Tensor):
+        args = (example,)
+    if loss is None:
+        result = module(*args, **kwargs)
+        return result if isinstance(result, Tensor) else result["loss"]
+    taken = inspect.signature(module.forward).parameters
+    inputs = {k: v for k, v in kwargs.items() if k in taken}
+    targets = [v for k, v in kwargs.items() if k not in taken]
+    return loss(module(*args[: len(taken)], **inputs), *args[len(taken) :], *targets)
+
+
+def parallel(name: str, plan: dict[str, Any]) -> tuple[autopar.Model, Any, nn.Module, Callable[..., Tensor] | None]:
+    """The named model under a random plan of these degrees, on this rank."""
+    module, example, loss = getattr(models, name)()
+    graph = autopar.capture(module, example, loss)
+    world = plan["data"] * plan["tensor"] * plan["pipeline"]
+    model = autopar.parallelize(
+        module,
+        example,
+        loss,
+        plan=random_plan(graph, **plan),
+        cluster=Cluster.preset("cpu", hosts=1, devices_per_host=world),
+    )
+    return model, example, module, loss
+
+
+def errors(model: autopar.Model, module: nn.Module) -> float:
+    """The worst relative error of this rank's parts of the gradients, each against the norm of the whole gradient."""
+    worst = 0.0
+    oracle = dict(module.named_parameters())
+    assert {n for n, _ in model.named_parameters()} <= set(oracle)
+    for name, parameter in model.named_parameters():
+        ownership: Ownership = parameter.autopar.ownership
+        whole = oracle[name].grad
+        expected = ownership.take(whole, model.runtime.groups.rank)
+        worst = max(worst, float((local_tensor(parameter.grad) - expected).norm() / whole.norm()))
+    return worst
+
+
+def one_step(name: str, plans: list[dict[str, Any]]) -> list[tuple[float, float, float]]:
+    """(loss error, gradient error, evaluation error) per plan."""
+    found = []
+    for plan in plans:
+        model, example, module, loss = parallel(name, plan)
+        value = call(model, example)
+        # Scaling the loss scales gradients; two calls before one another's backward accumulate.
+        (value / 4).backward()
+        (call(model, example) * 0.75).backward()
+        module.zero_grad()
+        expected = call(module, example, loss)
+        expected.backward()
+        with torch.no_grad():
+            evaluated = call(model.eval(), example)
+        relative = [abs(v.item() - expected.item()) / abs(expected.item()) for v in (value, evaluated)]
+        found.append((relative[0], errors(model, module), relative[1]))
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_loss_and_gradients(pool, name: str, world_size: int) -> None:
+    plans = [
+        dict(data=d, tensor=t, pipeline=p, microbatches=m, schedule=schedule, seed=m)
+        for d, t, p in DEGREES
+        if d * t * p == world_size
+        for m, schedule in ((1, "gpipe"), (4, "1f1b"))
+    ]
+    results = pool.run(one_step, name, plans, world_size=world_size, timeout_s=240)
+    for rank, found in enumerate(results):
+        for plan, (loss, gradient, evaluated) in zip(plans, found, strict=True):
+            assert loss < 1e-6 and evaluated < 1e-6, (rank, plan, loss, evaluated)
+            assert gradient < 1e-5, (rank, plan, gradient)
+
+
+@pytest.mark.parametrize("name", ["build_llama", "build_gpt2", "build_conv_net"])
+@pytest.mark.parametrize("zero,recompute", [(3, "none"), (3, "full"), (0, "full")])
+def test_zero_and_recompute(pool, name: str, zero: int, recompute: str) -> None:
+    plans = [
+        dict(data=2, tensor=t, pipeline=p, microbatches=m, zero=zero, recompute=recompute, seed=7)
+        for t, p in ((1, 2), (2, 1))
+        for m in (1, 4)
+    ]
+    results = pool.run(one_step, name, plans, world_size=4, timeout_s=240)
+    for rank, found in enumerate(results):
+        for plan, (loss, gradient, evaluated) in zip(plans, found, strict=True):
+            assert loss < 1e-6 and evaluated < 1e-6, (rank, plan, loss, evaluated)
+            assert gradient < 1e-5, (rank, plan, gradient)
+
+
+def ten_steps(name: str, plan: dict[str, Any]) -> tuple[list[float], list[float]]:
+    model, example, module, loss = parallel(name, plan)
+    losses: tuple[list[float], list[float]] = ([], [])
+    sides = ((model, None, autopar.clip_grad_norm_), (module, loss, nn.utils.clip_grad_norm_))
+    for found, (side, side_loss, clip) in zip(losses, sides, strict=True):
+        optimizer = torch.optim.AdamW(side.parameters(), lr=1e-3)
+        for _ in range(10):
+            value = call(side, example, side_loss)
+            value.backward()
+            clip(side if side is model else side.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(value.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ten_optimizer_steps(pool, name: str) -> None:
+    plan = dict(data=2, tensor=2, pipeline=2, microbatches=4, zero=3 if name == "build_llama" else 0, seed=3)
+    for found, expected in pool.run(ten_steps, name, plan, world_size=8, timeout_s=240):
+        for step, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert abs(a - b) <= 1e-4 * abs(b), (step, found, expected)
