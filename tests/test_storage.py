@@ -9,9 +9,11 @@ import torch
 from storage_cases import block_function, make_axes, make_case, oracle_loss, run_step
 
 from autopar.runtime.clip import clip_grad_norm_
+from autopar.runtime.ownership import Holder, Ownership
 from autopar.runtime.replicas import Replicas
 from autopar.runtime.shards import Shards
-from autopar.runtime.storage import deliver
+from autopar.runtime.storage import ParameterSpec, deliver
+from autopar.sharding.placement import REPLICATED
 
 
 def build(case, axes, zero, **options):
@@ -99,3 +101,51 @@ def compare_training(case, axes, storage, name: str) -> None:
 def test_training_equals_one_process(pool, data, tensor, zero):
     """Every gradient, every parameter after each of ten steps, and every clipped norm."""
     pool.run(train, 10 * data + tensor, data, tensor, zero, world_size=data * tensor)
+
+
+def reuse_memory() -> None:
+    """Buckets: memory in use is left alone, memory given back is used again, what got no gradient stays without."""
+    axes = make_axes(2, 1)
+    shapes = {"a": (4, 3), "b": (5,), "unused": (7,)}
+    specs = [
+        ParameterSpec(name, torch.float32, Ownership(shape, (Holder((0, 1), 2, 1, REPLICATED),)))
+        for name, shape in shapes.items()
+    ]
+    storage = Replicas(specs, {0: tuple(shapes)}, {n: torch.ones(s) for n, s in shapes.items()}, axes)
+    storage.bind(0, lambda parameters, context, x: x * (parameters[0].sum() + 2 * parameters[1].sum()))
+
+    def step() -> dict[str, torch.Tensor]:
+        storage.begin_step()
+        loss = storage.forward(storage.block(0), None, torch.tensor(axes.rank + 1.0))
+        storage.begin_last_backward()
+        loss.backward()
+        return storage.finish()
+
+    first = step()
+    assert first.keys() == {"a", "b"} and bool((first["a"] == 3).all()) and bool((first["b"] == 6).all())
+    address = first["a"].untyped_storage().data_ptr()
+    deliver(storage.parameters, first)
+    del first
+    second = step()
+    assert second["a"].untyped_storage().data_ptr() != address
+    deliver(storage.parameters, second)
+    assert all(bool((storage.parameters[name].grad == value).all()) for name, value in (("a", 6), ("b", 12)))
+    assert storage.parameters["unused"].grad is None
+    addresses = set()
+    for _ in range(4):
+        for parameter in storage.parameters.values():
+            parameter.grad = None
+        second = step()
+        addresses.add(second["a"].untyped_storage().data_ptr())
+        deliver(storage.parameters, second, torch.tensor(0.5))
+        assert bool((storage.parameters["a"].grad == 1.5).all())
+        del second
+    assert len(addresses) == 1
+    keep = storage.parameters["a"].grad[1:]
+    storage.parameters["a"].grad = storage.parameters["b"].grad = None
+    step()
+    assert bool((keep == 1.5).all())
+
+
+def test_gradient_memory(pool):
+    pool.run(reuse_memory, world_size=2)

@@ -28,6 +28,16 @@ from .replicas import BUCKET_BYTES, GradientReducer
 from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, reduction_axis
 
 
+class _Context:
+    """The first argument of a block's call. In a class of its own because fully_shard searches arguments for tensors
+    that need gradients, in every dataclass, list and dict, and builds those anew."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
 class _Unit(nn.Module):
     """What `fully_shard` gathers together: parameters of one dtype, and the call that needs them."""
 
@@ -147,13 +157,19 @@ class Shards:
             else:
                 sources.append((self._leaves, fqn))
 
-        def call(*arguments: Any) -> Any:
-            return function(tuple([tensors[key] for tensors, key in sources]), *arguments)
+        def compute(context: _Context, *activations: Any) -> Any:
+            return function(tuple([tensors[key] for tensors, key in sources]), context.value, *activations)
 
         # One unit per dtype, each around the next: fully_shard gathers only equal dtypes together.
+        inner: Callable[..., Any] = compute
         for unit in reversed(self._layers[index]):
-            unit.call = call
-            call = unit.__call__
+            unit.call = inner
+            inner = unit.__call__
+        gathered = inner
+
+        def call(context: Any, *activations: Any) -> Any:
+            return gathered(_Context(context), *activations)
+
         self._calls[index] = call
 
     def block(self, index: int) -> Callable[..., Any]:

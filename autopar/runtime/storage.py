@@ -26,7 +26,8 @@ from .axis import Axis
 from .ownership import Ownership
 
 BlockFunction = Callable[..., Any]
-"""(parameters, buffers, *activations) -> outputs; parameters are plain tensor-local tensors in the block's order."""
+"""(parameters, context, *activations) -> outputs; parameters are plain tensor-local tensors in the block's order;
+context is whatever the caller of the block gave, and must hold no tensors that need gradients."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Storage(Protocol):
         """Say what block `index` computes."""
 
     def block(self, index: int) -> Callable[..., Any]:
-        """`call(buffers, *activations)`: the block on this rank's parameters."""
+        """`call(context, *activations)`: the block on this rank's parameters."""
 
     def forward(self, function: Callable[..., Any], *activations: Any) -> Any:
         """`function(*activations)`, which calls blocks, as the forward of one microbatch of the whole stage.
