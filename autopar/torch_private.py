@@ -88,16 +88,19 @@ def forbid_custom_autograd(refuse: Callable[[type], None]) -> Iterator[None]:
 
 @contextmanager
 def quiet_export_failure() -> Iterator[None]:
-    """Leave out the half-traced graph and the warnings that torch.export prints before it raises."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level, printed = logger.level, io.StringIO()
-    logger.setLevel(logging.ERROR)
+    """Leave out the half-traced graph and the log lines that torch.export prints before it raises."""
+    names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    printed = io.StringIO()
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
     try:
         with redirect_stderr(printed):
             yield
         sys.stderr.write(printed.getvalue())
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def strided_shard(dim: int, split_factor: int) -> Placement:
