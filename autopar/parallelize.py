@@ -24,8 +24,13 @@ from .runtime.build import build_runtime, parameter_specs
 from .runtime.initialise import Initialise, local_state, local_values
 from .runtime.loader import RankLoader
 from .runtime.model import ParallelModule
+from .runtime.optimizer_state import move_optimizer
+from .runtime.ownership import Ownership
 from .runtime.random import Seeds
+from .runtime.reshard import reshard
+from .runtime.storage import ParameterSpec
 from .simulate import simulate
+from .torch_private import local_tensor
 
 class Model(ParallelModule):
     """A parallel module that can also feed itself and change its plan; what `parallelize` returns.
@@ -86,18 +91,19 @@ class Model(ParallelModule):
         All ranks must call it. `optimizer` keeps its identity, its options and its state.
         """
         start_s = time.perf_counter()
-        old = self.runtime
-        specs = parameter_specs(self.graph, plan)
-        mine = specs[stage_of(plan, old.groups.rank)]
-        moved = move_state(old, optimizer, mine)
+        old, rank = self.runtime, dist.get_rank()
+        before, after = (_ownerships(self.graph, p) for p in (old.plan, plan))
+        dtypes = {t.fqn: t.dtype for t in self.graph.parameters}
+        held = {fqn: local_tensor(p.detach()) for fqn, p in old.storage.parameters.items()}
 
-        def values(wanted: Sequence[ParameterSpec]) -> Mapping[str, Tensor]:
-            return {spec.fqn: moved.parameters[spec.fqn] for spec in wanted}
+        def values(specs: Sequence[ParameterSpec]) -> Mapping[str, Tensor]:
+            return reshard(held, before, after, dtypes, rank, self.device)
 
-        runtime = build_runtime(
-            self.graph, plan, values, old.executor.state, self.device, self._stream(self.device)
+        state = old.executor.state
+        runtime = build_runtime(self.graph, plan, values, state, self.device, self._stream(self.device))
+        move_optimizer(
+            optimizer, old.storage.parameters, runtime.storage.parameters, before, after, rank, self.device
         )
-        moved.rebuild(optimizer, runtime.storage.parameters)
         self.measurement.close()
         self.install(runtime)
         self.prediction = simulate(self.graph, plan, self.cluster, costs)
@@ -174,3 +180,8 @@ def _join_world() -> torch.device:
     if torch.cuda.current_device() == 0:
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _ownerships(graph: Graph, plan: Plan) -> dict[str, Ownership]:
+    """Where every parameter of the model lies under `plan`, in one order on all ranks."""
+    return {spec.fqn: spec.ownership for specs in parameter_specs(graph, plan).values() for spec in specs}

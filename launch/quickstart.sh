@@ -7,4 +7,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment ""
 cd "$ROOT"
 export OMP_NUM_THREADS=1
+# autopar profiles a step now and then; torch's profiler would announce each start and stop on the terminal.
+export KINETO_LOG_LEVEL=99
 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node=2 launch/train_lm.py "$@"

@@ -15,7 +15,7 @@ cd "$ROOT"
 # The first host's name, and a port that two jobs on one host do not share.
 HEAD_HOST="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 PORT=$((20000 + SLURM_JOB_ID % 10000))
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 KINETO_LOG_LEVEL=99
 srun "$PYTHON" -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" \
     --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$HEAD_HOST:$PORT" \

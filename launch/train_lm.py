@@ -225,7 +225,7 @@ def main() -> None:
 
     before = held_out_loss(model, held_out, arguments.batch, device)
     log(step=0, held_out_loss=before)
-    say(f"held-out loss before training: {before:.3f} nats per byte")
+    say(f"\nheld-out loss before training: {before:.3f} nats per byte")
     step_time_s = train(model, training, arguments, device, log, rank)
     # Every rank asks, because gathering a timeline takes all of them; before the evaluation, which is no training step.
     predicted, measured = model.prediction, model.timeline

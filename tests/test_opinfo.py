@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 
 import torch
-from opinfo_cases import check_sample, op_samples
+from opinfo_cases import check_sample, generated_samples, op_samples
 
 
 def test_every_split_of_every_sample():
@@ -19,7 +19,7 @@ def test_every_split_of_every_sample():
     cases: Counter[str] = Counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for sample in op_samples():
+        for sample in (*op_samples(), *generated_samples()):
             count, wrong = check_sample(sample)
             cases[".".join(sample[0].split(".")[:2])] += count
             failures += wrong

@@ -1,8 +1,9 @@
 """Rates of the compute classes of cluster/rates.py on this device, measured the way that training uses it.
 
-Each class runs as a short chain under autograd: outputs stay alive until the backward reads them, every output is newly
-allocated, and the saved values that the backward reads have left the cache where the chain is larger than it. Timing
-one op again and again on one buffer would measure the cache instead, and on CPUs miss the page faults of new memory.
+Each class runs as a chain under autograd whose outputs together exceed the caches. So an op finds its input in the cache
+when the op before has just made it, but writes its output to memory that has not been touched for long, and the backward
+finds its gradient in the cache but not the values that the forward saved: all as in training, where a step touches far
+more memory than caches hold. Timing one op again and again would measure the cache.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from torch import Tensor
 from .rates import OPTIMIZER_PASSES, rate_key
 from .spec import Curve
 
+# A chain's outputs together: about the last-level cache of today's CPUs, which all ranks of a host share. Short of that
+# only for the smallest tensors, whose models live in the cache as well.
+CHAIN_BYTES = 32 << 20
+MAX_DEPTH = 32
+
 Points = list[tuple[float, float]]
 
 
@@ -30,7 +36,7 @@ class Sampler:
     device: torch.device
     clock: Callable[[], float]
     together: Callable[[], None]
-    sample_s: float = 0.03
+    sample_s: float = 0.02
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -139,23 +145,34 @@ def _net(seconds: float, launch_s: float, asynchronous: bool) -> float:
 
 
 def _launch(sampler: Sampler) -> tuple[float, float]:
-    """Seconds per op of a chain of small ops of the kinds that models consist of; on GPUs without synchronising."""
+    """Seconds per small op of the kinds that models consist of, forward and backward; on GPUs without synchronising.
+
+    Between them stands an op large enough to push code and data out of the inner caches, as a model's large ops do: a
+    loop of small ops alone takes a third of what the same ops take in a model.
+    """
     weight = torch.randn(8, 8, device=sampler.device, requires_grad=True)
-    start = torch.randn(4, 8, device=sampler.device, requires_grad=True)
-    rounds, ops = 10, 5
+    small = torch.randn(4, 8, device=sampler.device, requires_grad=True)
+    large = torch.randn(1 << 19, device=sampler.device, requires_grad=True)
+    rounds, ops = 8, 7
 
-    def forward() -> Tensor:
-        value = start
+    def run(with_small: bool) -> list[Tensor]:
+        value, other = small, large
         for _ in range(rounds):
-            value = F.linear(value, weight)
-            value = value.view(2, 2, 8)
-            value = value * value
-            value = value.transpose(0, 1)
-            value = (value + 1.0).reshape(4, 8)
-        return value.sum()
+            other = other * 1.01
+            if with_small:
+                value = F.linear(value, weight)
+                value = value.view(2, 2, 8).transpose(0, 1)
+                value = torch.cat((value[..., 4:], value[..., :4]), -1)
+                value = (value + 1.0).reshape(4, 8)
+        return [value.sum(), other.sum()] if with_small else [other.sum()]
 
-    forward_s, backward_s = sampler.pair(forward, lambda value: value.backward())
-    return forward_s / (rounds * ops), backward_s / (rounds * ops)
+    def backward(values: object) -> None:
+        torch.autograd.backward(values)
+
+    base_forward_s, base_backward_s = sampler.pair(lambda: run(False), backward)
+    forward_s, backward_s = sampler.pair(lambda: run(True), backward)
+    count = rounds * ops
+    return max(1e-7, (forward_s - base_forward_s) / count), max(1e-7, (backward_s - base_backward_s) / count)
 
 
 def _matmul(sampler: Sampler, dtype: torch.dtype) -> Iterator[tuple[float, float, float, float]]:
@@ -207,24 +224,43 @@ def _convolution(sampler: Sampler, dtype: torch.dtype) -> Iterator[tuple[float, 
 
 def _memory_classes(sampler: Sampler) -> Iterator[tuple[str, Iterator[tuple[float, float, float, float]]]]:
     """(class, points) of the classes counted in bytes."""
-    widths = [(64, 256), (1024, 256), (4096, 320), (8192, 512)]
+    widths = [(64, 256), (1024, 256), (4096, 480)]
     if sampler.device.type == "cuda":
-        widths = [*widths, (16384, 4096)]
+        widths = [*widths, (8192, 1024), (16384, 4096)]
 
-    def elementwise(make_op: Callable[[Tensor], Callable[[Tensor], Tensor]], forward_n: float, backward_n: float):
-        for tokens, width in widths:
+    def depth_of(size: int) -> int:
+        return max(2, min(MAX_DEPTH, CHAIN_BYTES // size))
+
+    def elementwise(
+        make_op: Callable[[Tensor], Callable[[Tensor], Tensor]],
+        forward_n: float,
+        backward_n: float,
+        larger: tuple[tuple[int, int], ...] = (),
+    ):
+        for tokens, width in (*widths, *larger):
             start = torch.randn(tokens, width, device=sampler.device).requires_grad_()
             size = start.numel() * start.element_size()
-            forward_s, backward_s = sampler.chain(make_op(start), start, 4)
+            forward_s, backward_s = sampler.chain(make_op(start), start, depth_of(size))
             yield forward_n * size, forward_s, backward_n * size, backward_s
 
     def multiply(start: Tensor) -> Callable[[Tensor], Tensor]:
         factor = torch.randn_like(start)
         return lambda x: x * factor
 
-    def mean(start: Tensor) -> Callable[[Tensor], Tensor]:
-        # Expanded again, for the next link of the chain; the backward of that is a sum, so it reads and writes n.
-        return lambda x: x.mean(-1, keepdim=True).expand_as(x)
+    def reductions():
+        for tokens, width in widths:
+            size = 4 * tokens * width
+            parts = [
+                torch.randn(tokens, width, device=sampler.device).requires_grad_() for _ in range(depth_of(size))
+            ]
+
+            def backward(means: list[Tensor], parts: list[Tensor] = parts) -> None:
+                for part in parts:
+                    part.grad = None
+                torch.autograd.backward(means, [torch.ones_like(m) for m in means])
+
+            forward_s, backward_s = sampler.pair(lambda p=parts: [part.mean(-1, keepdim=True) for part in p], backward)
+            yield size, forward_s / len(parts), size, backward_s / len(parts)
 
     def normalize(start: Tensor) -> Callable[[Tensor], Tensor]:
         weight = torch.ones(start.shape[-1], device=sampler.device, requires_grad=True)
@@ -235,12 +271,13 @@ def _memory_classes(sampler: Sampler) -> Iterator[tuple[str, Iterator[tuple[floa
         return lambda x: x.view(2, -1, 8, x.shape[-1] // 8).transpose(1, 2).contiguous().view(x.shape)
 
     mask_share = 1.0 if sampler.device.type == "cuda" else 4.0
-    yield "pointwise", elementwise(multiply, 3, 3)
+    # The C library maps an allocation above 32 MiB anew each time, and its pages fault; below, it reuses memory.
+    yield "pointwise", elementwise(multiply, 3, 3, ((8192, 960), (8192, 1120)))
     yield "transcendental", elementwise(lambda _: F.silu, 2, 3)
     yield "gelu", elementwise(lambda _: lambda x: F.gelu(x, approximate="tanh"), 2, 3)
     yield "softmax", elementwise(lambda _: lambda x: F.softmax(x, -1), 2, 3)
     yield "norm", elementwise(normalize, 2, 3)
-    yield "reduction", elementwise(mean, 1, 2)
+    yield "reduction", reductions()
     yield "copy", elementwise(relayout, 2, 0)
     yield "dropout", elementwise(lambda _: lambda x: F.dropout(x, 0.1), 2 + mask_share / 4, 2 + mask_share / 4)
     yield "gather", _gather(sampler)
@@ -274,14 +311,14 @@ def _loss(sampler: Sampler) -> Iterator[tuple[float, float, float, float]]:
 
 def _optimizer(sampler: Sampler) -> Iterator[tuple[float, float, float, float]]:
     """torch.optim.AdamW as a user makes it, over eight tensors of one size."""
-    sizes = [1 << 10, 1 << 17, 1 << 20]
+    sizes = [1 << 10, 1 << 14, 1 << 17, 1 << 20]
     if sampler.device.type == "cuda":
         sizes = [*sizes, 1 << 24]
     count = 8
     for numel in sizes:
         tensors = [torch.randn(numel, device=sampler.device).requires_grad_() for _ in range(count)]
         for tensor in tensors:
-            tensor.grad = torch.zeros_like(tensor)
+            tensor.grad = torch.randn_like(tensor)
         optimizer = torch.optim.AdamW(tensors)
         seconds = sampler.seconds(optimizer.step) / count
         yield OPTIMIZER_PASSES * 4.0 * numel, seconds, 0, 0.0

@@ -29,7 +29,7 @@ from .stages import TOLERANCE, StageSearch
 # A t-th of an op's work may take less than a t-th of its time where the smaller share fits in a cache.
 FLOOR_SHARE = 0.8
 # Partial plans looked at per shape before its proof of optimality is left open and the gap reported.
-MAX_VISITS = 200_000
+MAX_VISITS = 20_000
 # Rows of the table of candidates: enough for each way to use 8 devices, few enough to read.
 MAX_CANDIDATES = 16
 
@@ -85,7 +85,11 @@ class _Auto:
 
     def _searches(self, shape: Shape) -> Iterator[StageSearch]:
         for chain in self.problem.chains(self.problem, shape):
-            yield StageSearch(self.problem, shape, chain, self.prices)
+            search = StageSearch(self.problem, shape, chain, self.prices)
+            yield search
+            # Later chains are slower and take less memory.
+            if not search.is_short_of_memory:
+                return
 
     def _solve(self, search: StageSearch) -> None:
         below_s = self.best.step_time_s if self.best else math.inf

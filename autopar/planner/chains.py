@@ -1,1 +1,178 @@
-def layout_chains(problem, shape): raise NotImplementedError
+"""The layouts that a shape may use: the efficient (time, memory) chains over all blocks of the model.
+
+One chain spans the whole model, so that stages agree at their boundaries wherever the pipeline is cut. Its prices are the
+cost model's, for one rank of the tensor axis: compute and conversions of a microbatch, and, spread over the microbatches
+of a step, the gradient reductions and the optimizer that follow from the bytes at rest. Memory counts as on the stage that
+holds most microbatches; it only decides which chains are tried, the stage search then counts exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..cost.collectives import collective_s
+from ..cost.compute import optimizer_s
+from ..cost.local import LocalShapes
+from ..cost.model import OPTIMIZER_BYTES_PER_ELEMENT, CostModel
+from ..graph import Op
+from ..plan import Layout
+from ..schedule.orders import schedule_named
+from ..sharding.batch import batch_layout
+from ..sharding.placement import Placement, Split, conversion
+from ..sharding.strategies import strategies
+from ..sharding.strategy import Strategy
+from .layout_chain import chain_frontier, chain_layouts
+from .layout_options import LayoutOptions, layout_options
+from .problem import Chain, Problem, Shape
+
+# Chains per shape and recompute choice, from the fastest to the smallest.
+MAX_CHAINS = 4
+
+
+class LayoutChains:
+    """The chains of each shape, made when first asked for."""
+
+    def __init__(self) -> None:
+        self._options: dict[tuple, LayoutOptions] = {}
+
+    def __call__(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
+        """Distinct chains for `shape`, the fastest first; the empty chain where there is no tensor axis."""
+        if shape.tensor == 1:
+            yield Chain()
+            return
+        pinned, num_blocks = problem.constraints.recompute, len(problem.graph.blocks)
+        seen: set[tuple[Layout, ...]] = set()
+        choices = (pinned,) if pinned else ("none", "full")
+        # The frontiers are made only when the fastest chain leaves memory short.
+        for frontier in (False, True):
+            for recompute in choices if frontier else choices[:1]:
+                options = self._options_of(problem, shape, recompute)
+                solutions = (
+                    chain_frontier(options, 0, num_blocks, num_points=MAX_CHAINS)
+                    if frontier
+                    else (chain_layouts(options, 0, num_blocks),)
+                )
+                for solution in solutions:
+                    if solution.layouts not in seen:
+                        seen.add(solution.layouts)
+                        yield Chain.of(solution.layouts)
+
+    def _options_of(self, problem: Problem, shape: Shape, recompute: str) -> LayoutOptions:
+        prices = AxisPrices(problem, shape, recompute == "full")
+        key = (shape.data, shape.tensor, shape.microbatches, shape.zero, recompute, prices.in_flight)
+        if key not in self._options:
+            self._options[key] = layout_options(problem.graph, shape.tensor, prices)
+        return self._options[key]
+
+
+@dataclass(frozen=True)
+class AxisPrices:
+    """`LayoutCosts` of the tensor axis of one shape, by the problem's cost model."""
+
+    problem: Problem
+    shape: Shape
+    recompute: bool
+
+    def strategies(self, op: Op) -> tuple[Strategy, ...]:
+        """Those that do not cut the batch: that is the data axis's part, and a shape says how much of it there is."""
+        found = strategies(self.problem.graph, op, self.shape.tensor, self.shape.shards)
+        # Ops at one position of isomorphic blocks have one tuple of strategies, which the graph's analysis keeps.
+        if id(found) not in self._kept:
+            self._kept[id(found)] = tuple(strategy for strategy in found if not self._cuts_batch(op, strategy))
+        return self._kept[id(found)]
+
+    def _cuts_batch(self, op: Op, strategy: Strategy) -> bool:
+        placed = zip((*op.inputs, *op.outputs), (*strategy.inputs, *strategy.outputs), strict=True)
+        return any(isinstance(place, Split) and self._rows.get(name) == place for name, place in placed)
+
+    def op_s(self, op: Op, strategy: Strategy) -> tuple[float, float]:
+        return self._twice(self._model.op_s(op, strategy, shards=self.shape.shards))
+
+    def conversion_s(self, tensor: str, have: Placement, want: Placement) -> tuple[float, float]:
+        if have == want:
+            return (0.0, 0.0)
+        ranks = self.shape.ranks(0)[: self.shape.tensor]
+        forward_s, backward_s = self._model.conversion_s(tensor, have, want, shards=self.shape.shards, ranks=ranks)
+        is_parameter = self.problem.graph.tensors[tensor].role == "parameter"
+        if is_parameter and conversion(have, want).backward == "all_reduce":
+            backward_s /= self.shape.microbatches
+        return self._twice((forward_s, backward_s))
+
+    def rest_s(self, parameter: str, placement: Placement) -> float:
+        if not self.problem.graph.tensors[parameter].requires_grad:
+            return 0.0
+        cluster, data = self.problem.cluster, self.shape.data
+        size = self._local.size_bytes(parameter, placement, self.shape.tensor)
+        held = size / data if self.shape.zero == 3 else size
+        step_s = optimizer_s(cluster.device, [held], self._model.corrections)
+        each_s = 0.0
+        if data > 1:
+            ranks = self.shape.ranks(0)[:: self.shape.tensor]
+            seen = 1 - cluster.link(ranks).overlap
+            corrections = self._model.corrections
+            # Buckets and blocks share the latency among many parameters.
+            latency_s = collective_s(cluster, "all_reduce", 0.0, ranks, corrections)
+            if self.shape.zero == 3:
+                gather_s = collective_s(cluster, "all_gather", size, ranks, corrections)
+                each_s = 2 * seen * (gather_s - collective_s(cluster, "all_gather", 0.0, ranks, corrections))
+                scatter_s = collective_s(cluster, "reduce_scatter", size, ranks, corrections)
+                step_s += seen * (scatter_s - collective_s(cluster, "reduce_scatter", 0.0, ranks, corrections))
+            else:
+                step_s += seen * (collective_s(cluster, "all_reduce", size, ranks, corrections) - latency_s)
+        return each_s + step_s / self.shape.microbatches
+
+    def rest_bytes(self, parameter: str, placement: Placement) -> float:
+        tensor = self.problem.graph.tensors[parameter]
+        size = self._local.size_bytes(parameter, placement, self.shape.tensor)
+        if tensor.requires_grad:
+            size = 2 * size + OPTIMIZER_BYTES_PER_ELEMENT * size // tensor.dtype.itemsize
+        return size / (self.shape.data if self.shape.zero == 3 else 1)
+
+    def saved_bytes(self, tensor: str, placement: Placement) -> float:
+        if self.recompute:
+            return 0.0
+        return self.in_flight * self._local.size_bytes(tensor, placement, self.shape.tensor)
+
+    def saved_extra_bytes(self, op: Op, strategy: Strategy) -> float:
+        if self.recompute:
+            return 0.0
+        return self.in_flight * op.saved_extra_bytes * strategy.work / self.shape.shards
+
+    def input_bytes(self, tensor: str, placement: Placement) -> float:
+        if not self.recompute:
+            return 0.0
+        return self.in_flight * self._local.size_bytes(tensor, placement, self.shape.tensor)
+
+    def _twice(self, seconds: tuple[float, float]) -> tuple[float, float]:
+        """Recomputation runs the forward again in front of the backward."""
+        forward_s, backward_s = seconds
+        return (forward_s, backward_s + forward_s) if self.recompute else seconds
+
+    @property
+    def _model(self) -> CostModel:
+        return self.problem.costs
+
+    @cached_property
+    def _local(self) -> LocalShapes:
+        shards = self.shape.shards
+        placements = batch_layout(self.problem.graph, shards).placements if shards > 1 else {}
+        return LocalShapes(self.problem.graph, shards, placements)
+
+    @cached_property
+    def _kept(self) -> dict[int, tuple[Strategy, ...]]:
+        return {}
+
+    @cached_property
+    def _rows(self) -> Mapping[str, Placement]:
+        """Where the rows of the batch lie in each tensor; empty where they cannot be told apart."""
+        rows = self.problem.graph.batch_size
+        parts = next((d for d in range(2, rows + 1) if rows % d == 0), None)
+        if parts is None or self.problem.batch_conflict:
+            return {}
+        return batch_layout(self.problem.graph, parts).placements
+
+    @cached_property
+    def in_flight(self) -> int:
+        return schedule_named(self.shape.schedule).in_flight(0, self.shape.pipeline, self.shape.microbatches)

@@ -8,7 +8,7 @@ without the stages; `Problem.shapes` lists those that the constraints allow.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Protocol
@@ -118,9 +118,9 @@ class Chain:
 
 
 class ChainSource(Protocol):
-    """Where the layouts of a shape come from: planner/chains.py, or a test's own."""
+    """Where the layouts of a shape come from, the fastest first: planner/chains.py, or a test's own."""
 
-    def __call__(self, problem: Problem, shape: Shape) -> tuple[Chain, ...]: ...
+    def __call__(self, problem: Problem, shape: Shape) -> Iterable[Chain]: ...
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Problem:
     def _shapes(self) -> Iterator[Shape]:
         pinned = self.constraints
         for pipeline, data, tensor in self._triples():
-            if tensor > 1 and not self.splits(tensor, data * (pinned.microbatches or 1)):
+            if tensor > 1 and not self.splits(tensor, data):
                 continue
             for microbatches in self._microbatches(data):
                 for zero in (0, 3) if data > 1 else (0,):
@@ -199,14 +199,14 @@ class Problem:
         # With one stage or one microbatch GPipe does what 1F1B does and holds at least as many activations.
         return ("1f1b", "gpipe") if pipeline > 1 and microbatches > 1 else ("1f1b",)
 
-    def splits(self, tensor: int, shards: int) -> bool:
-        """Whether any op that uses a parameter can share its work out over `tensor` ranks."""
-        key = (tensor, shards)
+    def splits(self, tensor: int, data: int) -> bool:
+        """Whether any op that uses a parameter can share its work out over `tensor` ranks beside `data` ranks."""
+        key = (tensor, data)
         if key not in self._splits:
             self._splits[key] = any(
                 strategy.work < 1
                 for op in self._distinct_parameter_ops
-                for strategy in strategies(self.graph, op, tensor, shards)
+                for strategy in strategies(self.graph, op, tensor, data)
             )
         return self._splits[key]
 
@@ -276,7 +276,7 @@ class Problem:
 
     def _check_tensor(self) -> None:
         pinned = self.constraints
-        if (pinned.tensor or 1) == 1 or self.splits(pinned.tensor, (pinned.data or 1) * (pinned.microbatches or 1)):
+        if (pinned.tensor or 1) == 1 or self.splits(pinned.tensor, pinned.data or 1):
             return
         dims = sorted({size for t in self.graph.parameters for size in t.shape if size > 1})
         world = self.cluster.world_size

@@ -11,7 +11,7 @@ from ..cost.model import CostModel
 from ..graph import Graph
 from ..plan import Plan
 from .auto import auto
-from .chains import layout_chains
+from .chains import LayoutChains
 from .methods.exhaustive import exhaustive
 from .problem import Constraints, Costs, Problem
 
@@ -44,7 +44,7 @@ def search(
     for name in constraints:
         if name not in known:
             raise ValueError(f"unknown constraint {name}=; expected one of {', '.join(known)}{_nearest(name, known)}")
-    problem = Problem(graph, cluster, model or CostModel(graph, cluster), layout_chains, Constraints(**constraints))
+    problem = Problem(graph, cluster, model or CostModel(graph, cluster), LayoutChains(), Constraints(**constraints))
     return METHODS[method](problem, progress)
 
 

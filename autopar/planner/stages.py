@@ -20,8 +20,8 @@ that the bounds of stages s and later can be over all ways to complete the pipel
 
 infinite where nothing fits in memory. `solve` then walks the cuts depth first, best bound first, drops what
 cannot beat the best plan known, and simulates what remains: the plan that it returns is the simulator's optimum.
-Memory is exact for each stage on its own, because a stage's peak depends on its place and its order of instructions only.
-The recompute choice that is no faster and fits no better is dropped first (in practice all but one are).
+Memory is exact for each stage on its own, because a stage's peak depends on its place and its order of instructions only;
+hence a stage recomputes exactly when it does not fit otherwise.
 
 Reference: (1) and (2) hold for any schedule and are tight for equal stages, where both are (M + P - 1) c (Narayanan et al.,
 Megatron-LM, SC 2021, section 2.2.1).
@@ -29,12 +29,13 @@ Megatron-LM, SC 2021, section 2.2.1).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-import numpy as np
+from functools import cached_property
 
 from ..cost.types import StageCost
+from ..plan import Recompute
 from ..schedule.step_time import exposed_reduce_s, step_time_s
 from ..simulate import stage_peak_bytes
 from .pricing import Piece, StagePrices, assemble
@@ -53,6 +54,20 @@ class Option:
     peak_bytes: int
     pass_s: float
     tail_s: float
+
+    @property
+    def compute_s(self) -> float:
+        return self.cost.forward_s + self.cost.backward_s
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """passing, drain, work: [stage][first block], as in the module's docstring; root_s: the bound of the whole shape."""
+
+    passing: list[list[float]]
+    drain: list[list[float]]
+    work: list[list[float]]
+    root_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,42 +94,48 @@ class StageSearch:
         self.problem, self.shape, self.chain, self._prices = problem, shape, chain, prices
         self._limit_bytes = problem.memory_limit_bytes
         self._num_blocks = len(problem.graph.blocks)
-        self._options: dict[tuple[int, int, int], tuple[Option, ...]] = {}
-        self._tabulate()
+        pinned = problem.constraints.recompute
+        self._recompute: tuple[Recompute, ...] = (pinned,) if pinned else ("none", "full")
+        self._ways: dict[tuple[int, Piece], Option] = {}
+        self._options: dict[tuple[int, int, int], Option | None] = {}
+        self.table = self._tabulate(self.option)
+        self.root_bound_s = self.table.root_s
 
-    def options(self, stage: int, start: int, stop: int) -> tuple[Option, ...]:
-        """The ways to run blocks [start, stop) as `stage` that fit in memory, none worse than another in every respect."""
+    def option(self, stage: int, start: int, stop: int) -> Option | None:
+        """The best way to run blocks [start, stop) as `stage` that fits in memory, None if there is none.
+
+        A stage recomputes only where it must: the simulator's step time never falls when a stage gets slower, and
+        whether other stages fit does not depend on this one.
+        """
         key = (stage, start, stop)
         if key not in self._options:
-            pinned = self.problem.constraints.recompute
-            found: list[Option] = []
-            for recompute in (pinned,) if pinned else ("none", "full"):
-                option = self._option(stage, Piece(start, stop, recompute))
-                if option.peak_bytes > self._limit_bytes:
-                    continue
-                if not any(_no_slower(other.cost, option.cost) for other in found):
-                    found.append(option)
-            self._options[key] = tuple(found)
+            ways = (self._way(stage, Piece(start, stop, recompute)) for recompute in self._recompute)
+            self._options[key] = next((way for way in ways if way.peak_bytes <= self._limit_bytes), None)
         return self._options[key]
+
+    @cached_property
+    def is_short_of_memory(self) -> bool:
+        """Whether a larger memory limit would lower the bound: if not, layouts that take less memory cannot help."""
+        free = self._tabulate(lambda stage, start, stop: self._way(stage, Piece(start, stop, self._recompute[0])))
+        return free.root_s < self.root_bound_s * (1 - TOLERANCE)
 
     def smallest(self) -> tuple[tuple[Piece, ...], int]:
         """The pieces whose fullest rank needs least memory, and that need in bytes, whether or not it fits."""
-        pinned = self.problem.constraints.recompute
         num_stages, num_blocks = self.shape.pipeline, self._num_blocks
         best: dict[tuple[int, int], tuple[int, tuple[Piece, ...]]] = {(num_stages, num_blocks): (0, ())}
         for stage in reversed(range(num_stages)):
-            for start in self._starts(stage):
+            for start in self.starts(stage):
                 ways = []
-                for stop in self._stops(stage, start):
+                for stop in self.stops(stage, start):
                     rest_bytes, rest = best[stage + 1, stop]
-                    for recompute in (pinned,) if pinned else ("full", "none"):
-                        option = self._option(stage, Piece(start, stop, recompute))
+                    for recompute in reversed(self._recompute):
+                        option = self._way(stage, Piece(start, stop, recompute))
                         ways.append((max(option.peak_bytes, rest_bytes), (option.piece, *rest)))
                 best[stage, start] = min(ways, key=lambda way: way[0])
         peak_bytes, pieces = best[0, 0]
         return pieces, peak_bytes
 
-    def solve(self, below_s: float = np.inf, max_visits: int | None = None) -> Solution | None:
+    def solve(self, below_s: float = math.inf, max_visits: int | None = None) -> Solution | None:
         """The pieces of least simulated step time, if that is less than `below_s`; None if there are none.
 
         max_visits: give up proving after so many partial plans; `Solution.bound_s` then says how far off it may be.
@@ -123,21 +144,12 @@ class StageSearch:
 
     def first(self) -> tuple[Piece, ...] | None:
         """The pieces that the bounds alone point to; None when nothing fits in memory."""
-        pieces: list[Piece] = []
-        start, total_s, last_s = 0, 0.0, 0.0
-        for stage in range(self.shape.pipeline):
-            ways = [
-                (max(last_s, total_s + max(self.shape.microbatches * _compute(o), o.pass_s + self.drain_s[stage + 1][stop])), o)
-                for stop in self._stops(stage, start)
-                for o in self.options(stage, start, stop)
-            ]
-            if not ways or min(ways, key=lambda w: w[0])[0] == np.inf:
+        node = _Node((), 0, 0.0, 0.0, 0.0, self.root_bound_s)
+        while len(node.options) < self.shape.pipeline:
+            node = min(children(self, node), key=lambda child: child.bound_s, default=None)
+            if node is None:
                 return None
-            last_s, chosen = min(ways, key=lambda way: way[0])
-            total_s += chosen.pass_s
-            pieces.append(chosen.piece)
-            start = chosen.piece.stop
-        return tuple(pieces)
+        return tuple(option.piece for option in node.options)
 
     def step_time_s(self, pieces: tuple[Piece, ...]) -> float:
         """The simulator's step time of a whole plan."""
@@ -148,53 +160,50 @@ class StageSearch:
     def price(self, stage: int, piece: Piece) -> StageCost:
         return self._prices.cost(self.shape, self.chain, stage, piece)
 
-    def _option(self, stage: int, piece: Piece) -> Option:
-        shape, cost = self.shape, self.price(stage, piece)
-        peak_bytes = stage_peak_bytes(cost, shape.schedule, stage, shape.pipeline, shape.microbatches)
-        pass_s = cost.forward_s + cost.backward_s + 2 * cost.send_s
-        # reduce_model_s is left out: it may depend on where another stage lies, see StagePrices.cost
-        tail_s = exposed_reduce_s(cost) - cost.reduce_model_s + cost.optimizer_s
-        return Option(piece, cost, peak_bytes, pass_s, tail_s)
+    def _way(self, stage: int, piece: Piece) -> Option:
+        key = (stage, piece)
+        if key not in self._ways:
+            shape, cost = self.shape, self.price(stage, piece)
+            peak_bytes = stage_peak_bytes(cost, shape.schedule, stage, shape.pipeline, shape.microbatches)
+            pass_s = cost.forward_s + cost.backward_s + 2 * cost.send_s
+            # reduce_model_s is left out: it may depend on where another stage lies, see StagePrices.cost
+            tail_s = exposed_reduce_s(cost) - cost.reduce_model_s + cost.optimizer_s
+            self._ways[key] = Option(piece, cost, peak_bytes, pass_s, tail_s)
+        return self._ways[key]
 
-    def _starts(self, stage: int) -> range:
+    def starts(self, stage: int) -> range:
         return range(stage, self._num_blocks - self.shape.pipeline + stage + 1) if stage else range(1)
 
-    def _stops(self, stage: int, start: int) -> range:
+    def stops(self, stage: int, start: int) -> range:
         left = self.shape.pipeline - stage - 1
         return range(start + 1, self._num_blocks - left + 1) if left else range(self._num_blocks, self._num_blocks + 1)
 
-    def _tabulate(self) -> None:
-        """drain, work and pass times from each (stage, first block) to the end, least over all completions."""
+    def _tabulate(self, option: Callable[[int, int, int], Option | None]) -> Table:
         num_stages, num_blocks, count = self.shape.pipeline, self._num_blocks, self.shape.microbatches
-        rows = np.full((3, num_stages + 1, num_blocks + 1), np.inf)
-        rows[:, num_stages, num_blocks] = 0.0
-        drain, work, passing = rows
-        self.root_bound_s = np.inf
+        passing, drain, work = ([[math.inf] * (num_blocks + 1) for _ in range(num_stages + 1)] for _ in range(3))
+        passing[num_stages][num_blocks] = drain[num_stages][num_blocks] = work[num_stages][num_blocks] = 0.0
+        root_s = math.inf
         is_1f1b = self.shape.schedule == "1f1b"
         for stage in reversed(range(num_stages)):
-            for start in self._starts(stage):
-                for stop in self._stops(stage, start):
-                    if drain[stage + 1, stop] == np.inf:
+            for start in self.starts(stage):
+                for stop in self.stops(stage, start):
+                    if passing[stage + 1][stop] == math.inf or (o := option(stage, start, stop)) is None:
                         continue
-                    for o in self.options(stage, start, stop):
-                        own_s, down_s = count * _compute(o), o.cost.forward_s + o.cost.send_s
-                        trip_s = o.pass_s + passing[stage + 1, stop]
-                        here = (
-                            max(
-                                own_s,
-                                o.pass_s + drain[stage + 1, stop],
-                                trip_s + (count - 1) * o.cost.send_s,
-                                _cycles(o, stage, num_stages - 1, trip_s, 0.0, self.shape) if is_1f1b else trip_s,
-                            ),
-                            max(own_s + o.tail_s, down_s + work[stage + 1, stop]),
-                            trip_s,
-                        )
-                        if stage == 0:
-                            self.root_bound_s = min(self.root_bound_s, max(here[0] + o.tail_s, here[1]))
-                        for row, value in zip(rows, here, strict=True):
-                            row[stage, start] = min(row[stage, start], value)
-        # Plain lists: the walk reads single entries, which numpy boxes anew each time.
-        self.drain_s, self.work_s, self.passing_s = rows.tolist()
+                    own_s = count * o.compute_s
+                    trip_s = o.pass_s + passing[stage + 1][stop]
+                    drain_s = max(
+                        own_s,
+                        o.pass_s + drain[stage + 1][stop],
+                        trip_s + (count - 1) * o.cost.send_s,
+                        _cycles(o, stage, num_stages - 1, trip_s, 0.0, self.shape) if is_1f1b else trip_s,
+                    )
+                    work_s = max(own_s + o.tail_s, o.cost.forward_s + o.cost.send_s + work[stage + 1][stop])
+                    if stage == 0:
+                        root_s = min(root_s, max(drain_s + o.tail_s, work_s))
+                    passing[stage][start] = min(passing[stage][start], trip_s)
+                    drain[stage][start] = min(drain[stage][start], drain_s)
+                    work[stage][start] = min(work[stage][start], work_s)
+        return Table(passing, drain, work, root_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +225,7 @@ class _Walk:
         self.search, self.shape = search, search.shape
         self.best_s, self.best, self.max_visits = below_s, None, max_visits
         self.num_simulated = self.num_visited = 0
-        self.skipped_s = np.inf
+        self.skipped_s = math.inf
 
     def run(self) -> Solution | None:
         if self.search.root_bound_s < self._cutoff():
@@ -245,36 +254,36 @@ class _Walk:
             if step_time_s < self._cutoff():
                 self.best_s, self.best = step_time_s, pieces
             return
-        for child in sorted(self._children(node), key=lambda child: child.bound_s):
+        for child in sorted(children(self.search, node), key=lambda child: child.bound_s):
             if child.bound_s >= self._cutoff():
                 break
             self._descend(child)
 
-    def _children(self, node: _Node) -> Iterator[_Node]:
-        search, stage, count = self.search, len(node.options), self.shape.microbatches
-        is_1f1b = self.shape.schedule == "1f1b"
-        for stop in search._stops(stage, node.stop):
-            if search.drain_s[stage + 1][stop] == np.inf:
-                continue
-            for option in search.options(stage, node.stop, stop):
-                options = (*node.options, option)
-                tail_s = options[0].tail_s
-                own_s = count * _compute(option)
-                pass_s, down_s = node.pass_s + option.pass_s, node.down_s + option.cost.forward_s + option.cost.send_s
-                path_s = max(
-                    node.path_s, node.pass_s + own_s + tail_s, node.down_s + own_s + option.tail_s,
-                    node.pass_s + option.pass_s + (count - 1) * option.cost.send_s + tail_s,
-                    _cycle_bound(options, search.passing_s[stage + 1][stop], self.shape) + tail_s if is_1f1b else 0.0,
-                )  # fmt: skip
-                bound_s = max(
-                    path_s, pass_s + search.drain_s[stage + 1][stop] + tail_s, down_s + search.work_s[stage + 1][stop],
-                )  # fmt: skip
-                if not is_1f1b:
-                    slowest_forward_s = max(max(o.cost.forward_s, o.cost.send_s) for o in options)
-                    slowest_backward_s = max(max(o.cost.backward_s, o.cost.send_s) for o in options)
-                    flush_s = (count - 1) * (slowest_forward_s + slowest_backward_s)
-                    bound_s = max(bound_s, pass_s + search.passing_s[stage + 1][stop] + flush_s + tail_s)
-                yield _Node(options, stop, pass_s, down_s, path_s, bound_s)
+
+def children(search: StageSearch, node: _Node) -> Iterator[_Node]:
+    """All ways to decide one more stage, each with its lower bound."""
+    shape, table, stage, count = search.shape, search.table, len(node.options), search.shape.microbatches
+    is_1f1b = shape.schedule == "1f1b"
+    for stop in search.stops(stage, node.stop):
+        rest_s = table.passing[stage + 1][stop]
+        if rest_s == math.inf or (option := search.option(stage, node.stop, stop)) is None:
+            continue
+        options = (*node.options, option)
+        tail_s, own_s = options[0].tail_s, count * option.compute_s
+        pass_s, down_s = node.pass_s + option.pass_s, node.down_s + option.cost.forward_s + option.cost.send_s
+        path_s = max(
+            node.path_s,
+            node.pass_s + own_s + tail_s,
+            node.down_s + own_s + option.tail_s,
+            pass_s + rest_s + (count - 1) * option.cost.send_s + tail_s,
+            _cycle_bound(options, rest_s, shape) + tail_s if is_1f1b else 0.0,
+        )
+        bound_s = max(path_s, pass_s + table.drain[stage + 1][stop] + tail_s, down_s + table.work[stage + 1][stop])
+        if not is_1f1b:
+            slowest_forward_s = max(max(o.cost.forward_s, o.cost.send_s) for o in options)
+            slowest_backward_s = max(max(o.cost.backward_s, o.cost.send_s) for o in options)
+            bound_s = max(bound_s, pass_s + rest_s + (count - 1) * (slowest_forward_s + slowest_backward_s) + tail_s)
+        yield _Node(options, stop, pass_s, down_s, path_s, bound_s)
 
 
 def _cycle_bound(options: tuple[Option, ...], rest_s: float, shape: Shape) -> float:
@@ -290,7 +299,7 @@ def _cycle_bound(options: tuple[Option, ...], rest_s: float, shape: Shape) -> fl
     best_s = 0.0
     for a, option in enumerate(options):
         if a < e:
-            trip_s = before_s[e] - before_s[a] + _compute(options[e])
+            trip_s = before_s[e] - before_s[a] + options[e].compute_s
             best_s = max(best_s, before_s[a] + _cycles(option, a, e, trip_s, warmup_s, shape))
         trip_s = before_s[-1] - before_s[a] + rest_s
         best_s = max(best_s, before_s[a] + _cycles(option, a, shape.pipeline - 1, trip_s, 0.0, shape))
@@ -313,13 +322,3 @@ def _cycles(option: Option, a: int, e: int, trip_s: float, warmup_s: float, shap
         rest_s = (count - 1 - done) * backward_s + max(0, count - held - done) * forward_s
         longest_s = max(longest_s, (num_cycles + 1) * trip_s + warmup_s + rest_s)
     return longest_s
-
-
-def _compute(option: Option) -> float:
-    return option.cost.forward_s + option.cost.backward_s
-
-
-def _no_slower(a: StageCost, b: StageCost) -> bool:
-    """Whether a stage that costs `a` is at no point slower than one that costs `b`."""
-    times = ("forward_s", "backward_s", "prologue_s", "send_s", "optimizer_s")
-    return all(getattr(a, name) <= getattr(b, name) for name in times) and exposed_reduce_s(a) <= exposed_reduce_s(b)

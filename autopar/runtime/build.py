@@ -78,10 +78,14 @@ def build_runtime(
     `device`, by tensor name. random(key): a context in which random ops draw from the stream of that key.
     """
     rank = dist.get_rank()
-    groups = build_groups(plan, graph)
+    groups = build_groups(plan)
     stage = plan.stages[groups.stage]
     compiled = compile_stage(graph, plan, groups.stage, groups.tensor, device)
-    specs = _with_reductions(graph, compiled, parameter_specs(graph, plan)[groups.stage], rank)
+    by_stage = parameter_specs(graph, plan)
+    specs = _with_reductions(graph, compiled, by_stage[groups.stage], rank)
+    tied = {s.fqn: s for specs in by_stage.values() for s in specs if len(s.ownership.holders) > 1 and s.requires_grad}
+    if not any(rank in s.ownership.ranks for s in tied.values()):
+        tied = {}
     axes = StageAxes(groups.data, groups.tensor, groups.all_of_stage, rank, device)
     blocks = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled.blocks)}
     kind = Shards if stage.zero == 3 and stage.data > 1 else Replicas
@@ -100,6 +104,8 @@ def build_runtime(
         recorder=recorder,
         state=state,
         random=random,
+        tied={fqn: s.ownership for fqn, s in tied.items()},
+        tied_dtypes={fqn: s.dtype for fqn, s in tied.items()},
     )
     return Runtime(
         plan=plan,

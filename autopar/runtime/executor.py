@@ -25,10 +25,12 @@ from ..schedule.instructions import (
     SendGradient,
 )
 from .groups import Groups
+from .ownership import Ownership
 from .recorder import Recorder
 from .rewrite import Chunk
 from .stage import CompiledBlock, CompiledStage
 from .storage import Storage
+from .ties import sum_tied
 from .transport import Transport
 
 
@@ -55,6 +57,7 @@ class Executor:
 
     state: buffers and constants of the graph, on the device, by tensor name.
     random(key): a context in which random ops draw from the stream of that key.
+    tied: parameters of the plan that several stages use, if this stage uses one; gradients are summed over the stages.
     """
 
     graph: Graph
@@ -67,6 +70,8 @@ class Executor:
     recorder: Recorder
     state: Mapping[str, Tensor]
     random: Callable[[str], AbstractContextManager[Any]]
+    tied: Mapping[str, Ownership]
+    tied_dtypes: Mapping[str, torch.dtype]
 
     def __post_init__(self) -> None:
         self._handlers: dict[type, Callable[[_Step, Any], int]] = {
@@ -182,12 +187,9 @@ class Executor:
 
     def _reduce(self, step: _Step, action: ReduceGradients) -> int:
         step.parameter_gradients = self.storage.finish()
-        moved = 0
-        for name, axis in self.groups.tied.items():
-            gradient = step.parameter_gradients[self.graph.tensors[name].fqn]
-            gradient.copy_(axis.all_reduce(gradient))
-            moved += gradient.numel() * gradient.element_size()
-        return moved
+        if not self.tied:
+            return 0
+        return sum_tied(step.parameter_gradients, self.tied, self.tied_dtypes, self.groups.rank, self.recorder.device)
 
     def _read(self, step: _Step, names: Sequence[str], microbatch: int | None = None) -> list[Tensor]:
         """Batch inputs (one microbatch of them, or all), buffers and constants by name."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from ..graph import Graph
 from ..plan import Plan, Stage
 from .axis import Axis
 
@@ -19,7 +18,6 @@ class Groups:
     stage: index of its stage. data, tensor: its axes in the stage's mesh; all_of_stage: the axis of all its ranks.
     forward, backward: by neighbouring stage, the two-rank group that carries activations (gradients) between this rank
     and its counterpart there; two groups, because on NCCL messages of one group wait for each other.
-    tied: by parameter name, the group of its holders' counterparts over the stages that use it.
     """
 
     plan: Plan
@@ -30,14 +28,13 @@ class Groups:
     all_of_stage: Axis
     forward: dict[int, dist.ProcessGroup]
     backward: dict[int, dist.ProcessGroup]
-    tied: dict[str, Axis]
 
     def counterpart(self, stage: int) -> int:
         """The rank with this rank's coordinates in another stage."""
         return self.plan.stages[stage].ranks[self.plan.stages[self.stage].ranks.index(self.rank)]
 
 
-def build_groups(plan: Plan, graph: Graph) -> Groups:
+def build_groups(plan: Plan) -> Groups:
     """Create every group of `plan`. All ranks of the world must call it, with the same plan.
 
     Every rank takes part in making every group, in one order. Groups made by their members alone
@@ -61,25 +58,7 @@ def build_groups(plan: Plan, graph: Graph) -> Groups:
                 group = dist.new_group(list(pair))
                 if rank in pair:
                     made[first + 1 if rank == pair[0] else first] = group
-    tied: dict[str, Axis] = {}
-    for name, holders in tied_stages(plan, graph).items():
-        axis = _axis(f"tied:{name}", rank, list(zip(*(plan.stages[s].ranks for s in holders), strict=True)))
-        tied |= {name: axis} if axis else {}
-    return Groups(plan, rank, index, axes["data"], axes["tensor"], axes["stage"], forward, backward, tied)
-
-
-def tied_stages(plan: Plan, graph: Graph) -> dict[str, tuple[int, ...]]:
-    """Parameters that more than one stage uses, with those stages in order."""
-    found: dict[str, tuple[int, ...]] = {}
-    for name in graph.shared_parameters:
-        holders = tuple(
-            s
-            for s, stage in enumerate(plan.stages)
-            if any(name in block.parameters for block in graph.blocks[stage.start : stage.stop])
-        )
-        if len(holders) > 1:
-            found[name] = holders
-    return found
+    return Groups(plan, rank, index, axes["data"], axes["tensor"], axes["stage"], forward, backward)
 
 
 def _mesh_lines(stage: Stage) -> tuple[list[list[int]], list[list[int]]]:

@@ -170,7 +170,10 @@ class _BatchAxis:
             for name in names:
                 if name in op_rule.blocked:
                     return f"{op.target} cannot be cut along the batch: {op_rule.blocked[name]}"
-            return f"{op.target} cannot be cut along the batch, which is dim {placement.dim} of {op.inputs[i]}"
+            place = f"dim {placement.dim} of {op.inputs[i]}"
+            if len(have) > 1 and any(name in op_rule.splits for name in names):
+                return f"{op.target} brings rows of the batch ({place}) together with values of other rows"
+            return f"{op.target} cannot be cut along the batch, which is {place}"
         summed = next(t for t, p in zip(op.inputs, have, strict=True) if p == PARTIAL)
         return f"{op.target} is not linear, and {summed} is a sum over the whole batch that depends on parameters"
 

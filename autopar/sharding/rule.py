@@ -22,7 +22,8 @@ from .strategy import Strategy
 class Special:
     """The local algorithm that a split along some named dim needs.
 
-    output: placement of the outputs that lack the dim, where it is not PARTIAL.
+    output: placement of the outputs that lack the dim, where it is not PARTIAL (SHARED: where a
+        gradient flows, else REPLICATED).
     work: factor on the share of the op's compute. collective_bytes: see `Strategy`.
     """
 
@@ -156,7 +157,8 @@ def split_strategy(rule: Rule, name: str, outer: int, degree: int, gradient: Seq
         elif name not in rule.sums:
             return None
         else:
-            placements.append(special.output if special else PARTIAL)
+            output = special.output if special else PARTIAL
+            placements.append(REPLICATED if output == SHARED and not gradient[index] else output)
     count = len(rule.inputs)
     return Strategy(
         key=name if outer == 1 else f"{name}@{outer}",

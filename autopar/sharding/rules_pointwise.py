@@ -15,7 +15,7 @@ import torch
 from ..graph import Ref, Shape
 from .call import Call
 from .notation import Dims
-from .placement import REPLICATED
+from .placement import SHARED
 from .rule import Rule, Special
 
 RuleFunction = Callable[[Call], Rule | None]
@@ -32,8 +32,8 @@ def full(out: Shape) -> Dims:
 
 
 _SCALINGS = (
-    "neg negative positive clone contiguous alias detach lift_fresh_copy deg2rad rad2deg _to_copy float double half "
-    "bfloat16 resolve_conj resolve_neg"
+    "neg negative positive clone contiguous alias detach lift_fresh_copy deg2rad rad2deg _to_copy resolve_conj "
+    "resolve_neg"
 )
 
 # Ops that are linear in these groups of tensor arguments (other arguments, scalars among them, held fixed).
@@ -107,7 +107,7 @@ def _with_lenders(call: Call, inputs: Mapping[str, Dims], linear: tuple[tuple[st
         inputs,
         [full(call.out)],
         sums=own,
-        specials={name: Special("", output=REPLICATED) for name in own},
+        specials={name: Special("", output=SHARED, work=math.inf) for name in own},
         linear=linear,
     )
 
@@ -165,16 +165,13 @@ def one_hot(call: Call) -> Rule:
 
 CREATIONS = ("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty")
 
-_COPIES = (
-    "clone contiguous alias detach lift_fresh_copy resolve_conj resolve_neg _to_copy float double half bfloat16 int "
-    "long bool positive"
-)
+_COPIES = "clone contiguous alias detach lift_fresh_copy resolve_conj resolve_neg _to_copy positive"
 _POINTWISE = (
     "multiply divide subtract negative absolute square floor_divide __and__ __or__ __xor__ __lshift__ __rshift__ "
     "bitwise_not greater greater_equal less less_equal not_equal eq dropout alpha_dropout native_dropout hardswish "
     "log_sigmoid softplus rrelu isreal isclose arccos arccosh arcsin arcsinh arctan arctanh arctan2 fix special_expit "
     "special_erf special_expm1 special_exp2 special_log1p special_round special_sinc special_xlogy special_logit "
-    "special_erfc special_erfinv special_gammaln special_i0 special_psi special_digamma softsign tanhshrink bernoulli "
+    "special_erfc special_erfinv special_gammaln special_i0 special_psi special_digamma bernoulli "
     "isposinf isneginf zero fill relu6 celu"
 )
 

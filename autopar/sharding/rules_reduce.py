@@ -97,7 +97,7 @@ def diff(call: Call) -> Rule:
 
 
 _ALONG = (
-    "softmax _softmax log_softmax _log_softmax softmin _safe_softmax cumsum cumprod logcumsumexp cummax cummin topk "
+    "softmax _softmax log_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp cummax cummin topk "
     "sort argsort"
 )
 _EXTREMA = (
