@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import autopar
 from autopar.cluster.spec import Cluster
 from autopar.runtime.failure import RankFailure
-from autopar.torch_private import local_tensor
+from autopar.runtime.torch_private import local_tensor
 
 PLANS = [
     dict(data=4, tensor=1, pipeline=1, microbatches=1),
