@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 
 import pytest
 from planner_cases import MadeUpCosts, chain_graph, small_cluster, whole_layouts
