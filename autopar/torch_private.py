@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -82,6 +84,20 @@ def forbid_custom_autograd(refuse: Callable[[type], None]) -> Iterator[None]:
         yield
     finally:
         _functorch_utils.unwrap_dead_wrappers = unwrap
+
+
+@contextmanager
+def quiet_export_failure() -> Iterator[None]:
+    """Leave out the half-traced graph and the warnings that torch.export prints before it raises."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level, printed = logger.level, io.StringIO()
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())
+    finally:
+        logger.setLevel(level)
 
 
 def strided_shard(dim: int, split_factor: int) -> Placement:
