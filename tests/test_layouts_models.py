@@ -7,7 +7,10 @@ import time
 
 import pytest
 from layout_models import GivenCosts, gpt2, llama, megatron
+from models import ZOO
 
+from autopar.capture.export import capture
+from autopar.plan import Layout
 from autopar.planner.layout_chain import chain_frontier, chain_layouts
 from autopar.planner.layout_options import layout_options
 from autopar.planner.layout_price import price_layout
@@ -172,10 +175,42 @@ def test_solve_time(name):
 
 
 def test_names_of_other_layouts():
-    graph = MODELS["tiny Llama"]()
-    cheap = GivenCosts(graph, 2, flops_per_s=1e9, bytes_per_s=1e9, latency_s=1e-12, bandwidth_bytes_per_s=1e18)
-    rows = chain_layouts(layout_options(graph, 2, cheap), 0, len(graph.blocks))
-    assert "batch" in describe_layouts(graph, graph.blocks, rows.layouts)
-    dear = GivenCosts(graph, 2, latency_s=10.0)
-    alone = chain_layouts(layout_options(graph, 2, dear), 0, len(graph.blocks))
-    assert describe_layout(graph, graph.blocks[1], alone.layouts[1]) == "tensor 2: everything replicated"
+    """Prices of extreme clusters, and what the layouts that they favour are called."""
+    graph = llama(key_heads=8)
+    cases = {
+        # Messages are free, and each row of the batch has its rank.
+        "batch-split": GivenCosts(graph, 2, flops_per_s=1e9, bytes_per_s=1e9, latency_s=1e-12),
+        # The batch cannot be split any more, an all-to-all is nearly free, and parameters cost nothing.
+        "all-to-all, Ulysses": GivenCosts(
+            graph, 2, flops_per_s=1e9, bytes_per_s=1e9, latency_s=1e-7, bandwidth_bytes_per_s=1e9, all_to_all=1e-3,
+            microbatches=10**6, shards=8,
+        ),
+        "everything replicated": GivenCosts(graph, 2, latency_s=10.0),
+    }  # fmt: skip
+    for words, costs in cases.items():
+        best = chain_layouts(layout_options(graph, 2, costs), 0, len(graph.blocks))
+        assert words in describe_layouts(graph, graph.blocks, best.layouts, costs.shards)
+        assert words in describe_layout(graph, graph.blocks[2], best.layouts[2], costs.shards)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_model_has_layouts(name):
+    """On any module: an optimum that is what the pricing says, and never worse than everything replicated."""
+    module, example, loss = ZOO[name]()
+    graph = capture(module, example, loss)
+    shared = dict.fromkeys(graph.shared_parameters, REPLICATED)
+    for degree, shards in ((2, 1), (4, 2)):
+        costs = GivenCosts(graph, degree, shards=shards, flops_per_s=1e7, bytes_per_s=1e8, latency_s=1e-7)
+        for weight in (0.0, 1e-8):
+            best = chain_layouts(layout_options(graph, degree, costs), 0, len(graph.blocks), memory_weight=weight)
+            priced = _total(graph, best.layouts, costs, best.shared_parameters, weight)
+            assert priced == pytest.approx(best.objective_s, rel=1e-9)
+            assert best.objective_s <= _total(graph, _replicated(graph, degree), costs, shared, weight) * (1 + 1e-9)
+            assert describe_layouts(graph, graph.blocks, best.layouts, shards).startswith(f"tensor {degree}: ")
+
+
+def _replicated(graph, degree):
+    return [
+        Layout(degree, *(tuple(token for _ in names) for token, names in zip("-RRR", fields, strict=True)))
+        for fields in ((b.ops, b.inputs, b.outputs, b.parameters) for b in graph.blocks)
+    ]
