@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -82,6 +84,23 @@ def forbid_custom_autograd(refuse: Callable[[type], None]) -> Iterator[None]:
         yield
     finally:
         _functorch_utils.unwrap_dead_wrappers = unwrap
+
+
+@contextmanager
+def quiet_export_failure() -> Iterator[None]:
+    """Leave out the half-traced graph and the log lines that torch.export prints before it raises."""
+    names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    printed = io.StringIO()
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def strided_shard(dim: int, split_factor: int) -> Placement:

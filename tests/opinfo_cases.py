@@ -270,9 +270,10 @@ def _samples(info: Any, per_op: int) -> Iterator[Sample]:
 
 _UNARY = """absolute arccos arccosh arcsin arcsinh arctan arctanh negative fix log_sigmoid
     special_digamma special_erf special_erfc special_erfinv special_exp2 special_expit special_expm1 special_gammaln
-    special_i0 special_log1p special_logit special_psi special_round special_sinc alias detach zero lift_fresh_copy""".split()
+    special_i0 special_log1p special_logit special_psi special_round special_sinc alias detach zero lift_fresh_copy
+"""
 _BINARY = """multiply divide subtract arctan2 greater greater_equal less less_equal not_equal special_xlogy
-    type_as""".split()
+    type_as"""
 _BITWISE = ("__and__", "__or__", "__xor__", "__lshift__", "__rshift__")
 
 
@@ -285,9 +286,9 @@ def generated_samples() -> Iterator[Sample]:
     def whole(limit: int, *shape: int) -> torch.Tensor:
         return torch.randint(0, limit, shape)
 
-    for name in _UNARY:
+    for name in _UNARY.split():
         yield _resolved(name, (rand(6, 4) + (1.0 if name == "arccosh" else 0.0),), {})
-    for name in _BINARY:
+    for name in _BINARY.split():
         for shape in ((6, 4), (6, 1), (4,)):
             yield _resolved(name, (rand(6, 4), rand(*shape)), {})
     for name in _BITWISE:

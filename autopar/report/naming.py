@@ -96,8 +96,9 @@ class _Reader:
                 facts.parts.setdefault("embedding", Counter())[self._embedding(op, strategy, facts)] += 1
             elif "cross_entropy" in op.target:
                 facts.parts.setdefault("loss", Counter())[self._loss(op, strategy, facts)] += 1
-            elif self._weight(op) is not None and op.name not in before and op.name not in after:
-                rest.append(op)
+            elif self._weight(op) is not None:
+                if op.name not in before and op.name not in after:
+                    rest.append(op)
             elif self._is_residual(op):
                 kind = self._kind(op.outputs[0], strategy.outputs[0])
                 if kind:
@@ -145,7 +146,10 @@ class _Reader:
         """Names attention together with the projections around it."""
         query, key = strategy.inputs[0], strategy.inputs[1]
         rank = len(self._shape(op.inputs[0]))
-        first, second = {self._product(self.runs[n][0]) for n in before}, {self._product(self.runs[n][0]) for n in after}
+        first, second = (
+            {self._product(self.runs[n][0]) for n in before},
+            {self._product(self.runs[n][0]) for n in after},
+        )
         if not isinstance(query, Split):
             return "replicated"
         if query.dim == rank - 2:
@@ -226,7 +230,7 @@ class _Reader:
         return self.graph.tensors[name].shape
 
     def _kind(self, name: str, placement: Placement) -> str:
-        """"batch", "sequence" or "features" by the dim of an activation that is split; "" where none is.
+        """ "batch", "sequence" or "features" by the dim of an activation that is split; "" where none is.
 
         A split of the inner factor of dim 0 is one of the sequence: rows and positions were merged there.
         """
@@ -248,7 +252,9 @@ def _scheme(kinds: set[str]) -> str:
         return COLUMN_ROW
     if len(kinds) == 1:
         kind = next(iter(kinds))
-        return {"column": "column parallel", "row": "row parallel", "replicated": "replicated"}.get(kind, f"{kind}-split")
+        return {"column": "column parallel", "row": "row parallel", "replicated": "replicated"}.get(
+            kind, f"{kind}-split"
+        )
     return f"mixed ({', '.join(sorted(kinds))})"
 
 
