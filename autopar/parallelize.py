@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .capture.export import capture
 from .cluster.spec import Cluster
+from .cluster.world import join_world
 from .cost.model import Corrections, CostModel
 from .graph import Graph
 from .plan import Plan
@@ -29,8 +30,9 @@ from .runtime.ownership import Ownership
 from .runtime.random import Seeds
 from .runtime.reshard import reshard
 from .runtime.storage import ParameterSpec
+from .runtime.torch_private import local_tensor
 from .simulate import simulate
-from .torch_private import local_tensor
+
 
 class Model(ParallelModule):
     """A parallel module that can also feed itself and change its plan; what `parallelize` returns.
@@ -133,7 +135,7 @@ def parallelize(
     Under torchrun all ranks must call it alike; without a launcher the world is this process. ValueError for what cannot
     be done, the same on every rank.
     """
-    device = _join_world()
+    device = join_world()
     graph = capture(module, example, loss)
     if cluster is None:
         cluster = Cluster.probe()
@@ -163,23 +165,6 @@ def parallelize(
         initialise=initialise,
         constraints=constraints,
     )
-
-
-def _join_world() -> torch.device:
-    """This rank's device; joins the launcher's process group, or makes a world of one, if nobody has."""
-    cuda = torch.cuda.is_available()
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        if dist.is_torchelastic_launched():
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if not cuda:
-        return torch.device("cpu")
-    # A launcher that gave this process a device of its own has set it; else ranks take the host's devices in turn.
-    if torch.cuda.current_device() == 0:
-        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _ownerships(graph: Graph, plan: Plan) -> dict[str, Ownership]:

@@ -108,15 +108,14 @@ class TensorParallel(Eager):
 
 
 class _Piece(nn.Module):
-    """A run of layers with the embedding before the first and the head after the last."""
+    """A run of layers, which may be empty, with the embedding before it or the head after it."""
 
-    def __init__(self, module: LanguageModel, start: int, stop: int) -> None:
+    def __init__(self, module: LanguageModel, layers: range, is_first: bool) -> None:
         super().__init__()
         self.config = module.config
-        self.layers = nn.ModuleList(module.layers[start:stop])
-        self.embedding = module.embedding if start == 0 else None
-        last = stop == len(module.layers)
-        self.norm, self.head = (module.norm, module.head) if last else (None, None)
+        self.layers = nn.ModuleList(module.layers[i] for i in layers)
+        self.embedding = module.embedding if is_first else None
+        self.norm, self.head = (None, None) if is_first else (module.norm, module.head)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.embedding is not None:
@@ -133,13 +132,12 @@ class Pipeline:
     def __init__(
         self, module: LanguageModel, learning_rate: float, device: torch.device, microbatches: int, first_layers: int
     ) -> None:
-        rank = dist.get_rank()
-        spans = ((0, first_layers), (first_layers, len(module.layers)))
-        self.piece = _Piece(module, *spans[rank])
+        self.is_first = dist.get_rank() == 0
+        layers = range(first_layers) if self.is_first else range(first_layers, len(module.layers))
+        self.piece = _Piece(module, layers, self.is_first)
         self.optimizer = torch.optim.AdamW(self.piece.parameters(), lr=learning_rate)
-        stage = PipelineStage(self.piece, rank, len(spans), device)
+        stage = PipelineStage(self.piece, dist.get_rank(), 2, device)
         self.schedule = Schedule1F1B(stage, microbatches, loss_fn=_mean_cross_entropy)
-        self.is_first = rank == 0
 
     def step(self, tokens: Tensor, targets: Tensor) -> Tensor:
         losses: list[Tensor] = []

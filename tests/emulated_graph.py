@@ -6,11 +6,13 @@ chunk after the other. Shares no code with the runtime.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from autopar.capture.export import capture
 from autopar.graph import DEVICE, Graph, Op, map_refs
 from autopar.sharding.batch import BatchLayout, batch_layout
 from autopar.sharding.emulate import EmulatedAxis, convert, hand_out, on_every_rank
@@ -119,35 +121,78 @@ class _Chunk:
             assert on_batch == REPLICATED
             return hand_out(self.whole[tensor], on_model, self.degree)
         values, have = self.lists[tensor], self.placed[tensor]
-        values = convert_chunks(values, have, on_model, self.graph.tensors[tensor].shape, self.layout, tensor)
+        values = self.on_batch(values, tensor, have, on_batch)
+        return convert(values, _local(have, on_batch, self.shards), _local(on_model, on_batch, self.shards))
+
+    def on_batch(self, values: list[torch.Tensor], tensor: str, placed: Placement, want: Placement):
+        """The local conversion on the batch axis, of values placed so on the model axis."""
         start = self.layout.placements[tensor]
-        if start == on_batch or self.shards == 1:
+        if start == want or self.shards == 1:
             return values
-        assert start in (REPLICATED, SHARED), f"{tensor}: {start} -> {on_batch} is not local"
-        if isinstance(on_batch, Split):
-            blocks = on_batch.blocks
-            if isinstance(on_model, Split) and on_model.dim == on_batch.dim and on_model.blocks < blocks:
-                blocks //= self.degree
-            return [hand_out(v, Split(on_batch.dim, blocks), self.shards)[self.chunk] for v in values]
-        return [v / self.shards for v in values] if on_batch == PARTIAL else values
+        assert start in (REPLICATED, SHARED), f"{tensor}: {start} -> {want} is not local"
+        if isinstance(want, Split):
+            assert placed != want, "the batch axis would cut inside the model axis"
+            local = _local(want, placed, self.degree)
+            return [hand_out(v, local, self.shards)[self.chunk] for v in values]
+        return [v / self.shards for v in values] if want == PARTIAL else values
 
 
-def convert_chunks(
-    values: list[torch.Tensor], have: Placement, want: Placement, shape: Any, layout: BatchLayout, tensor: str
-) -> list[torch.Tensor]:
-    """The conversion on the model axis, of values that the batch axis has already cut."""
-    cut = layout.placements[tensor]
-
-    def local(placement: Placement) -> Placement:
-        if isinstance(placement, Split) and isinstance(cut, Split) and placement.dim == cut.dim:
-            blocks = placement.blocks
-            return Split(placement.dim, blocks // layout.shards if cut.blocks < blocks else blocks)
+def _local(placement: Placement, other: Placement, degree: int) -> Placement:
+    """A split of what another axis, with `degree` parts, has left."""
+    if not isinstance(placement, Split) or not isinstance(other, Split) or placement.dim != other.dim:
         return placement
-
-    return convert(values, local(have), local(want)) if len(values) > 1 else values
+    return Split(placement.dim, placement.blocks // degree if other.blocks < placement.blocks else placement.blocks)
 
 
 def _real(value: Any) -> Any:
     if value is DEVICE:
         return torch.device("cpu")
+    if value is torch.float32:
+        return torch.float64  # the graph was captured in float32 and is checked in float64
     return [_real(v) for v in value] if isinstance(value, tuple) else value
+
+
+def reference(
+    module: torch.nn.Module, example: Any, loss_function: Callable[..., torch.Tensor] | None = None
+) -> tuple[Graph, dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
+    """Graph, values of its leaves in float64, loss and gradients of the whole graph in float64.
+
+    The latter agree with the module's own, in the module's float32.
+    """
+    example = (example,) if isinstance(example, torch.Tensor) else example
+    graph = capture(module, example, loss_function)
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    values = {t.name: state[t.fqn].detach() for t in graph.tensors.values() if t.role in ("parameter", "buffer")}
+    values |= graph.constants
+    values |= {t: _entry(example, key) for t, key in zip(graph.inputs, graph.input_keys, strict=True)}
+    values = _double(values)
+    loss, gradients = run_emulated(graph, values, 1, 1, {})
+    takes = inspect.signature(module.forward).parameters
+    entries = example.items() if isinstance(example, Mapping) else zip(takes, example, strict=False)
+    inputs = {key: value for key, value in entries if key in takes}
+    out = module(**inputs)
+    if loss_function is None:
+        own = out if isinstance(out, torch.Tensor) else out["loss"]
+    else:
+        everything = example.values() if isinstance(example, Mapping) else example
+        own = loss_function(out, *list(everything)[len(inputs) :])
+    own.backward()
+    torch.testing.assert_close(loss.float(), own.detach(), rtol=1e-5, atol=1e-6)
+    by_name = dict(module.named_parameters())
+    for t in graph.parameters:
+        torch.testing.assert_close(gradients[t.name].float(), by_name[t.fqn].grad, rtol=1e-3, atol=1e-5)
+    return graph, values, loss, gradients
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {k: _double(v) for k, v in value.items()}
+    return tuple(map(_double, value)) if isinstance(value, tuple | list) else value
+
+
+def _entry(example: Any, key: Any) -> torch.Tensor:
+    for part in key if isinstance(key, tuple) else (key,):
+        example = example[part]
+    return example

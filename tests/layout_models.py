@@ -55,6 +55,7 @@ class GivenCosts:
     latency_s: float = 5e-6
     bandwidth_bytes_per_s: float = 100e9
     all_reduce: float = 1.0  # factors on the ring's time
+    reduce_scatter: float = 1.0
     all_to_all: float = 1.0
     microbatches: int = 8
     shards: int = 1
@@ -106,13 +107,13 @@ class GivenCosts:
 
     def _action(self, action: str, size: float) -> float:
         parts = {
-            "all_reduce": 2 * self.all_reduce, "all_gather": 1.0, "reduce_scatter": 1.0,
+            "all_reduce": 2 * self.all_reduce, "all_gather": 1.0, "reduce_scatter": self.reduce_scatter,
             "all_to_all": self.all_to_all / self.degree,
         }  # fmt: skip
         if action in parts:
             part_s = self.latency_s + size / self.degree / self.bandwidth_bytes_per_s
             return parts[action] * (self.degree - 1) * part_s
-        return size / self.bytes_per_s if action in ("mask", "pad") else 0.0
+        return self.latency_s + size / self.bytes_per_s if action in ("mask", "pad") else 0.0
 
 
 def megatron(graph: Graph, degree: int, costs, sequence: bool) -> tuple[Layout, ...]:

@@ -143,6 +143,8 @@ def test_meta_and_real_capture_are_the_same(name: str) -> None:
     with torch.device("meta"):
         meta_module = builder()[0]
     graphs = [capture(m, e, loss) for m in (module, meta_module) for e in (example, to_meta(example))]
+    with torch.device("meta"):
+        graphs.append(capture(meta_module, to_meta(example), loss))
     assert len({g.fingerprint for g in graphs}) == 1
     assert all(g == graphs[0] for g in graphs[1:])
     assert all(p.is_meta for p in meta_module.parameters())
@@ -206,6 +208,14 @@ MASKS = {
     "float": (lambda n: torch.full((n, n), float("-inf")).triu(1), "causal"),
     "where": (lambda n: torch.where(torch.ones(n, n).tril() > 0, 0.0, torch.finfo(torch.float32).min), "causal"),
     "expanded": (lambda n: torch.ones(n, n).tril().bool()[None, None].expand(ROWS, 2, n, n), "causal"),
+    "long_window": (
+        lambda n: (torch.arange(n) <= torch.arange(n)[:, None]) & (torch.arange(n) > torch.arange(n)[:, None] - n),
+        "causal",
+    ),
+    "short_window": (
+        lambda n: (torch.arange(n) <= torch.arange(n)[:, None]) & (torch.arange(n) > torch.arange(n)[:, None] - n + 1),
+        "",
+    ),
     "all": (lambda n: torch.ones(n, n, dtype=torch.bool), "all"),
     "zero": (lambda n: torch.zeros(n, n), "all"),
     "window": (lambda n: (torch.arange(n)[:, None] - torch.arange(n)[None, :]).abs() < 3, ""),

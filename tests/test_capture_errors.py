@@ -127,7 +127,10 @@ BAD = {
         "no trainable parameter",
     ),
     "not a module": (lambda: (F.relu, torch.randn(8, 16), None), "takes an nn.Module"),
-    "wrong width": (lambda: (build_mlp()[0], (torch.randn(8, 5), _ids()[:, 0]), F.cross_entropy), "8x5 and 16x32"),
+    "wrong width": (
+        lambda: (build_mlp()[0], (torch.randn(8, 5), _ids()[:, 0]), F.cross_entropy),
+        r"in module '0' \(Linear\).*5\D.*16\D.*32.*Check that the example",
+    ),
     "autocast": (
         lambda: (Applied(_autocast), torch.randn(8, WIDTH), None),
         r"line \d+ .*self.function.*torch.autocast.*opaque",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,14 +11,14 @@ from ..graph import Graph
 from ..ops import mutated_inputs
 from .blocks import arrange, find_blocks
 from .draft import Draft
-from .example import Loss, describe_call
+from .example import Call, Loss, describe_call
 from .inplace import functionalise
 from .lower import lower
 from .masks import simplify_masks
 from .normalise import normalise_losses
 from .observe import Observer, apply_survey
 from .simplify import simplify
-from .trace import trace
+from .trace import Trace, trace
 
 
 def capture(module: torch.nn.Module, example: Any, loss: Loss | None = None) -> Graph:
@@ -33,16 +34,10 @@ def capture(module: torch.nn.Module, example: Any, loss: Loss | None = None) -> 
     if not isinstance(module, torch.nn.Module):
         raise ValueError(f"capture() takes an nn.Module; it was given a {type(module).__name__}")
     call = describe_call(module, example, loss)
-    traced = trace(module, call, loss)
-    draft = lower(traced, call)
-    observer = Observer()
-    functionalise(draft, observer)
-    simplify(draft, observer.survey(draft, grad=False))
-    simplify_masks(draft)
-    draft.drop_dead()
-    normalise_losses(draft, observer, observer.survey(draft, grad=False))
-    draft.drop_dead()
-    apply_survey(draft, observer.survey(draft))
+    # Fake parameters and known masks lie on the CPU, and so must what the module's forward makes.
+    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        traced = trace(module, call, loss)
+        draft = _draft(traced, call)
     _check_trainable(draft, module)
     updated = draft.updated_buffers()
     side_ops = _side_ops(draft, updated)
@@ -62,6 +57,20 @@ def capture(module: torch.nn.Module, example: Any, loss: Loss | None = None) -> 
         constants=draft.constants,
         opaque_modules=traced.opaque.modules,
     )
+
+
+def _draft(traced: Trace, call: Call) -> Draft:
+    """The trace as functional ops without no-ops and known masks, losses as sums, with what autograd keeps."""
+    draft = lower(traced, call)
+    observer = Observer()
+    functionalise(draft, observer)
+    simplify(draft, observer.survey(draft, grad=False))
+    simplify_masks(draft)
+    draft.drop_dead()
+    normalise_losses(draft, observer, observer.survey(draft, grad=False))
+    draft.drop_dead()
+    apply_survey(draft, observer.survey(draft))
+    return draft
 
 
 def _side_ops(draft: Draft, updated: set[str]) -> frozenset[str]:

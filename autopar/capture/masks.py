@@ -21,7 +21,7 @@ from .draft import Draft
 
 _LIMIT = 64 * 1024 * 1024
 _LOOKED_AT = 1024 * 1024  # elements up to which a value is searched for equal entries
-_COMPARISONS = {"aten.le.Tensor", "aten.ge.Tensor"}
+_COMPARISONS = {"aten.le.Tensor", "aten.ge.Tensor", "aten.lt.Tensor", "aten.gt.Tensor"}
 _SDPA = "aten.scaled_dot_product_attention.default"
 _UNIFORM = {"aten.ones.default", "aten.zeros.default", "aten.full.default", "aten.new_ones.default"}
 _UNIFORM |= {"aten.new_zeros.default", "aten.new_full.default", "aten.scalar_tensor.default"}
@@ -139,15 +139,20 @@ class _Constants:
                 return None
             return _squeezed(self._evaluate(op, dense))  # type: ignore[arg-type]
 
-    def _triangle(self, op: Op, inputs: dict[str, _Value]) -> _Triangle | None:
-        """The triangle, where the op makes it from two vectors of positions, or hands it on unchanged."""
+    def _triangle(self, op: Op, inputs: dict[str, _Value]) -> _Value | None:
+        """The triangle, where the op makes it from two vectors of positions, or hands it on unchanged.
+
+        A strict comparison that is true everywhere (a window longer than the sequence) gives a compressed True.
+        """
         tensor = self.draft.tensors[op.outputs[0]]
         shape = tensor.shape
         given = [v for v in inputs.values() if isinstance(v, _Triangle)]
         others = [v for v in inputs.values() if isinstance(v, torch.Tensor)]
         if op.target in _COMPARISONS and len(inputs) == 2 and len(others) == 2 and len(shape) >= 2:
             left, right = (inputs[ref.name] for ref in op.args)
-            low, high = (left, right) if op.target.startswith("aten.le") else (right, left)
+            low, high = (left, right) if op.target[5] == "l" else (right, left)
+            if op.target[6] != "e":
+                return torch.ones((1,) * len(shape), dtype=torch.bool) if bool(low.max() < high.min()) else None
             return _Triangle(shape[-1], len(shape)) if _is_lower(low, high, shape) else None
         if not given or tensor.dtype is not torch.bool or shape[-2:] != (given[0].length,) * 2:
             return None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..torch_private import fake_mode, forbid_custom_autograd
+from ..torch_private import fake_mode, forbid_custom_autograd, quiet_export_failure
 from .draft import CaptureError
 from .example import Call, Loss, find_loss, loss_of, output_tensors, rebuild
 from .opaque import Recorder, record_opaque
@@ -81,7 +81,7 @@ def trace(module: torch.nn.Module, call: Call, loss: Loss | None) -> Trace:
             flat = tuple(torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in call.tensors)
         wrapper = _WithLoss(module, call, loss)
         try:
-            with forbid_custom_autograd(_refuse_custom_autograd):
+            with forbid_custom_autograd(_refuse_custom_autograd), quiet_export_failure():
                 program = torch.export.export(wrapper, flat, strict=False)
         except CaptureError:
             raise
@@ -114,6 +114,11 @@ def _fake_tensors(module: torch.nn.Module, mode: Any) -> Iterator[None]:
 def _fake_like(tensor: torch.Tensor, mode: Any) -> torch.Tensor:
     if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
         raise ValueError("the module has uninitialised (lazy) parameters; run it once on a small batch first")
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise ValueError(
+            f"the module holds a {type(tensor).__name__} of shape {list(tensor.shape)}; expected plain tensors: "
+            "give the module before anything has sharded, wrapped or quantised it"
+        )
     with mode:
         fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         return torch.nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else fake
@@ -143,21 +148,23 @@ def _explain(module: torch.nn.Module, error: BaseException) -> str:
     """One message: the user's line that stopped the trace, the submodule it stands in, and what to do."""
     frames = list(traceback.walk_tb(error.__traceback__))
     inner = error.__cause__ or error.__context__
-    line, where = _last_user_line(traceback.extract_tb(error.__traceback__)), ""
-    if line == "no line of the module" and inner is not None:
+    line = _last_user_line(traceback.extract_tb(error.__traceback__))
+    if not line and inner is not None:
         line = _last_user_line(traceback.extract_tb(inner.__traceback__))
         frames += list(traceback.walk_tb(inner.__traceback__))
-    fqns = {id(m): name for name, m in module.named_modules()}
-    for frame, _ in reversed(frames):
-        owner = frame.f_locals.get("self")
-        if id(owner) in fqns and _is_user_file(frame.f_code.co_filename):
-            where = f" in module {fqns[id(owner)]!r} ({type(owner).__name__})" if fqns[id(owner)] else ""
-            break
-    reason = next((text.strip() for text in str(error).splitlines() if text.strip()), "")
+    names = {id(m): f"{name!r} ({type(m).__name__})" for name, m in module.named_modules() if name}
+    owners = [names[id(frame.f_locals.get("self"))] for frame, _ in frames if id(frame.f_locals.get("self")) in names]
+    where = f"{line or 'a line of torch'}{' in module ' + owners[-1] if owners else ''}"
+    reason = next((text.strip().rstrip(".") for text in str(error).splitlines() if text.strip()), "")
+    values = "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__
+    hint = (
+        "Rewrite the line so that shapes and control flow do not depend on tensor values"
+        if values
+        else "Check that the example's shapes and dtypes are what the module takes, and rewrite what cannot be traced"
+    )
     return (
-        f"{type(module).__name__} cannot be traced: {line}{where} stopped it with {type(error).__name__}: {reason}. "
-        "Rewrite the line so that shapes and control flow do not depend on tensor values, or keep the module that "
-        "holds it whole: autopar.opaque(module.that_submodule), or @autopar.opaque on its class"
+        f"{type(module).__name__} cannot be traced: {where} stopped it with {type(error).__name__}: {reason}. {hint}, "
+        "or keep the module that holds it whole: autopar.opaque(module.that_submodule), or @autopar.opaque on its class"
     )
 
 
@@ -170,14 +177,14 @@ def user_line(stack_trace: str | None) -> str:
             file = file.rstrip('"')
             if _is_user_file(file):
                 found = _spell(file, int(number.removeprefix("line ")))
-    return found or "no line of the module"
+    return found or "a line of torch"
 
 
 def _last_user_line(frames: Any) -> str:
     for frame in reversed(list(frames)):
         if _is_user_file(frame.filename):
             return _spell(frame.filename, frame.lineno)
-    return "no line of the module"
+    return ""
 
 
 def _spell(file: str, number: int) -> str:

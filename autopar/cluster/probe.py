@@ -19,6 +19,7 @@ import torch.distributed as dist
 from .probe_compute import ComputeProbe, Sampler, probe_compute
 from .probe_links import probe_link
 from .spec import Cluster, Curve, Device, Link
+from .world import join_world
 
 # A world of one rank has no links; a Cluster needs some, and no collective ever crosses them.
 _NO_LINK = Link(latency_s=0.0, bandwidth_bytes_per_s=1e12)
@@ -29,14 +30,16 @@ def probe(
     process_group: dist.ProcessGroup | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cluster:
-    """The cluster of `process_group` (None: the default group, or one rank where there is none).
+    """The cluster of `process_group` (None: the launcher's world, or one rank where there is none).
 
     device: what this rank computes on; None takes the current accelerator where the group can use it, else the CPU.
     clock: seconds, for compute; time.process_time leaves out what other programs on a busy machine take.
     Every rank of the group must call it. Raises ValueError when the hosts have different numbers of ranks, or the ranks
     of a host do not follow one another.
     """
-    distributed = dist.is_available() and dist.is_initialized()
+    if not dist.is_initialized() and dist.is_torchelastic_launched():
+        join_world()
+    distributed = dist.is_initialized()
     device = _device(device, process_group if distributed else None, distributed)
     world_size = dist.get_world_size(process_group) if distributed else 1
     together = (lambda: _barrier(device, process_group)) if world_size > 1 else (lambda: None)

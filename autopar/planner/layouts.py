@@ -3,11 +3,11 @@
 Given a block's ops o with their strategies s, its tensors T and a model axis of `degree` ranks, choose a strategy per
 op and a placement at rest per parameter, so as to
 
-    minimise    sum_o cost(o, s_o)                               compute, special algorithms     LayoutCosts.op_s
-              + sum_T sum_{q wanted of T} conv(T, p_T, q)        each distinct conversion once   LayoutCosts.conversion_s
-              + sum_w rest(w, p_w)                               optimizer, reduction over data  LayoutCosts.rest_s
-              + weight * bytes                                   (a) memory priced               memory_weight
-    subject to  bytes <= limit                                   (b) memory bounded              memory_limit_bytes
+    minimise    sum_o cost(o, s_o)                               compute, special algorithms    LayoutCosts.op_s
+              + sum_T sum_{q wanted of T} conv(T, p_T, q)        each distinct conversion once  LayoutCosts.conversion_s
+              + sum_w rest(w, p_w)                               optimizer, data reduction      LayoutCosts.rest_s
+              + weight * bytes                                   (a) memory priced              memory_weight
+    subject to  bytes <= limit                                   (b) memory bounded             memory_limit_bytes
 
 where p_T is the placement that the producer's strategy gives T (REPLICATED for side tensors and batch inputs, as given
 for block inputs, at rest for parameters) and the wanted ones are those that its consumers' strategies, and the block's

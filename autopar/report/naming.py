@@ -58,8 +58,9 @@ class _Facts:
         for scheme, parts in groups.items():
             if scheme != "replicated":
                 megatron = " (Megatron)" if scheme == COLUMN_ROW and "attention" in parts else ""
-                said.append(f"{scheme} {_listed(parts)}{megatron}")
-        residual = [kind for kind in ("sequence", "batch", "features") if self.residual[kind]]
+                how, _, remark = scheme.partition(": ")
+                said.append(f"{how} {_listed(parts)}{f' ({remark})' if remark else megatron}")
+        residual = [kind for kind in ("sequence", "space", "batch", "features") if self.residual[kind]]
         repeated = {f"{kind} split" for kind in residual if any(scheme.startswith(kind) for scheme in groups)}
         said += [words for kind in residual if (words := f"{kind} split") not in repeated]
         if self.vocabulary:
@@ -73,9 +74,11 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _one_scheme(counts: Counter) -> str:
-    """The scheme of a part that all blocks agree on; else the most common first."""
+    """The scheme of a part that all blocks agree on; else the most common first. A remark may follow a colon."""
     ranked = [scheme for scheme, _ in counts.most_common()]
-    return ranked[0] if len(ranked) == 1 else f"mixed ({', '.join(ranked)})"
+    if set(ranked) == {"column parallel", "row parallel"}:  # a column and its row stand in different blocks
+        return COLUMN_ROW
+    return ranked[0] if len(ranked) == 1 else f"mixed ({', '.join(scheme.partition(': ')[0] for scheme in ranked)})"
 
 
 class _Reader:
@@ -96,8 +99,9 @@ class _Reader:
                 facts.parts.setdefault("embedding", Counter())[self._embedding(op, strategy, facts)] += 1
             elif "cross_entropy" in op.target:
                 facts.parts.setdefault("loss", Counter())[self._loss(op, strategy, facts)] += 1
-            elif self._weight(op) is not None and op.name not in before and op.name not in after:
-                rest.append(op)
+            elif self._weight(op) is not None:
+                if op.name not in before and op.name not in after:
+                    rest.append(op)
             elif self._is_residual(op):
                 kind = self._kind(op.outputs[0], strategy.outputs[0])
                 if kind:
@@ -145,17 +149,20 @@ class _Reader:
         """Names attention together with the projections around it."""
         query, key = strategy.inputs[0], strategy.inputs[1]
         rank = len(self._shape(op.inputs[0]))
-        first, second = {self._product(self.runs[n][0]) for n in before}, {self._product(self.runs[n][0]) for n in after}
+        first, second = (
+            {self._product(self.runs[n][0]) for n in before},
+            {self._product(self.runs[n][0]) for n in after},
+        )
         if not isinstance(query, Split):
             return "replicated"
         if query.dim == rank - 2:
-            return "context-parallel (queries local, keys and values gathered)"
+            return "context-parallel: queries local, keys and values gathered"
         if query.dim < rank - 3:
             return "batch-split"
         if first <= {"column"} and second <= {"row"}:
             return COLUMN_ROW
         if first | second <= {"sequence"}:
-            return "sequence-split, heads exchanged by all-to-all (Ulysses),"
+            return "sequence-split: heads exchanged by all-to-all, Ulysses"
         assert isinstance(key, Split) or query.dim == rank - 3, (op.name, strategy.key)
         return "head-parallel"
 
@@ -226,16 +233,18 @@ class _Reader:
         return self.graph.tensors[name].shape
 
     def _kind(self, name: str, placement: Placement) -> str:
-        """"batch", "sequence" or "features" by the dim of an activation that is split; "" where none is.
+        """ "batch", "sequence" or "features" by the dim of an activation that is split; "" where none is.
 
         A split of the inner factor of dim 0 is one of the sequence: rows and positions were merged there.
         """
         if not isinstance(placement, Split):
             return ""
         rank = len(self._shape(name))
-        if placement.dim == rank - 1 and rank > 1:
-            return "features"
-        return "batch" if placement.dim == 0 and placement.blocks == 1 else "sequence"
+        if placement.dim == 0 and (placement.blocks == 1 or rank == 1):
+            return "batch"
+        if rank > 3:
+            return "features" if placement.dim == 1 else "space"
+        return "features" if placement.dim == rank - 1 else "sequence"
 
 
 def _is_attention(op: Op) -> bool:
@@ -248,7 +257,9 @@ def _scheme(kinds: set[str]) -> str:
         return COLUMN_ROW
     if len(kinds) == 1:
         kind = next(iter(kinds))
-        return {"column": "column parallel", "row": "row parallel", "replicated": "replicated"}.get(kind, f"{kind}-split")
+        return {"column": "column parallel", "row": "row parallel", "replicated": "replicated"}.get(
+            kind, f"{kind}-split"
+        )
     return f"mixed ({', '.join(sorted(kinds))})"
 
 
