@@ -30,8 +30,9 @@ from .runtime.ownership import Ownership
 from .runtime.random import Seeds
 from .runtime.reshard import reshard
 from .runtime.storage import ParameterSpec
+from .runtime.torch_private import local_tensor
 from .simulate import simulate
-from .torch_private import local_tensor
+
 
 class Model(ParallelModule):
     """A parallel module that can also feed itself and change its plan; what `parallelize` returns.

@@ -1,4 +1,7 @@
-"""The private torch interfaces that autopar needs, in one place. Tested with torch 2.11 to 2.13."""
+"""The private torch interfaces that autopar needs; runtime/torch_private.py has those of torch.distributed.
+
+Tested with torch 2.11 to 2.13.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,7 @@ from typing import Any
 
 import torch
 import torch._functorch.utils as _functorch_utils
-import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
@@ -33,29 +31,6 @@ def storage_key(tensor: torch.Tensor) -> int:
 def schema(op: torch._ops.OpOverload) -> torch._C.FunctionSchema:
     """The operator's schema, which says what it writes and what its arguments are called."""
     return op._schema
-
-
-def all_gather_single(output: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup | None) -> None:
-    """Join equal parts of all ranks in `output`; torch 2.13 renamed the function."""
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(output, part, group=group)
-
-
-def reduce_scatter_single(output: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup | None) -> None:
-    """Sum `whole` over the ranks and keep this rank's part; torch 2.13 renamed the function."""
-    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(output, whole, group=group)
-
-
-def default_store() -> dist.Store | None:
-    """The key-value store behind the default process group, None without one."""
-    if not dist.is_initialized():
-        return None
-    return dist.distributed_c10d._get_default_store()
-
-
-def abort_process_groups() -> None:
-    """Close this rank's connections of every group, so that ranks that wait for it fail instead of waiting on."""
-    if dist.is_initialized():
-        dist.distributed_c10d._abort_process_group()
 
 
 def allocation_deltas(profile: torch.profiler.profile) -> list[int]:
@@ -88,39 +63,19 @@ def forbid_custom_autograd(refuse: Callable[[type], None]) -> Iterator[None]:
 
 @contextmanager
 def quiet_export_failure() -> Iterator[None]:
-    """Leave out the half-traced graph and the warnings that torch.export prints before it raises."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level, printed = logger.level, io.StringIO()
-    logger.setLevel(logging.ERROR)
+    """Leave out the half-traced graph and the log lines that torch.export prints before it raises."""
+    names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    printed = io.StringIO()
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
     try:
         with redirect_stderr(printed):
             yield
         sys.stderr.write(printed.getvalue())
     finally:
-        logger.setLevel(level)
-
-
-def strided_shard(dim: int, split_factor: int) -> Placement:
-    """DTensor's name for Split(dim, split_factor): the dim seen as (split_factor, ranks, rest) and split on `ranks`."""
-    return _StridedShard(dim, split_factor=split_factor)
-
-
-def dtensor_spec(
-    mesh: DeviceMesh, placements: tuple[Placement, ...], shape: tuple[int, ...], dtype: torch.dtype
-) -> DTensorSpec:
-    """What a contiguous DTensor of this global shape needs besides its local tensor."""
-    strides = torch.empty(shape, device="meta").stride()
-    return DTensorSpec(mesh, placements, tensor_meta=TensorMeta(torch.Size(shape), strides, dtype))
-
-
-def wrap_local(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
-    """`DTensor.from_local` without its autograd function and checks: about 3 us where that takes 30."""
-    return DTensor(local, spec, requires_grad=False)
-
-
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's own shard, sharing storage and version counter; a plain tensor is its own."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def storage_use_count(tensor: torch.Tensor) -> int:

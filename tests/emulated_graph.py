@@ -121,37 +121,34 @@ class _Chunk:
             assert on_batch == REPLICATED
             return hand_out(self.whole[tensor], on_model, self.degree)
         values, have = self.lists[tensor], self.placed[tensor]
-        values = convert_chunks(values, have, on_model, self.graph.tensors[tensor].shape, self.layout, tensor)
+        values = self.on_batch(values, tensor, have, on_batch)
+        return convert(values, _local(have, on_batch, self.shards), _local(on_model, on_batch, self.shards))
+
+    def on_batch(self, values: list[torch.Tensor], tensor: str, placed: Placement, want: Placement):
+        """The local conversion on the batch axis, of values placed so on the model axis."""
         start = self.layout.placements[tensor]
-        if start == on_batch or self.shards == 1:
+        if start == want or self.shards == 1:
             return values
-        assert start in (REPLICATED, SHARED), f"{tensor}: {start} -> {on_batch} is not local"
-        if isinstance(on_batch, Split):
-            blocks = on_batch.blocks
-            if isinstance(on_model, Split) and on_model.dim == on_batch.dim and on_model.blocks < blocks:
-                blocks //= self.degree
-            return [hand_out(v, Split(on_batch.dim, blocks), self.shards)[self.chunk] for v in values]
-        return [v / self.shards for v in values] if on_batch == PARTIAL else values
+        assert start in (REPLICATED, SHARED), f"{tensor}: {start} -> {want} is not local"
+        if isinstance(want, Split):
+            assert placed != want, "the batch axis would cut inside the model axis"
+            local = _local(want, placed, self.degree)
+            return [hand_out(v, local, self.shards)[self.chunk] for v in values]
+        return [v / self.shards for v in values] if want == PARTIAL else values
 
 
-def convert_chunks(
-    values: list[torch.Tensor], have: Placement, want: Placement, shape: Any, layout: BatchLayout, tensor: str
-) -> list[torch.Tensor]:
-    """The conversion on the model axis, of values that the batch axis has already cut."""
-    cut = layout.placements[tensor]
-
-    def local(placement: Placement) -> Placement:
-        if isinstance(placement, Split) and isinstance(cut, Split) and placement.dim == cut.dim:
-            blocks = placement.blocks
-            return Split(placement.dim, blocks // layout.shards if cut.blocks < blocks else blocks)
+def _local(placement: Placement, other: Placement, degree: int) -> Placement:
+    """A split of what another axis, with `degree` parts, has left."""
+    if not isinstance(placement, Split) or not isinstance(other, Split) or placement.dim != other.dim:
         return placement
-
-    return convert(values, local(have), local(want)) if len(values) > 1 else values
+    return Split(placement.dim, placement.blocks // degree if other.blocks < placement.blocks else placement.blocks)
 
 
 def _real(value: Any) -> Any:
     if value is DEVICE:
         return torch.device("cpu")
+    if value is torch.float32:
+        return torch.float64  # the graph was captured in float32 and is checked in float64
     return [_real(v) for v in value] if isinstance(value, tuple) else value
 
 

@@ -13,6 +13,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -78,6 +79,7 @@ class Loopback:
 
     CALLS = (
         "all_gather_into_tensor",
+        "all_gather_single",
         "all_reduce",
         "all_to_all_single",
         "barrier",
@@ -88,6 +90,7 @@ class Loopback:
         "is_initialized",
         "isend",
         "new_group",
+        "reduce_scatter_single",
         "reduce_scatter_tensor",
     )
 
@@ -122,7 +125,7 @@ class Loopback:
 
         threads = [threading.Thread(target=serve, args=(rank,), daemon=True) for rank in range(self.num_ranks)]
         with ExitStack() as stack:
-            for name in self.CALLS:
+            for name in filter(partial(hasattr, dist), self.CALLS):
                 stack.enter_context(mock.patch.object(dist, name, getattr(self, name)))
             for thread in threads:
                 thread.start()
@@ -215,6 +218,10 @@ class Loopback:
     ) -> None:
         values, place = self._meet(f"reduce_scatter {op}", tensor.detach().clone(), group)
         out.view(-1).copy_(_sum(torch.stack([value.reshape(len(values), -1)[place] for value in values]), op))
+
+    # The names since torch 2.13.
+    all_gather_single = all_gather_into_tensor
+    reduce_scatter_single = reduce_scatter_tensor
 
     def all_to_all_single(self, out: Tensor, tensor: Tensor, group: Group | None = None) -> None:
         values, place = self._meet("all_to_all", tensor.detach().clone(), group)

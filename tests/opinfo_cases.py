@@ -316,6 +316,18 @@ def generated_samples() -> Iterator[Sample]:
     yield _resolved("swapaxes", (rand(2, 6, 4), 0, 2), {})
     yield _resolved("ger", (rand(6), rand(4)), {})
     yield _resolved("linalg_vector_norm", (rand(6, 4), 2, [1]), {})
+    yield _resolved("view_as_complex", (rand(6, 4, 2),), {})
+    yield _resolved("view_as_real", (torch.view_as_complex(rand(6, 4, 2).detach()).requires_grad_(),), {})
+    for name, size in (("linear1d", 1), ("bicubic2d", 2), ("nearest3d", 3), ("trilinear3d", 3)):
+        arguments = (rand(2, 6, *[4] * size), [8] * size) + (() if name == "nearest3d" else (False,))
+        yield _resolved(f"upsample_{name}", arguments, {})
+    yield "aten.upsample_nearest2d.vec", (rand(2, 6, 4, 4), None, [2.0, 2.0]), {}
+    yield "aten.feature_dropout.default", (rand(6, 4, 2), 0.5, False), {}
+    for name, count in (("rnn_tanh", 1), ("rnn_relu", 1), ("gru", 3), ("lstm", 4)):
+        weights = [rand(4 * count, 6), rand(4 * count, 4), rand(4 * count), rand(4 * count)]
+        states = [rand(1, 6, 4), rand(1, 6, 4)] if name == "lstm" else rand(1, 6, 4)
+        for first in (True, False):
+            yield f"aten.{name}.input", (rand(6, 6, 6), states, weights, True, 1, 0.0, True, False, first), {}
     for name in ("dropout", "alpha_dropout", "native_dropout"):
         yield _resolved(name, (rand(6, 4), 0.5, False), {})
     for training in (True, False):

@@ -11,6 +11,7 @@ from autopar.cluster.spec import Cluster, Device, Link
 from autopar.cost.types import StageCost
 from autopar.graph import Block, Graph, Op, Ref, Tensor
 from autopar.plan import Layout, Plan
+from autopar.planner.pricing import Piece, assemble
 from autopar.planner.problem import Chain, Problem, Shape
 
 WIDTH = 24
@@ -123,15 +124,21 @@ class MadeUpCosts:
         )
 
 
-def whole_layouts(problem: Problem, shape: Shape) -> tuple[Chain, ...]:
+class WholeLayouts:
     """One chain in which no op uses the axis: made-up costs do not look at layouts."""
-    if shape.tensor == 1:
-        return (Chain(),)
-    layouts = [
-        Layout(
-            shape.tensor, ("-",) * len(block.ops), ("R",) * len(block.inputs), ("R",) * len(block.outputs),
-            ("R",) * len(block.parameters),
-        )
-        for block in problem.graph.blocks
-    ]  # fmt: skip
-    return (Chain.of(layouts),)
+
+    def of(self, problem: Problem, shape: Shape) -> tuple[Chain, ...]:
+        if shape.tensor == 1:
+            return (Chain(),)
+        return (Chain.of([whole_layout(block, shape.tensor) for block in problem.graph.blocks]),)
+
+    def pass_s(self, problem: Problem, tensor: int) -> float:
+        shape, whole = Shape(1, 1, tensor, 1, "1f1b", 0), Piece(0, len(problem.graph.blocks), "none")
+        (chain,) = self.of(problem, shape)
+        cost = problem.costs.stage(assemble(problem, shape, chain, [whole]), 0)
+        return cost.forward_s + cost.backward_s
+
+
+def whole_layout(block: Block, tensor: int) -> Layout:
+    whole = (("R",) * len(names) for names in (block.inputs, block.outputs, block.parameters))
+    return Layout(tensor, ("-",) * len(block.ops), *whole)

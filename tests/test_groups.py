@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +12,6 @@ from autopar.plan import Plan, Stage
 from autopar.runtime.axis import Axis
 from autopar.runtime.groups import build_groups
 
-# Parameter "w" is used by the first block and the last.
 SHAPES = [
     (pipeline, data, tensor)
     for pipeline in (1, 2, 4, 8)
@@ -36,14 +33,11 @@ def lines(pipeline: int, data: int, tensor: int) -> dict[str, object]:
     size = data * tensor
     stages = tuple(Stage(s, s + 1, tuple(range(s * size, (s + 1) * size)), data, tensor) for s in range(pipeline))
     plan = Plan("m", "f", pipeline * size, 8, 1, "1f1b", stages)
-    uses = [("w",) if s in (0, pipeline - 1) else () for s in range(pipeline)]
-    graph = SimpleNamespace(shared_parameters=("w",), blocks=[SimpleNamespace(parameters=names) for names in uses])
-    groups = build_groups(plan, graph)
+    groups = build_groups(plan)
     found: dict[str, object] = {
         "data": members(groups.data),
         "tensor": members(groups.tensor),
         "stage": members(groups.all_of_stage),
-        "tied": members(groups.tied["w"]) if groups.tied else [],
     }
     for direction, pairs in (("forward", groups.forward), ("backward", groups.backward)):
         heard = {}
@@ -64,9 +58,6 @@ def expected(rank: int, pipeline: int, data: int, tensor: int) -> dict[str, obje
         "data": [stage * size + i * tensor + t for i in range(data)],
         "tensor": [stage * size + d * tensor + i for i in range(tensor)],
         "stage": list(range(stage * size, (stage + 1) * size)),
-        "tied": [rank % size, (pipeline - 1) * size + rank % size]
-        if pipeline > 1 and stage in (0, pipeline - 1)
-        else [],
         "forward": neighbours,
         "backward": neighbours,
     }

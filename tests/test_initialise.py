@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from autopar.graph import Graph, Tensor
@@ -177,3 +178,37 @@ def test_what_nothing_initialises_is_named():
     values = whole_values(module, initialise=initialise)
     assert values["1.weight"].tolist() == [2, 2, 2] and values["0.bias"].tolist() == [0, 0]
     assert torch.equal(values["0.weight"], whole_values(module, initialise=initialise)["0.weight"])
+
+
+def across_ranks(kind: str) -> dict[str, torch.Tensor] | str:
+    """Each rank holds another stage's parameters; only rank 0's module is to count."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    module = on_meta(Net) if kind == "meta" or (kind == "mixed" and rank) else Net()
+    if kind == "broken":
+        module = on_meta(lambda: nn.Sequential(nn.Linear(2, 2), Norm(3)))
+    specs = whole_specs(module, Holder((0, 1), 1, 2, REPLICATED))[rank::2]
+    try:
+        values = local_values(specs, module, rank, 11, CPU)
+    except ValueError as error:
+        return str(error)
+    return values | state_of(module)
+
+
+def test_ranks_agree(pool):
+    torch.manual_seed(0)
+    expected = Net().state_dict()
+    table = Table(6).table
+    for kind in ("real", "mixed"):
+        first, second = pool.run(across_ranks, kind, world_size=2)
+        names = [name for name, _ in Net().named_parameters()]
+        assert [n for n in first if n in names] == names[::2] and [n for n in second if n in names] == names[1::2]
+        for name, value in [*first.items(), *second.items()]:
+            want = table if name == "b_table.table" else expected[name.removeprefix("b_")]
+            assert torch.equal(value, want), (kind, name)
+    first, second = pool.run(across_ranks, "meta", world_size=2)
+    alone = whole_values(on_meta(Net), seed=11)
+    for name, value in [*first.items(), *second.items()]:
+        assert name.startswith("b_") or torch.equal(value, alone[name])
+    first, second = pool.run(across_ranks, "broken", world_size=2)
+    assert first == second and "1.weight" in first

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import autopar
 from autopar.cluster.spec import Cluster
 from autopar.runtime.ownership import Ownership
-from autopar.torch_private import local_tensor
+from autopar.runtime.torch_private import local_tensor
 
 MODELS = ["build_llama", "build_gpt2", "build_mlp", "build_conv_net", "build_tied_lm", "build_two_inputs"]
 DEGREES = list(itertools.product((1, 2), repeat=3))

@@ -7,9 +7,9 @@ import random
 from dataclasses import replace
 
 import pytest
+from planner_cases import chain_graph, small_cluster
 
 from autopar.plan import SCHEMA, Candidate, Layout, Plan, Prediction, Stage
-from planner_cases import chain_graph, small_cluster
 
 
 def random_plan(seed: int) -> Plan:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-import re
 
 import pytest
-from planner_cases import MadeUpCosts, chain_graph, small_cluster, whole_layouts
+from planner_cases import MadeUpCosts, WholeLayouts, chain_graph, small_cluster
 
 from autopar.planner.auto import auto
 from autopar.planner.methods.exhaustive import every_plan, exhaustive
@@ -22,7 +21,7 @@ def random_problem(seed: int, world_sizes=(1, 2, 3, 4, 6, 8), most_blocks: int =
     graph = chain_graph(kinds, draw.choice([4, 6, 8]))
     cluster = small_cluster(world, world // 2 if world % 2 == 0 and draw.random() < 0.5 else world)
     costs = MadeUpCosts(graph, cluster, seed, slow_network=draw.choice([0.1, 1, 10]))
-    return Problem(graph, cluster, costs, whole_layouts, Constraints(**pinned))
+    return Problem(graph, cluster, costs, WholeLayouts(), Constraints(**pinned))
 
 
 def limited(problem: Problem, limit_bytes: int) -> Problem:

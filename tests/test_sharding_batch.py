@@ -86,6 +86,30 @@ class SequenceFirst(nn.Module):
         return self.out(self.layer(self.embed(ids).transpose(0, 1)).transpose(0, 1))
 
 
+class UsedTwice(nn.Module):
+    """What parameters make over the rows is added to rows, and also weighed as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.randn(1, 16))
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        wide = (self.row * 2).expand(x.shape[0], -1).contiguous().sin()
+        return F.cross_entropy(self.linear(x + wide), y) + wide.pow(2).sum()
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 16)
+        self.layers = nn.GRU(16, 16, num_layers=2, batch_first=True)
+        self.out = nn.Linear(16, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.layers(self.embed(ids))[0][:, -1])
+
+
 def token_loss(scores: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(scores.reshape(-1, scores.shape[-1]), targets.reshape(-1), label_smoothing=0.1)
 
@@ -105,6 +129,8 @@ CASES = {
     "class token": lambda: (ClassToken(), (torch.randn(ROWS, 4, 16, 16), _ids(ROWS, limit=8)), F.cross_entropy),
     "picked rows": lambda: (PickRows(), (_ids(ROWS, 6), _ids(ROWS, limit=6), _ids(ROWS, limit=8)), F.cross_entropy),
     "sequence first": lambda: (SequenceFirst(), (_ids(ROWS, 6), _ids(ROWS, 6)), token_loss),
+    "used twice": lambda: (UsedTwice(), (torch.randn(ROWS, 16), _ids(ROWS, limit=8))),
+    "recurrent": lambda: (Recurrent(), (_ids(ROWS, 6), _ids(ROWS, limit=8)), F.cross_entropy),
     "llama with a padding mask": lambda: _llama(
         attention_mask=(torch.arange(16)[None] >= torch.arange(ROWS)[:, None]).long()
     ),
@@ -122,7 +148,7 @@ def test_chunks_add_up_to_the_whole(name):
     torch.manual_seed(0)
     graph, values, loss, gradients = reference(*CASES[name]())
     draw = random.Random(name)
-    for shards, degree in ((2, 1), (8, 1), (2, 2), (4, 2)):
+    for shards, degree in ((2, 1), (8, 1), (2, 2), (4, 2), (2, 2), (2, 2)):
         layout = batch_layout(graph, shards)
         assert layout.conflict is None and layout.placements[graph.loss] == PARTIAL
         chosen = {op.name: draw.choice(strategies(graph, op, degree, shards)) for op in graph.ops}

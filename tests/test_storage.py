@@ -6,14 +6,15 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from storage_cases import block_function, make_axes, make_case, oracle_loss, run_step
 
 from autopar.runtime.clip import clip_grad_norm_
 from autopar.runtime.ownership import Holder, Ownership
 from autopar.runtime.replicas import Replicas
 from autopar.runtime.shards import Shards
-from autopar.runtime.storage import ParameterSpec, deliver
-from autopar.sharding.placement import REPLICATED
+from autopar.runtime.storage import ParameterSpec, at_rest, deliver
+from autopar.sharding.placement import REPLICATED, Split
 
 
 def build(case, axes, zero, **options):
@@ -149,3 +150,43 @@ def reuse_memory() -> None:
 
 def test_gradient_memory(pool):
     pool.run(reuse_memory, world_size=2)
+
+
+def clip_pipeline(seed: int) -> None:
+    """Two stages of two ranks in different layouts, with a parameter that both hold, and one that has no gradient."""
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(seed)
+    sides = [make_axes(2, 1, (0, 1)), make_axes(1, 2, (2, 3))]
+    axes = next(side for side in sides if side is not None)
+    shapes = {"first": (5, 4), "second": (4, 6), "scalar": (), "tied": (6, 4), "idle": (4,)}
+    left = {name: Holder((0, 1), 2, 1, REPLICATED, sharded=name != "scalar") for name in shapes}
+    right = {name: Holder((2, 3), 1, 2, REPLICATED if name == "scalar" else Split(0)) for name in shapes}
+    holders = {"first": (left,), "second": (right,), "scalar": (right,), "tied": (left, right), "idle": (right,)}
+    whole = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    specs = [
+        ParameterSpec(name, torch.float32, Ownership(shapes[name], tuple(side[name] for side in sides)))
+        for name, sides in holders.items()
+    ]
+    mine = [spec for spec in specs if rank in spec.ownership.ranks]
+    values = {spec.fqn: spec.ownership.take(whole[spec.fqn], rank) for spec in mine}
+    parameters = at_rest(mine, values, axes)
+    for norm_type in (1.0, 2.0, float("inf")):
+        oracle = {name: torch.zeros(shape, requires_grad=True) for name, shape in shapes.items()}
+        for name, p in oracle.items():
+            p.grad = None if name == "idle" else whole[name].clone()
+        for spec in mine:
+            parameters[spec.fqn].grad = None
+        deliver(parameters, {s.fqn: s.ownership.take(whole[s.fqn], rank) for s in mine if s.fqn != "idle"})
+        want = torch.nn.utils.clip_grad_norm_(oracle.values(), 0.7, norm_type)
+        have = clip_grad_norm_(parameters.values(), 0.7, norm_type)
+        torch.testing.assert_close(have, want, rtol=1e-5, atol=0)
+        for spec in mine:
+            if spec.fqn != "idle":
+                local = parameters[spec.fqn].grad.to_local()
+                torch.testing.assert_close(local, spec.ownership.take(oracle[spec.fqn].grad, rank))
+    with pytest.raises(ValueError, match="autopar.parallelize"):
+        clip_grad_norm_([torch.nn.Parameter(torch.ones(2))], 1.0)
+
+
+def test_clip_over_stages_and_ties(pool):
+    pool.run(clip_pipeline, 0, world_size=4)

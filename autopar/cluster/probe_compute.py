@@ -1,9 +1,9 @@
 """Rates of the compute classes of cluster/rates.py on this device, measured the way that training uses it.
 
-Each class runs as a chain under autograd whose outputs together exceed the caches. So an op finds its input in the cache
-when the op before has just made it, but writes its output to memory that has not been touched for long, and the backward
-finds its gradient in the cache but not the values that the forward saved: all as in training, where a step touches far
-more memory than caches hold. Timing one op again and again would measure the cache.
+Each class runs as a chain under autograd whose outputs together exceed the caches. So an op finds its input in the
+cache when the op before has just made it, but writes its output to memory that has not been touched for long, and the
+backward finds its gradient in the cache but not the values that the forward saved: all as in training, where a step
+touches far more memory than caches hold. Timing one op again and again would measure the cache.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from .spec import Curve
 # A chain's outputs together: about the last-level cache of today's CPUs, which all ranks of a host share. Short of that
 # only for the smallest tensors, whose models live in the cache as well.
 CHAIN_BYTES = 32 << 20
+# On a device so slow that one sample takes this long, one or two must do.
+_SLOW_S = 0.3
 MAX_DEPTH = 32
 
 Points = list[tuple[float, float]]
@@ -66,12 +68,12 @@ class Sampler:
             forward_s, value = self._timed(forward)
             backward_s, _ = self._timed(lambda value=value: backward(value))
             del value
-            if repeat == 0:
+            if repeat == 0 and forward_s + backward_s < _SLOW_S:
                 continue
             forwards.append(forward_s)
             backwards.append(backward_s)
             spent += forward_s + backward_s
-            if spent > self.sample_s and len(forwards) >= 3:
+            if spent > self.sample_s and (len(forwards) >= 3 or spent > _SLOW_S):
                 break
         return lower_quartile(forwards), lower_quartile(backwards)
 

@@ -126,7 +126,8 @@ class Pricer:
                     add(compute, name, seconds, 0.0)
                 for name, seconds in backward.items():
                     add(compute, name, 0.0, seconds)
-                add(collectives, f"{link}/all_reduce", self.inner_collective(step.op, step.strategy, shards, ranks), 0.0)
+                inner_s = self.inner_collective(step.op, step.strategy, shards, ranks)
+                add(collectives, f"{link}/all_reduce", inner_s, 0.0)
                 continue
             forward_action, backward_action, size = self.conversion_actions(step.tensor, step.have, step.want, shards)
             wire_s, copy_s = self.action_seconds(*forward_action, size, ranks, False)

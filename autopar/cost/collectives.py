@@ -1,8 +1,8 @@
 """Seconds of a collective: t = steps x latency + volume / bandwidth over the slowest link that it crosses.
 
-Steps and volumes are the ring algorithms' (cluster/ring.py); latency and bandwidth are the link's measured ones for that
-collective where there are any, else the link's own. Ignored: tree and in-network algorithms, and contention between
-groups of one stage beyond what a probe of all ranks at once has seen.
+Steps and volumes are the ring algorithms' (cluster/ring.py); latency and bandwidth are the link's measured ones for
+that collective where there are any, else the link's own. Ignored: tree and in-network algorithms, and contention
+between groups of one stage beyond what a probe of all ranks at once has seen.
 """
 
 from __future__ import annotations

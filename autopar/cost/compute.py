@@ -1,7 +1,7 @@
 """Seconds of kernels on a device: amount / rate + launch, from measured rates where there are some, else a roofline.
 
-On devices that compute asynchronously the host dispatches ahead, so an op takes the longer of its launch and its work; on
-others the two add up. Ignored: kernels that overlap one another, and caches beyond what the rates' sizes show.
+On devices that compute asynchronously the host dispatches ahead, so an op takes the longer of its launch and its work;
+on others the two add up. Ignored: kernels that overlap one another, and caches beyond what the rates' sizes show.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from ..cluster.spec import Device
 from .corrections import Corrections
 from .kernels import Kernel
 
-# Achieved share of the peak of a dense product on large shapes: cuBLAS reaches 70 to 85% of the A100's and H100's tensor
-# peak (S. Williams et al., "Roofline", gives the model; NVIDIA's "Matrix multiplication background" the shapes).
+# Achieved share of the peak of a dense product on large shapes: cuBLAS reaches 70 to 85% of the A100's and H100's
+# tensor peak (S. Williams et al., "Roofline", gives the model; NVIDIA's "Matrix multiplication background" the shapes).
 _MATMUL_EFFICIENCY = 0.75
 _CONVOLUTION_EFFICIENCY = 0.55
-# FlashAttention-2 (Dao, 2023, section 4.1): up to 73% of the A100's peak forward and 63% backward on long sequences, about
-# half of that at lengths of one or two thousand with a causal mask. Its backward does 2.5 times the forward's flops.
+# FlashAttention-2 (Dao, 2023, section 4.1): up to 73% of the A100's peak forward and 63% backward on long sequences,
+# about half of that at lengths of one or two thousand with a causal mask. Its backward does 2.5 times the forward's
+# flops.
 _ATTENTION_EFFICIENCY = 0.4
 _ATTENTION_BACKWARD_FLOPS = 2.5
 # BabelStream reaches 80 to 90% of nominal bandwidth on data-centre GPUs (Deakin et al., 2018).
 _STREAM_EFFICIENCY = 0.8
-# Normalisations and softmax read their row twice; scattered rows use part of each memory transaction. Both are shares of
-# the stream rate, assumed until they are measured.
+# Normalisations and softmax read their row twice; scattered rows use part of each memory transaction. Both are shares
+# of the stream rate, assumed until they are measured.
 _SHARE_OF_STREAM: Mapping[str, float] = {"softmax": 0.7, "norm": 0.7, "reduction": 0.7, "gather": 0.5, "loss": 0.6}
 
-# Work below which a kernel cannot fill the device: half the peak rate at this many seconds of peak work. The order of one
-# wave of thread blocks on a GPU.
+# Work below which a kernel cannot fill the device: half the peak rate at this many seconds of peak work. The order of
+# one wave of thread blocks on a GPU.
 _HALF_RATE_S = 5e-6
 
 

@@ -1,7 +1,8 @@
-"""What an op does, as kernels: its compute class and how much of that class's unit (flops or bytes), forward and backward.
+"""What an op does, as kernels: its compute class and how much of that class's unit (flops or bytes), forward and
+backward.
 
-The classes and their units are those of cluster/rates.py. Bytes are what the eager kernels of torch read and write; one op
-may be several kernels, as a power's backward is three elementwise passes.
+The classes and their units are those of cluster/rates.py. Bytes are what the eager kernels of torch read and write; one
+op may be several kernels, as a power's backward is three elementwise passes.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def _addmm(call: Call) -> tuple[Kernels, Kernels]:
 
 
 def _einsum(call: Call) -> tuple[Kernels, Kernels]:
-    """2 x the product of all letters' sizes; the letters of an ellipsis count through the first operand's leading dims."""
+    """2 x the product of all letters' sizes; an ellipsis counts as one letter."""
     terms = str(call.op.args[0]).replace(" ", "").split("->")[0].split(",")
     sizes: dict[str, int] = {}
     for term, shape in zip(terms, call.shapes, strict=False):
@@ -233,7 +234,7 @@ def _pointwise(call: Call) -> tuple[Kernels, Kernels]:
 
 
 def _streaming(compute_class: str) -> Callable[[Call], tuple[Kernels, Kernels]]:
-    """Ops of one input and one result of the same size, whose backward reads gradient and saved value and writes one."""
+    """Ops with a result of their input's size, whose backward reads the gradient and a saved value and writes one."""
 
     def found(call: Call) -> tuple[Kernels, Kernels]:
         size = call.out_bytes()
@@ -275,35 +276,31 @@ def _create(call: Call) -> tuple[Kernels, Kernels]:
     return [_bytes("pointwise", sum(call.out_bytes(i) for i in range(len(call.outputs))))], []
 
 
-_TABLE: dict[str, Callable[[Call], tuple[Kernels, Kernels]]] = {
-    **dict.fromkeys(VIEWS, _view),
-    "linear": _linear,
-    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), _matmul),
-    **dict.fromkeys(("addmm", "baddbmm"), _addmm),
-    "einsum": _einsum,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
-    "scaled_dot_product_attention": _attention,
-    **dict.fromkeys(("clone", "cat", "stack", "roll", "constant_pad_nd", "pad", "repeat", "flip", "tril", "triu"), _copy),
-    **dict.fromkeys(("to", "_to_copy", "type_as", "contiguous", "float", "lift_fresh"), _cast),
-    **dict.fromkeys(
-        ("exp", "log", "tanh", "sigmoid", "silu", "sin", "cos", "erf", "softplus", "mish", "elu", "log1p", "logsigmoid"),
-        _streaming("transcendental"),
+_CLASSES: dict[Callable[[Call], tuple[Kernels, Kernels]], tuple[str, ...]] = {
+    _view: tuple(sorted(VIEWS)),
+    _linear: ("linear",),
+    _matmul: ("matmul", "mm", "bmm", "mv", "dot"),
+    _addmm: ("addmm", "baddbmm"),
+    _einsum: ("einsum",),
+    _convolution: ("conv1d", "conv2d", "conv3d", "convolution"),
+    _attention: ("scaled_dot_product_attention",),
+    _copy: ("clone", "cat", "stack", "roll", "constant_pad_nd", "pad", "repeat", "flip", "tril", "triu"),
+    _cast: ("to", "_to_copy", "type_as", "contiguous", "float", "lift_fresh"),
+    _streaming("transcendental"): (
+        *("exp", "log", "log1p", "tanh", "sigmoid", "silu", "sin", "cos", "erf"),
+        *("softplus", "mish", "elu", "log_sigmoid", "hardswish"),
     ),
-    "gelu": _streaming("gelu"),
-    **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax"), _streaming("softmax")),
-    **dict.fromkeys(
-        ("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"), _streaming("norm")
+    _streaming("gelu"): ("gelu",),
+    _streaming("softmax"): ("softmax", "_softmax", "log_softmax", "_log_softmax"),
+    _streaming("norm"): ("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"),
+    _reduction: (
+        *("sum", "mean", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all"),
+        *("var", "std", "var_mean", "linalg_vector_norm", "norm", "cumsum", "logsumexp"),
     ),
-    **dict.fromkeys(
-        ("sum", "mean", "amax", "amin", "max", "min", "var", "std", "var_mean", "prod", "linalg_vector_norm", "norm",
-         "cumsum", "argmax", "argmin", "any", "all", "logsumexp"),
-        _reduction,
-    ),
-    **dict.fromkeys(("max_pool1d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_avg_pool1d"), _pool),
-    **dict.fromkeys(("embedding", "index_select", "gather", "index", "index_put", "scatter", "take"), _gather),
-    "dropout": _dropout,
-    **dict.fromkeys(("cross_entropy_sum", "cross_entropy_loss", "nll_loss", "nll_loss_nd"), _loss),
-    **dict.fromkeys(("arange", "zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "eye"), _create),
-}  # fmt: skip
-
-
+    _pool: ("max_pool1d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
+    _gather: ("embedding", "index_select", "gather", "index", "index_put", "scatter", "take"),
+    _dropout: ("dropout",),
+    _loss: ("cross_entropy_sum", "cross_entropy_loss", "nll_loss_sum", "nll_loss", "nll_loss_nd"),
+    _create: ("arange", "zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "eye"),
+}
+_TABLE = {name: function for function, names in _CLASSES.items() for name in names}

@@ -2,9 +2,9 @@
 
 Activations are counted by storage: views share their base's, a tensor that several ops save counts once, parameters and
 batch inputs are at rest and do not count again. In the forward a tensor lives from its op to its last use, or on to the
-backward where some op saves it. In the backward a gradient lives from its first contribution to its producer's backward;
-views and sums pass their gradient on without a copy. Ignored: allocator rounding and fragmentation, and scratch space
-inside library kernels.
+backward where some op saves it. In the backward a gradient lives from its first contribution to its producer's
+backward; views and sums pass their gradient on without a copy. Ignored: allocator rounding and fragmentation, and
+scratch space inside library kernels.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from .storage import VIEWS, Storages, base_name
 class BlockMemory:
     """Bytes of one block, one microbatch, one rank.
 
-    saved_bytes: storages made in the block that its backward needs. input_bytes, output_bytes: by position; saves_input,
-    saves_output: whether that storage is among what the backward needs (an output's is then in saved_bytes).
-    side_bytes: saved storages of side tensors by name, which blocks of a stage share.
-    forward_peak_bytes: most that is alive in the forward, beyond the block's saved inputs; bare_peak_bytes: the same when
-        nothing is saved (the first forward under recompute).
-    backward_peak_bytes: most that is alive in the backward beyond saved_bytes; parameter gradients count only where they
-        are temporary. parameter_bytes: one tensor per `Block.parameters`.
+    saved_bytes: storages made in the block that its backward needs. input_bytes, output_bytes: by position;
+    saves_input, saves_output: whether that storage is among what the backward needs (an output's is then in
+        saved_bytes).
+    side_bytes, read_side_bytes: storages of side tensors that the backward needs, and that the block reads at all, by
+        name: blocks of a stage share them.
+    forward_peak_bytes: most that is alive in the forward, beyond the block's saved inputs; bare_peak_bytes: the same
+        when nothing is saved (the first forward under recompute).
+    backward_peak_bytes: most that is alive in the backward beyond saved_bytes, the gradients of the block's outputs
+        among it; parameter gradients count only where they are temporary.
+    parameter_bytes: one entry per `Block.parameters`.
     """
 
     saved_bytes: int
@@ -38,6 +41,7 @@ class BlockMemory:
     saves_input: tuple[bool, ...]
     saves_output: tuple[bool, ...]
     side_bytes: tuple[tuple[str, int], ...]
+    read_side_bytes: tuple[tuple[str, int], ...]
     forward_peak_bytes: int
     bare_peak_bytes: int
     backward_peak_bytes: int
@@ -82,6 +86,7 @@ def block_memory(view: BlockView, accumulate: bool) -> BlockMemory:
         saves_input=tuple(key in walk.saved for key in inputs),
         saves_output=tuple(key in saved or key in inputs for key in outputs),
         side_bytes=tuple(side.items()),
+        read_side_bytes=tuple((name, size) for (name, _), size in walk.sizes.items() if _is_side(graph, name)),
         forward_peak_bytes=walk.forward_peak(saving=True),
         bare_peak_bytes=walk.forward_peak(saving=False),
         backward_peak_bytes=walk.backward_peak(accumulate),
@@ -99,12 +104,14 @@ def _is_side(graph: Graph, name: str) -> bool:
 def scratch_bytes(op: Op, sizes: Sequence[int], out_bytes: int) -> tuple[int, int]:
     """(forward, backward) bytes that an op needs besides its inputs, outputs and what it saves.
 
-    sizes: of its inputs. A loss's backward makes the gradient of the log-softmax besides that of the logits; a power's and
-    a root's take an intermediate result.
+    sizes: of its inputs. A loss's backward makes the gradient of the log-softmax besides that of the logits; a power's
+    and a root's take an intermediate result; convolution libraries copy input and result into layouts of their own.
     """
     name = base_name(op.target)
     if name in ("cross_entropy_sum", "cross_entropy_loss"):
         return 0, sizes[0]
+    if name in ("conv1d", "conv2d", "conv3d", "convolution"):
+        return 0, sizes[0] + out_bytes
     if name in ("pow", "rsqrt", "square", "sqrt"):
         return 0, out_bytes
     return 0, 0

@@ -5,8 +5,8 @@
     reduction = bucketed all-reduce over data (ZeRO 0), or per-block reduce-scatter (ZeRO 3), part of it hidden
     memory    = parameters, gradients and AdamW's two float32 moments at rest, activations by storage (cost/memory.py)
 
-Assumed: the optimizer is AdamW. Ignored: differences between the ranks of a stage, slowdown of compute by transfers other
-than what `Link.overlap` holds, and fragmentation of the allocator.
+Assumed: the optimizer is AdamW. Ignored: differences between the ranks of a stage, slowdown of compute by transfers
+other than what `Link.overlap` holds, and fragmentation of the allocator.
 """
 
 from __future__ import annotations

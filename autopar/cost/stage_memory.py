@@ -52,6 +52,9 @@ def stage_memory(
     activation, forward_peak, backward_peak = (
         _recomputed(memories) if stage.recompute == "full" else _kept(memories)
     )
+    if index > 0 and stage.recompute == "none":  # what arrives is kept, because its gradient travels on
+        first = memories[0]
+        activation += sum(b for b, saved in zip(first.input_bytes, first.saves_input, strict=True) if not saved)
     # The stage's last output waits for its gradient; a loss is a scalar.
     if index + 1 < len(plan.stages):
         last = memories[-1]
@@ -61,7 +64,7 @@ def stage_memory(
         parameter_bytes=-(-sum(sizes.values()) // cut) + inputs,
         gradient_bytes=-(-sum(trainable.values()) // cut),
         optimizer_bytes=-(-elements * optimizer_bytes_per_element // cut),
-        unsharded_bytes=_gathered(memories) if cut > 1 else 0,
+        unsharded_bytes=_gathered(memories, sum(trainable.values()), plan.microbatches) if cut > 1 else 0,
         activation_bytes=activation,
         forward_peak_bytes=forward_peak,
         backward_peak_bytes=backward_peak,
@@ -78,6 +81,7 @@ def _kept(memories: Sequence[BlockMemory]) -> tuple[int, int, int]:
     """
     held = []  # what each block adds to what is kept
     sides: dict[str, int] = {}
+    read = _read_sides(memories)
     before: BlockMemory | None = None
     for memory in memories:
         size = memory.saved_bytes
@@ -97,32 +101,41 @@ def _kept(memories: Sequence[BlockMemory]) -> tuple[int, int, int]:
         forward = max(forward, done + (size - memory.saved_bytes) + memory.forward_peak_bytes)
         done += size
         backward = max(backward, done + memory.backward_peak_bytes)
+    forward += max(0, read - sum(sides.values()))
     return activation, max(0, forward - activation), max(0, backward - activation)
+
+
+def _read_sides(memories: Sequence[BlockMemory]) -> int:
+    """Side tensors are made once per microbatch and stay until its forward ends."""
+    return sum({name: size for memory in memories for name, size in memory.read_side_bytes}.values())
 
 
 def _recomputed(memories: Sequence[BlockMemory]) -> tuple[int, int, int]:
     """The same when only block inputs are kept: a block's activations come back, whole, for its own backward."""
-    activation = sum(sum(memory.input_bytes) for memory in memories)
-    forward = backward = done = 0
+    activation = sum(sum(memory.input_bytes) for memory in memories) + _read_sides(memories)
+    forward = backward = 0
+    done = _read_sides(memories)
     for memory in memories:
         inputs = sum(memory.input_bytes)
         done += inputs
-        sides = sum(size for _, size in memory.side_bytes)
         # The bare peak starts with the inputs, which `done` has counted.
         forward = max(forward, done - inputs + memory.bare_peak_bytes)
-        again = max(memory.forward_peak_bytes, memory.saved_bytes + memory.backward_peak_bytes) + sides
-        backward = max(backward, done + again + sum(memory.output_bytes))
+        # While it comes back, the gradients of its outputs wait; `backward_peak_bytes` has them already.
+        waiting = sum(memory.output_bytes)
+        again = max(memory.forward_peak_bytes + waiting, memory.saved_bytes + memory.backward_peak_bytes)
+        backward = max(backward, done + again)
     return activation, max(0, forward - activation), max(0, backward - activation)
 
 
-def _gathered(memories: Sequence[BlockMemory]) -> int:
+def _gathered(memories: Sequence[BlockMemory], gradient_bytes: int, microbatches: int) -> int:
     """ZeRO 3: the block at work and the one prefetched lie whole, with whole gradients on their way to be scattered.
 
-    fully_shard frees a block's parameters after its forward and keeps one reduce-scatter input at a time.
+    fully_shard frees a block's parameters after its forward and keeps one reduce-scatter input at a time. With several
+    microbatches gradients are scattered in the last backward only, and lie whole until then.
     """
     sizes = [sum(memory.parameter_bytes) for memory in memories]
     pairs = [a + b for a, b in zip(sizes, sizes[1:], strict=False)] or sizes
-    return max(pairs) + 2 * max(sizes)
+    return max(pairs) + (2 * max(sizes) if microbatches == 1 else gradient_bytes + max(sizes))
 
 
 def _batch_inputs(graph: Graph, prices: Sequence[tuple[Block, Priced]], local: LocalShapes) -> int:

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from ..graph import Graph
 
 VIEWS = frozenset(
-    "view reshape transpose permute expand squeeze unsqueeze t slice select split split_with_sizes chunk unbind narrow "
-    "alias detach flatten unflatten movedim moveaxis swapaxes swapdims view_as expand_as reshape_as _unsafe_view "
-    "numpy_T mT unfold diagonal real imag view_as_real view_as_complex tensor_split hsplit vsplit ravel".split()
+    (
+        *("view", "reshape", "view_as", "reshape_as", "_unsafe_view", "flatten", "unflatten", "ravel", "squeeze"),
+        *("unsqueeze", "t", "numpy_T", "mT", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims"),
+        *("expand", "expand_as", "slice", "select", "narrow", "diagonal", "unfold", "alias", "detach"),
+        *("split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "chunk", "unbind"),
+        *("real", "imag", "view_as_real", "view_as_complex"),
+    )
 )
 
 

@@ -11,7 +11,7 @@ class StageCost:
 
     forward_s, backward_s: one microbatch, with the collectives inside the stage and, under recompute, the second
         forward. prologue_s: once per step.
-    send_s: time to hand this stage's boundary activation (or receive its gradient) to/from the next stage; 0 for the last.
+    send_s: time to hand this stage's boundary activation to the next stage (or receive its gradient); 0 for the last.
     boundary_bytes: size of that message.
     reduce_s: gradient reduction over data, once per step, if nothing hid it; reduce_overlap_s: how much of it the last
         backward can hide. reduce_model_s: never hidden (shared parameters over model axes and tied stages).

@@ -9,9 +9,15 @@ from ..cost.types import StageCost
 from ..plan import Candidate, Plan, Prediction
 from ..report.words import gib, plan_in_words
 from ..simulate import simulate
-from .pricing import Piece, assemble
+from .pricing import Piece, StagePrices, assemble
 from .problem import Problem, Shape
 from .stages import StageSearch
+
+
+# Rows of the table: enough for each way to use 8 devices, few enough to read.
+MAX_CANDIDATES = 12
+MAX_RUNNERS_UP = 3
+MAX_TOO_LARGE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +38,22 @@ class Tried:
         peak_bytes = max(line.peak_memory_bytes.values())
         return cls(plan, search.shape, line.step_time_s, peak_bytes, _parts(search, pieces, costs, line.step_time_s))
 
-    @property
-    def group(self) -> tuple[int, int, int, int]:
-        return (self.shape.pipeline, self.shape.data, self.shape.tensor, self.shape.zero)
+
+@dataclass(frozen=True, slots=True)
+class TooLarge:
+    """A shape that does not fit: it needs at least least_bytes; with `search`, exactly what `search.smallest` says."""
+
+    least_bytes: float
+    shape: Shape
+    search: StageSearch | None = None
+
+    def smallest(self, problem: Problem, prices: StagePrices) -> tuple[StageSearch, tuple[Piece, ...], int]:
+        """Its smallest plan over all chains of layouts: the search, the pieces, and the bytes of its fullest rank."""
+        searches = [self.search] if self.search else []
+        if not searches:
+            chains = problem.chains.of(problem, self.shape)
+            searches = [StageSearch(problem, self.shape, chain, prices) for chain in chains]
+        return min(((search, *search.smallest()) for search in searches), key=lambda found: found[2])
 
 
 def _parts(search: StageSearch, pieces: Sequence[Piece], costs: Sequence[StageCost], step_time_s: float) -> dict[str, float]:
@@ -55,24 +74,36 @@ def _parts(search: StageSearch, pieces: Sequence[Piece], costs: Sequence[StageCo
 
 
 def conclude(
-    problem: Problem, best: Tried, tried: Sequence[Tried], tight: Sequence[StageSearch], bound_s: float, limit: int
+    problem: Problem,
+    prices: StagePrices,
+    best: Tried,
+    tried: Sequence[Tried],
+    tight: Sequence[TooLarge],
+    open_bound_s: float,
 ) -> Plan:
     """The best plan with its prediction and the table of candidates: fastest first, then those that do not fit."""
-    rows: dict[str, Candidate] = {}
-    for one in sorted(tried, key=lambda one: one.step_time_s):
-        rows.setdefault(_name(one.plan), _candidate(one, best, bound_s))
-    gap = limit - min(len(rows), limit)
-    lost = sorted((_lacking(problem, search) for search in _one_per_group(tight)), key=lambda c: c.peak_memory_bytes)
-    kept = _trim(list(rows.values()), limit) + lost[: max(gap, limit // 4)]
-    return replace(best.plan, prediction=Prediction(best.step_time_s, best.peak_memory_bytes), candidates=tuple(kept))
+    rows = {plan_in_words(one.plan): one for one in sorted(tried, key=lambda one: -one.step_time_s)}
+    kept = [_candidate(one, best, open_bound_s) for one in _choose(list(rows.values()), best)]
+    fits = {one.shape.group for one in tried}
+    lost = [_lacking(problem, prices, one) for one in _nearest(tight) if one.shape.group not in fits]
+    prediction = Prediction(best.step_time_s, best.peak_memory_bytes)
+    return replace(best.plan, prediction=prediction, candidates=(*kept, *lost))
 
 
-def too_little_memory(problem: Problem, tight: Sequence[StageSearch]) -> ValueError:
+def nothing_fits(problem: Problem, prices: StagePrices, tight: Sequence[TooLarge]) -> ValueError:
     """The error when nothing fits: the smallest plan that was found, and what it lacks."""
-    ways = [(search.smallest(), search) for search in tight]
-    (pieces, peak_bytes), search = min(ways, key=lambda way: way[0][1])
+    # Bounds come first; a shape whose bound is above a plan already found need not be looked at.
+    smallest: tuple[StageSearch, tuple[Piece, ...], int] | None = None
+    for one in sorted(tight, key=lambda one: one.least_bytes):
+        if smallest is not None and one.least_bytes >= smallest[2]:
+            break
+        found = one.smallest(problem, prices)
+        if smallest is None or found[2] < smallest[2]:
+            smallest = found
+    assert smallest is not None, "no shape was looked at"
+    search, pieces, peak_bytes = smallest
     limit_bytes = problem.memory_limit_bytes
-    name = _name(assemble(problem, search.shape, search.chain, pieces))
+    name = plan_in_words(assemble(problem, search.shape, search.chain, pieces))
     return ValueError(
         f"no plan of {problem.graph.name} on {problem.cluster.world_size} devices fits in {limit_bytes} bytes "
         f"({gib(limit_bytes)}) per device; the smallest found ({name}) needs {peak_bytes} bytes ({gib(peak_bytes)}), "
@@ -81,12 +112,12 @@ def too_little_memory(problem: Problem, tight: Sequence[StageSearch]) -> ValueEr
     )
 
 
-def _candidate(one: Tried, best: Tried, bound_s: float) -> Candidate:
+def _candidate(one: Tried, best: Tried, open_bound_s: float) -> Candidate:
     verdict = f"{one.step_time_s / best.step_time_s:.2f}x slower: {_reason(one, best)}"
     if one.plan == best.plan:
-        short = best.step_time_s / bound_s - 1 if bound_s < best.step_time_s else 0.0
-        verdict = "chosen" if short < 5e-4 else f"chosen; not proved optimal, at most {short:.1%} from it"
-    return Candidate(_name(one.plan), one.step_time_s, one.peak_memory_bytes, verdict)
+        short = 1 - min(open_bound_s / best.step_time_s, 1.0)
+        verdict = "chosen" if short < 5e-4 else f"chosen; the proof was cut short, no plan is more than {short:.1%} faster"
+    return Candidate(plan_in_words(one.plan), one.step_time_s, one.peak_memory_bytes, verdict)
 
 
 def _reason(one: Tried, best: Tried) -> str:
@@ -95,36 +126,27 @@ def _reason(one: Tried, best: Tried) -> str:
     return f"{name} {one.parts_s[name] / one.step_time_s:.0%}"
 
 
-def _lacking(problem: Problem, search: StageSearch) -> Candidate:
-    pieces, peak_bytes = search.smallest()
+def _lacking(problem: Problem, prices: StagePrices, one: TooLarge) -> Candidate:
+    search, pieces, peak_bytes = one.smallest(problem, prices)
     tried = Tried.of(problem, search, pieces)
     lacking = f"needs {gib(peak_bytes - problem.memory_limit_bytes)} more than {gib(problem.memory_limit_bytes)}"
-    return Candidate(_name(tried.plan), tried.step_time_s, tried.peak_memory_bytes, lacking)
+    return Candidate(plan_in_words(tried.plan), tried.step_time_s, tried.peak_memory_bytes, lacking)
 
 
-def _one_per_group(tight: Sequence[StageSearch]) -> list[StageSearch]:
-    """Of the shapes that do not fit, per degrees and ZeRO level the one that comes nearest."""
-    nearest: dict[tuple, tuple[int, StageSearch]] = {}
-    for search in tight:
-        group = (search.shape.pipeline, search.shape.data, search.shape.tensor, search.shape.zero)
-        peak_bytes = search.smallest()[1]
-        if group not in nearest or peak_bytes < nearest[group][0]:
-            nearest[group] = (peak_bytes, search)
-    return [search for _, search in nearest.values()]
+def _nearest(tight: Sequence[TooLarge]) -> list[TooLarge]:
+    """Of the shapes that do not fit, per degrees and ZeRO level the one that comes nearest; the few nearest of these."""
+    nearest: dict[tuple, TooLarge] = {}
+    for one in sorted(tight, key=lambda one: one.least_bytes):
+        nearest.setdefault(one.shape.group, one)
+    return list(nearest.values())[:MAX_TOO_LARGE]
 
 
-def _trim(rows: list[Candidate], limit: int) -> list[Candidate]:
-    """At most `limit` rows: the best of each combination of degrees and ZeRO level, then the runners-up."""
-    first = list({_group(row): row for row in reversed(rows)}.values())
-    kept = sorted(first, key=lambda row: row.step_time_s)[:limit]
-    kept += [row for row in rows if row not in kept][: min(3, limit - len(kept))]
-    return sorted(kept, key=lambda row: row.step_time_s)
-
-
-def _group(row: Candidate) -> tuple[str, ...]:
-    words = row.name.split(", ")
-    return (words[0], *(word for word in words if word.startswith("zero")))
-
-
-def _name(plan: Plan) -> str:
-    return plan_in_words(plan)
+def _choose(tried: list[Tried], best: Tried) -> list[Tried]:
+    """The best of each combination of degrees and ZeRO level, then runners-up, fastest first."""
+    tried = [best, *(one for one in sorted(tried, key=lambda one: one.step_time_s) if one.plan != best.plan)]
+    first: dict[tuple, Tried] = {}
+    for one in tried:
+        first.setdefault(one.shape.group, one)
+    kept = list(first.values())[:MAX_CANDIDATES]
+    runners_up = [one for one in tried if one not in kept][:MAX_RUNNERS_UP]
+    return sorted(kept + runners_up, key=lambda one: one.step_time_s)

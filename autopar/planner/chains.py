@@ -28,7 +28,7 @@ from .layout_options import LayoutOptions, layout_options
 from .problem import Chain, Problem, Shape
 
 # Chains per shape and recompute choice, from the fastest to the smallest.
-MAX_CHAINS = 4
+MAX_CHAINS = 3
 
 
 class LayoutChains:
@@ -37,7 +37,7 @@ class LayoutChains:
     def __init__(self) -> None:
         self._options: dict[tuple, LayoutOptions] = {}
 
-    def __call__(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
+    def of(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
         """Distinct chains for `shape`, the fastest first; the empty chain where there is no tensor axis."""
         if shape.tensor == 1:
             yield Chain()
@@ -58,6 +58,11 @@ class LayoutChains:
                     if solution.layouts not in seen:
                         seen.add(solution.layouts)
                         yield Chain.of(solution.layouts)
+
+    def pass_s(self, problem: Problem, tensor: int) -> float:
+        """Forward and backward of the whole model and batch on `tensor` ranks: no layout is faster."""
+        prices = PassPrices(problem, Shape(1, 1, tensor, 1, "1f1b", 0), False)
+        return chain_layouts(layout_options(problem.graph, tensor, prices), 0, len(problem.graph.blocks)).time_s
 
     def _options_of(self, problem: Problem, shape: Shape, recompute: str) -> LayoutOptions:
         prices = AxisPrices(problem, shape, recompute == "full")
@@ -176,3 +181,15 @@ class AxisPrices:
     @cached_property
     def in_flight(self) -> int:
         return schedule_named(self.shape.schedule).in_flight(0, self.shape.pipeline, self.shape.microbatches)
+
+
+class PassPrices(AxisPrices):
+    """Of a microbatch alone, without what happens once per step."""
+
+    def conversion_s(self, tensor: str, have: Placement, want: Placement) -> tuple[float, float]:
+        forward_s, backward_s = super().conversion_s(tensor, have, want)
+        is_parameter = self.problem.graph.tensors[tensor].role == "parameter"
+        return forward_s, 0.0 if is_parameter and conversion(have, want).backward == "all_reduce" else backward_s
+
+    def rest_s(self, parameter: str, placement: Placement) -> float:
+        return 0.0

@@ -94,6 +94,11 @@ class Shape:
         width = self.data * self.tensor
         return tuple(range(stage * width, (stage + 1) * width))
 
+    @property
+    def group(self) -> tuple[int, int, int, int]:
+        """What the table of candidates has one row for."""
+        return (self.pipeline, self.data, self.tensor, self.zero)
+
     def __str__(self) -> str:
         return (
             f"pipeline {self.pipeline} x data {self.data} x tensor {self.tensor}, {self.microbatches} "
@@ -118,9 +123,15 @@ class Chain:
 
 
 class ChainSource(Protocol):
-    """Where the layouts of a shape come from, the fastest first: planner/chains.py, or a test's own."""
+    """Where layouts come from: planner/chains.py, or a test's own."""
 
-    def __call__(self, problem: Problem, shape: Shape) -> Iterable[Chain]: ...
+    def of(self, problem: Problem, shape: Shape) -> Iterable[Chain]:
+        """The chains that the shape may use, the fastest first."""
+        ...
+
+    def pass_s(self, problem: Problem, tensor: int) -> float:
+        """Forward and backward of the whole model and batch on `tensor` ranks: no layout is faster."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -72,14 +72,15 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """`pieces` per stage and their simulated step time; `num_simulated`, `num_visited`: the effort it took.
+    """The best pieces found and their simulated step time; None if no plan beats what was to be beaten.
 
-    bound_s: no plan of the shape beats it; equal to step_time_s unless the visit limit struck.
+    open_bound_s: plans that were not looked at, because the limit on visits struck, may be as fast as this, no faster;
+        infinite when the answer is proved. num_visited: partial plans; num_simulated: whole ones.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece, ...] | None
     step_time_s: float
-    bound_s: float
+    open_bound_s: float
     num_simulated: int
     num_visited: int
 
@@ -114,10 +115,9 @@ class StageSearch:
         return self._options[key]
 
     @cached_property
-    def is_short_of_memory(self) -> bool:
-        """Whether a larger memory limit would lower the bound: if not, layouts that take less memory cannot help."""
-        free = self._tabulate(lambda stage, start, stop: self._way(stage, Piece(start, stop, self._recompute[0])))
-        return free.root_s < self.root_bound_s * (1 - TOLERANCE)
+    def free_bound_s(self) -> float:
+        """`root_bound_s` if memory had no limit."""
+        return self._tabulate(lambda stage, start, stop: self._way(stage, Piece(start, stop, self._recompute[0]))).root_s
 
     def smallest(self) -> tuple[tuple[Piece, ...], int]:
         """The pieces whose fullest rank needs least memory, and that need in bytes, whether or not it fits."""
@@ -135,10 +135,10 @@ class StageSearch:
         peak_bytes, pieces = best[0, 0]
         return pieces, peak_bytes
 
-    def solve(self, below_s: float = math.inf, max_visits: int | None = None) -> Solution | None:
-        """The pieces of least simulated step time, if that is less than `below_s`; None if there are none.
+    def solve(self, below_s: float = math.inf, max_visits: int | None = None) -> Solution:
+        """The pieces of least simulated step time, if that is less than `below_s`.
 
-        max_visits: give up proving after so many partial plans; `Solution.bound_s` then says how far off it may be.
+        max_visits: give up proving after so many partial plans, once any plan is known.
         """
         return _Walk(self, below_s, max_visits).run()
 
@@ -225,23 +225,20 @@ class _Walk:
         self.search, self.shape = search, search.shape
         self.best_s, self.best, self.max_visits = below_s, None, max_visits
         self.num_simulated = self.num_visited = 0
-        self.skipped_s = math.inf
+        self.open_bound_s = math.inf
 
-    def run(self) -> Solution | None:
-        if self.search.root_bound_s < self._cutoff():
-            self._descend(_Node((), 0, 0.0, 0.0, 0.0, self.search.root_bound_s))
-        if self.best is None:
-            return None
-        return Solution(
-            self.best, self.best_s, min(self.best_s, self.skipped_s), self.num_simulated, self.num_visited
-        )  # fmt: skip
+    def run(self) -> Solution:
+        self._descend(_Node((), 0, 0.0, 0.0, 0.0, self.search.root_bound_s))
+        return Solution(self.best, self.best_s, self.open_bound_s, self.num_simulated, self.num_visited)
 
     def _cutoff(self) -> float:
         return self.best_s * (1 - TOLERANCE)
 
     def _descend(self, node: _Node) -> None:
-        if self.max_visits is not None and self.num_visited >= self.max_visits and self.best is not None:
-            self.skipped_s = min(self.skipped_s, node.bound_s)
+        if node.bound_s >= self._cutoff():
+            return
+        if self.max_visits is not None and self.num_visited >= self.max_visits and self.best_s < math.inf:
+            self.open_bound_s = min(self.open_bound_s, node.bound_s)
             return
         self.num_visited += 1
         if len(node.options) == self.shape.pipeline:
@@ -255,8 +252,6 @@ class _Walk:
                 self.best_s, self.best = step_time_s, pieces
             return
         for child in sorted(children(self.search, node), key=lambda child: child.bound_s):
-            if child.bound_s >= self._cutoff():
-                break
             self._descend(child)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..torch_private import all_gather_single, reduce_scatter_single
+from .torch_private import all_gather_single, reduce_scatter_single
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..torch_private import local_tensor
+from .torch_private import local_tensor
 
 
 @torch.no_grad()

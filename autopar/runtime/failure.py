@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ..torch_private import abort_process_groups, default_store
+from .torch_private import abort_process_groups, default_store
 
 _KEY = "autopar/first_failure"
 _GRACE_S = 3.0

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..torch_private import local_tensor, wrap_local
 from .ownership import Ownership
 from .reshard import reshard
+from .torch_private import local_tensor, wrap_local
 
 
 @dataclass(frozen=True)

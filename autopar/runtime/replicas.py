@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..torch_private import local_tensor, storage_use_count
+from ..torch_private import storage_use_count
 from .axis import Axis
 from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, reduction_axis
+from .torch_private import local_tensor
 
 FIRST_BUCKET_BYTES = 2**20  # as DistributedDataParallel: a small first bucket starts the network early
 BUCKET_BYTES = 25 * 2**20

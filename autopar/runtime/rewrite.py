@@ -8,13 +8,14 @@ something whole, a summand's scale) because everything else was settled when the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..graph import DEVICE, Graph, Op, Ref, map_refs
+from ..ops import evaluation_form
 from ..sharding.batch import BatchLayout
 from ..sharding.flow import Run, Step
 from ..sharding.local import local_blocks, localize
@@ -22,18 +23,6 @@ from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split
 from .axis import Axis
 from .collectives import convert
 from .emit import Call, compile_calls
-
-# Where an op's arguments say that it trains: (position or keyword, value in evaluation).
-_EVALUATION: Mapping[str, tuple[int, str, Any]] = {
-    "aten.dropout.default": (2, "train", False),
-    "aten.feature_dropout.default": (2, "train", False),
-    "aten.alpha_dropout.default": (2, "train", False),
-    "aten.feature_alpha_dropout.default": (2, "train", False),
-    "aten.batch_norm.default": (5, "training", False),
-    "aten.instance_norm.default": (5, "use_input_stats", False),
-    "aten.scaled_dot_product_attention.default": (4, "dropout_p", 0.0),
-    "aten.rrelu.default": (3, "training", False),
-}
 
 # Ops whose output is fresh memory that neither they nor their backward read again, so that a pending sum in it may be
 # reduced in place; and views, which pass that property on.
@@ -148,7 +137,8 @@ class _Emitter:
 
     def run(self, step: Run) -> None:
         """Emit one op: its operands as it wants them, then the call on local sizes."""
-        op, strategy = step.op, step.strategy
+        op = step.op if self.rewriter.training else evaluation_form(step.op)
+        strategy = step.strategy
         on_batch = self.batch.strategies[op.name]
         operands: list[str] = []
         for i, tensor in enumerate(op.inputs):
@@ -161,8 +151,6 @@ class _Emitter:
         assert next(named, None) is None, f"localize dropped an operand of {op.name}"
         args, kwargs = _on_device(args, rewriter.device), _on_device(kwargs, rewriter.device)
         kwargs = tuple(zip((key for key, _ in local.kwargs), kwargs, strict=True))
-        if not rewriter.training:
-            args, kwargs = _in_evaluation(op, args, kwargs)
         if op.no_grad:
             args = map_refs(args, self._detached)
         args = tuple(Ref("chunk") if axis == "batch" else rewriter.model_axis for axis in local.axes) + args
@@ -254,20 +242,3 @@ def _on_device(value: Any, device: torch.device) -> Any:
     if value is DEVICE:
         return device
     return tuple(_on_device(item, device) for item in value) if isinstance(value, tuple | list) else value
-
-
-def _in_evaluation(op: Op, args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]) -> tuple[Any, Any]:
-    if op.target not in _EVALUATION:
-        return args, kwargs
-    position, keyword, value = _EVALUATION[op.target]
-    if len(args) > position:
-        return (*args[:position], value, *args[position + 1 :]), kwargs
-    named = dict(kwargs)
-    if keyword in named:
-        named[keyword] = value
-    return args, tuple(named.items())
-
-
-def evaluation(rewriter: Rewriter) -> Rewriter:
-    """The same rewriter for `eval()`."""
-    return replace(rewriter, training=False)

@@ -22,10 +22,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..sharding.placement import SHARED
-from ..torch_private import local_tensor
 from .axis import Axis
 from .replicas import BUCKET_BYTES, GradientReducer
 from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, reduction_axis
+from .torch_private import local_tensor
 
 
 class _Context:

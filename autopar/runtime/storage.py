@@ -21,9 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..sharding.placement import SHARED, Split
-from ..torch_private import dtensor_spec, local_tensor, strided_shard, wrap_local
 from .axis import Axis
 from .ownership import Ownership
+from .torch_private import dtensor_spec, local_tensor, strided_shard, wrap_local
 
 BlockFunction = Callable[..., Any]
 """(parameters, context, *activations) -> outputs; parameters are plain tensor-local tensors in the block's order;

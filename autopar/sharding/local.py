@@ -175,6 +175,11 @@ def _groups(local: Local) -> Mapping[str, Any]:
     return {"groups": channels // weight[1]}
 
 
+def _transposed_groups(local: Local) -> Mapping[str, Any]:
+    weight = local.shape("weight")
+    return {"groups": local.outputs[0][-len(weight) + 1] // weight[1]}
+
+
 def _num_groups(local: Local) -> Mapping[str, Any]:
     call = local.call
     return {"num_groups": call["num_groups"] * local.shape("input")[1] // call.shape("input")[1]}
@@ -191,6 +196,7 @@ _ADAPT: Mapping[str, Callable[[Local], Mapping[str, Any]]] = MappingProxyType(
         "aten.repeat_interleave": _interleave,
         "aten.narrow": _narrow,
         **{f"aten.conv{n}d": _groups for n in (1, 2, 3)},
+        **{f"aten.conv_transpose{n}d": _transposed_groups for n in (1, 2, 3)},
         "aten.group_norm": _num_groups,
     }
 )

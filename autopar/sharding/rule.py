@@ -176,7 +176,7 @@ def partial_strategy(rule: Rule, group: frozenset[int], gradient: Sequence[bool]
     inputs = tuple(
         PARTIAL if i in group else SHARED if gradient[i] else REPLICATED for i in range(count)
     )
-    key = "partial" if len(group) == count > 1 else f"partial:{min(group)}"
+    key = "partial" if len(group) == count > 1 else f"partial:{min(group - rule.additive or group)}"
     return Strategy(key, inputs, (PARTIAL,) * len(rule.outputs), 1.0)
 
 

@@ -1,7 +1,8 @@
 """`rule(graph, op)`: what may be done in parallel along which dim of an op.
 
 A rule is found by the op's target ("aten.max.dim"), else by the target without its overload ("aten.max"), else, where
-torch tags the overload as pointwise, as an elementwise op. An op without a rule runs whole: that is always legal.
+it is tagged as pointwise (torch.Tag.pointwise), as an elementwise op. An op without a rule runs whole, which is always
+legal.
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ import torch
 
 from ..graph import Graph, Op
 from ..ops import resolve
-from . import rules_linear, rules_loss, rules_norm, rules_opaque, rules_pointwise, rules_reduce, rules_views
+from . import (
+    rules_index,
+    rules_linear,
+    rules_loss,
+    rules_norm,
+    rules_opaque,
+    rules_pointwise,
+    rules_recurrent,
+    rules_reduce,
+    rules_views,
+)
 from .call import Call
 from .notation import parse
 from .rule import Rule
@@ -72,7 +83,7 @@ class RuleTable:
         """The function that makes the rule of an op with this target."""
         packet = ".".join(target.split(".")[:2])
         found = self.functions.get(target) or self.functions.get(packet)
-        if found is None and packet not in rules_pointwise.NOT_POINTWISE and target.startswith("aten."):
+        if found is None and packet not in rules_pointwise.NOT_POINTWISE and not target.startswith("autopar."):
             tags = getattr(resolve(target), "tags", ())
             found = rules_pointwise.pointwise if torch.Tag.pointwise in tags else None
         return found
@@ -83,7 +94,9 @@ DEFAULT = RuleTable(
         {
             **rules_pointwise.RULES,
             **rules_views.RULES,
+            **rules_index.RULES,
             **rules_linear.RULES,
+            **rules_recurrent.RULES,
             **rules_reduce.RULES,
             **rules_norm.RULES,
             **rules_loss.RULES,

@@ -164,6 +164,28 @@ def convolution(call: Call) -> Rule:
     )
 
 
+def transposed_convolution(call: Call) -> Rule:
+    """input [b, (g i), *space], weight [(g i), o, *kernel], bias [(g o)] -> [b, (g o), *space']."""
+    groups, weight = call["groups"], call.shape("weight")
+    spatial = len(weight) - 2
+    lead: Dims = (("b",),) if len(call.shape("input")) == spatial + 2 else ()
+    g = ("g",) if groups > 1 else ()
+    additive = ("bias",) if call.has("bias") else ()
+    sizes = {"i": weight[0] // groups, "o": weight[1], **({"g": groups} if g else {})}
+    blocked = {f"{c}{i}": "windows of neighbouring places overlap" for i in range(spatial) for c in "xky"}
+    x, k, y = (tuple((f"{c}{i}",) for i in range(spatial)) for c in "xky")
+    return call.rule(
+        {"input": (*lead, (*g, "i"), *x), "weight": ((*g, "i"), ("o",), *k), "bias": ((*g, "o"),)},
+        [(*lead, (*g, "o"), *y)],
+        sums={"i"},
+        blocked=blocked,
+        additive=additive,
+        linear=[["input", *additive], ["weight", *additive]],
+        sizes=sizes,
+        flops=2 * math.prod(call.shape("input")) * math.prod(weight[1:]),
+    )
+
+
 def _all(value, wanted: int) -> bool:
     return all(v == wanted for v in value) if isinstance(value, tuple | list) else value in (wanted, "valid")
 
@@ -238,6 +260,7 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         "aten.conv1d": convolution,
         "aten.conv2d": convolution,
         "aten.conv3d": convolution,
+        **{f"aten.conv_transpose{n}d": transposed_convolution for n in (1, 2, 3)},
         "aten.scaled_dot_product_attention": attention,
     }
 )

@@ -73,13 +73,14 @@ def instance_norm(call: Call) -> Rule:
 
 def pooling(call: Call, spatial: int) -> Rule:
     """Leading dims (batch, channels) are independent; windows overlap in space."""
-    shape, out = call.shape("self"), call.out
+    first = next(iter(call.positions()))
+    shape, out = call.shape(first), call.out
     lead = len(shape) - spatial
     ins = (*full(shape[:lead]), *((f"x{i}",) for i in range(spatial)))
     outs = (*full(out[:lead]), *((f"y{i}",) for i in range(spatial)))
     blocked = {f"{c}{i}": "windows of neighbouring places overlap" for i in range(spatial) for c in "xy"}
-    linear = [["self"]] if "avg" in call.packet else ()
-    return call.rule({"self": ins}, [outs] * len(call.outputs), blocked=blocked, linear=linear, flops=math.prod(shape))
+    linear = () if "max" in call.packet else [[first]]
+    return call.rule({first: ins}, [outs] * len(call.outputs), blocked=blocked, linear=linear, flops=math.prod(shape))
 
 
 def _pool(spatial: int) -> RuleFunction:
@@ -87,6 +88,16 @@ def _pool(spatial: int) -> RuleFunction:
 
 
 _POOLS = ("max_pool{}d", "max_pool{}d_with_indices", "avg_pool{}d", "adaptive_avg_pool{}d", "adaptive_max_pool{}d")
+
+_UPSAMPLING = (
+    ("nearest1d", 1),
+    ("linear1d", 1),
+    ("nearest2d", 2),
+    ("bilinear2d", 2),
+    ("bicubic2d", 2),
+    ("nearest3d", 3),
+    ("trilinear3d", 3),
+)
 
 RULES: Mapping[str, RuleFunction] = MappingProxyType(
     {
@@ -97,6 +108,6 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         "aten.instance_norm": instance_norm,
         **{f"aten.{name.format(n)}": _pool(n) for n in (1, 2, 3) for name in _POOLS},
         "aten._adaptive_avg_pool2d": _pool(2),
-        **{f"aten.upsample_{name}": _pool(n) for name, n in (("nearest1d", 1), ("nearest2d", 2), ("bilinear2d", 2))},
+        **{f"aten.upsample_{name}": _pool(n) for name, n in _UPSAMPLING},
     }
 )

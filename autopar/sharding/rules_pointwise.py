@@ -77,9 +77,11 @@ def linear_groups(call: Call) -> tuple[tuple[str, ...], ...]:
     return groups
 
 
-def pointwise(call: Call) -> Rule:
+def pointwise(call: Call) -> Rule | None:
     """Any elementwise op: all tensor arguments broadcast to the output."""
     out = call.out
+    if any(t.shape != out for t in call.outputs) or not all(_broadcasts(t.shape, out) for t in call.inputs):
+        return None  # an overload of another kind, such as where(condition)
     inputs = {
         name: [aligned(call.inputs[i].shape, out) for i in numbers] for name, numbers in call.positions().items()
     }
@@ -91,9 +93,21 @@ def pointwise(call: Call) -> Rule:
     )
 
 
-def copies(call: Call) -> Rule:
+def _broadcasts(shape: Shape, out: Shape) -> bool:
+    return len(shape) <= len(out) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(out), strict=False))
+
+
+def copies(call: Call) -> Rule | None:
     """clone, casts, contiguous: no arithmetic."""
-    return replace(pointwise(call), flops=0)
+    rule = pointwise(call)
+    return rule and replace(rule, flops=0)
+
+
+def feature_dropout(call: Call) -> Rule:
+    """dropout2d and its like: one draw for all places of a channel."""
+    shape = call.shape("input")
+    blocked = {f"d{i}": "one draw decides for all places of a channel" for i in range(2, len(shape))}
+    return call.rule({"input": full(shape)}, [full(shape)], blocked=blocked, linear=[["input"]], flops=math.prod(shape))
 
 
 def lender(shape: Shape, out: Shape) -> Dims:
@@ -182,6 +196,7 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         **{f"aten.{name}": same_shape for name in ("to", "type_as")},
         **{f"aten.{name}": creation for name in CREATIONS},
         **{f"aten.{name}_like": like for name in ("zeros", "ones", "full", "empty", "rand", "randn")},
+        "aten.feature_dropout": feature_dropout,
         "aten.arange": arange,
         "aten.prelu": prelu,
         "aten._prelu_kernel": pointwise,

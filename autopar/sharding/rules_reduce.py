@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+import torch
+
 from .call import Call
 from .notation import Dims
 from .rule import Rule
-from .rules_pointwise import RuleFunction, full
+from .rules_pointwise import RuleFunction, aligned, full
 
 
 def _reduced(call: Call) -> set[int]:
@@ -83,6 +85,16 @@ def _along(call: Call, first: str, whole: set[int], linear: Iterable[Iterable[st
     return call.rule({first: ins}, outs, blocked=dict.fromkeys(names, reason), linear=linear, flops=math.prod(shape))
 
 
+def cosine_similarity(call: Call) -> Rule:
+    """Two tensors that broadcast against each other; one dim of them goes."""
+    wide = torch.broadcast_shapes(call.shape("x1"), call.shape("x2"))
+    dim = call.dim("dim", len(wide))
+    inputs = {name: aligned(call.shape(name), wide) for name in ("x1", "x2")}
+    out = tuple(d for i, d in enumerate(full(wide)) if i != dim)
+    blocked = {f"d{dim}": "its sums are divided by each other"}
+    return call.rule(inputs, [out], blocked=blocked, flops=6 * math.prod(wide))
+
+
 def diff(call: Call) -> Rule:
     """Differences along a dim; prepend and append are joined to it."""
     shape = call.shape("self")
@@ -116,5 +128,6 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         "aten.min": max_or_min,
         **{f"aten.{name}": along for name in _ALONG.split()},
         "aten.diff": diff,
+        "aten.cosine_similarity": cosine_similarity,
     }
 )

@@ -1,4 +1,4 @@
-"""Rules of ops that move elements without arithmetic: views, joins, cuts, gathers. All are linear in what they move."""
+"""Rules of ops that move elements without arithmetic: views, joins, cuts. All are linear in what they move."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-import torch
-
-from ..graph import Ref, Shape
+from ..graph import Shape
 from .call import Call
 from .notation import Dims
-from .rule import Rule, Special
+from .rule import Rule
 from .rules_pointwise import RuleFunction, aligned, full
-from .trace import counts_rows
 from .views import view_dims
 
 
@@ -211,6 +208,36 @@ def roll(call: Call) -> Rule:
     return _except(call, {d % rank: "elements move along it" for d in dims} if rank else {}, sizes_change=False)
 
 
+def unfold(call: Call) -> Rule:
+    """Tensor.unfold: windows along a dim become one dim more, at the end."""
+    rank = len(call.shape("self"))
+    dim = call.dim("dimension", rank)
+    ins = tuple(("x",) if i == dim else (f"d{i}",) for i in range(rank))
+    outs = (*(("y",) if i == dim else (f"d{i}",) for i in range(rank)), ("w",))
+    blocked = dict.fromkeys("xyw", "windows of neighbouring places overlap")
+    return call.rule({"self": ins}, [outs], blocked=blocked, linear=[["self"]])
+
+
+def complex_view(call: Call) -> Rule:
+    """view_as_complex and view_as_real: the last dim of the real tensor is the pair of parts."""
+    rank = min(len(call.shape("self")), len(call.out))
+    dims = tuple((f"d{i}",) for i in range(rank))
+    pair: Dims = (*dims, ("pair",))
+    real_in = len(call.shape("self")) > rank
+    blocked = {"pair": "the two parts make one number"}
+    ins, outs = (pair, dims) if real_in else (dims, pair)
+    return call.rule({"self": ins}, [outs], blocked=blocked, linear=[["self"]])
+
+
+def shuffle_pixels(call: Call) -> Rule:
+    """pixel_shuffle, pixel_unshuffle: channels and space are mixed, leading dims are not."""
+    lead = len(call.shape("self")) - 3
+    ins = (*full(call.shape("self")[:lead]), *((f"x{i}",) for i in range(3)))
+    outs = (*full(call.out[:lead]), *((f"y{i}",) for i in range(3)))
+    blocked = {f"{c}{i}": "channels and space are mixed" for i in range(3) for c in "xy"}
+    return call.rule({"self": ins}, [outs], blocked=blocked, linear=[["self"]])
+
+
 def flip(call: Call) -> Rule:
     rank = len(call.shape("self"))
     return _except(call, {d % rank: "elements move along it" for d in call["dims"]} if rank else {}, sizes_change=False)
@@ -219,84 +246,6 @@ def flip(call: Call) -> Rule:
 def triangle(call: Call) -> Rule:
     rank = len(call.out)
     return _except(call, {d: "what is kept depends on the place" for d in (rank - 2, rank - 1)}, sizes_change=False)
-
-
-def gather(call: Call) -> Rule:
-    """Places along `dim` are chosen by the index; other dims correspond, where they are equally long."""
-    shape, index = call.shape("self"), call.shape("index")
-    if not shape:
-        return call.rule({n: tuple(() for _ in call.shape(n)) for n in call.positions()}, [tuple(() for _ in call.out)])
-    dim = call.dim("dim", len(shape))
-    same = [i != dim and size == shape[i] for i, size in enumerate(index)]
-    ins = tuple((f"d{i}",) if same[i] else (f"x{i}",) for i in range(len(shape)))
-    outs = tuple((f"d{i}",) if same[i] or i == dim else (f"y{i}",) for i in range(len(shape)))
-    blocked = {f"x{i}": "places along it are chosen by an index" for i in range(len(shape))}
-    blocked |= {f"y{i}": "the index covers a part of it" for i in range(len(shape))}
-    return call.rule({"self": ins, "index": outs}, [outs], blocked=blocked, linear=[["self"]])
-
-
-def index_select(call: Call) -> Rule:
-    shape = call.shape("self")
-    if not shape:
-        return call.rule({"self": (), "index": tuple(() for _ in call.shape("index"))}, [()], linear=[["self"]])
-    dim = call.dim("dim", len(shape))
-    ins = tuple(("x",) if i == dim else d for i, d in enumerate(full(shape)))
-    index = (("n",),) if call.shape("index") else ()
-    outs = tuple((("n",) if index else ()) if i == dim else d for i, d in enumerate(full(shape)))
-    blocked = {"x": "places along it are chosen by an index"}
-    return call.rule({"self": ins, "index": index}, [outs], blocked=blocked, linear=[["self"]])
-
-
-def index(call: Call) -> Rule | None:
-    """self[i, j, :, ...] with integer tensors that broadcast to the dims t0, t1, ... of the result.
-
-    Where an index merely counts the rows of a dim (it derives from arange over the whole of it), that dim and the
-    index's dim are one: a split keeps rows and their numbers together, and the offset is taken off ("index_rows").
-    """
-    shape, entries = call.shape("self"), call["indices"]
-    tensors = {i: call.graph.tensors[e.name] for i, e in enumerate(entries) if isinstance(e, Ref)}
-    if any(t.dtype in (torch.bool, torch.uint8) for t in tensors.values()) or not tensors:
-        return None
-    broadcast = torch.broadcast_shapes(*(t.shape for t in tensors.values()))
-    at = list(tensors)
-    together = at == list(range(at[0], at[-1] + 1))
-    front = at[0] if together else 0
-    kept = [i for i in range(len(shape)) if i not in tensors]
-    named = tuple((f"t{i}",) for i in range(len(broadcast)))
-    rows: dict[int, int] = {}
-    for i, t in tensors.items():
-        row = counts_rows(call.graph, t.name, shape[i])
-        if row is not None and row + len(broadcast) - len(t.shape) not in rows.values():
-            rows[i] = row + len(broadcast) - len(t.shape)
-    ins = tuple(
-        (f"t{rows[i]}",) if i in rows else (f"x{i}",) if i in tensors else (f"d{i}",) for i in range(len(shape))
-    )
-    indices = [
-        tuple(named[len(broadcast) - len(t.shape) + k] if s == broadcast[len(broadcast) - len(t.shape) + k] else ()
-              for k, s in enumerate(t.shape))
-        for t in tensors.values()
-    ]
-    before = [i for i in kept if i < front] if together else []
-    after = [i for i in kept if i not in before]
-    outs = (*(ins[i] for i in before), *named, *(ins[i] for i in after))
-    blocked = {f"x{i}": "places along it are chosen by an index" for i in tensors}
-    specials = {f"t{place}": Special("index_rows") for place in rows.values()}
-    return call.rule({"self": ins, "indices": indices}, [outs], blocked=blocked, specials=specials, linear=[["self"]])
-
-
-def embedding(call: Call) -> Rule:
-    """weight [v, h], indices [..] -> [.., h]. Split on rows of the weight, each rank looks up its own."""
-    lead = tuple((f"d{i}",) for i in range(len(call.shape("indices"))))
-    blocked = {}
-    if call["scale_grad_by_freq"] or call["sparse"]:
-        blocked = {n[0]: "gradients depend on how often an index occurs" for n in (*lead, ("v",))}
-    return call.rule(
-        {"weight": (("v",), ("h",)), "indices": lead},
-        [(*lead, ("h",))],
-        blocked=blocked,
-        sums={"v"},
-        specials={"v": Special("vocab_embedding")},
-    )
 
 
 CUTS = ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split")
@@ -335,13 +284,14 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         "aten.stack": stack,
         "aten.pad": pad,
         "aten.constant_pad_nd": pad,
+        "aten.unfold": unfold,
+        "aten.view_as_complex": complex_view,
+        "aten.view_as_real": complex_view,
+        "aten.pixel_shuffle": shuffle_pixels,
+        "aten.pixel_unshuffle": shuffle_pixels,
         "aten.roll": roll,
         "aten.flip": flip,
         "aten.tril": triangle,
         "aten.triu": triangle,
-        "aten.gather": gather,
-        "aten.index_select": index_select,
-        "aten.index": index,
-        "aten.embedding": embedding,
     }
 )

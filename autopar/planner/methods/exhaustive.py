@@ -50,7 +50,7 @@ def every_plan(problem: Problem) -> Iterator[Plan]:
     """All plans of the space, whether or not they fit in memory."""
     num_blocks, pinned = len(problem.graph.blocks), problem.constraints.recompute
     for shape in problem.shapes:
-        for chain in problem.chains(problem, shape):
+        for chain in problem.chains.of(problem, shape):
             for cuts in itertools.combinations(range(1, num_blocks), shape.pipeline - 1):
                 edges = list(itertools.pairwise((0, *cuts, num_blocks)))
                 for choice in itertools.product((pinned,) if pinned else ("none", "full"), repeat=shape.pipeline):
