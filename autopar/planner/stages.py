@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..cost.types import StageCost
-from ..plan import Recompute
 from ..schedule.step_time import exposed_reduce_s, step_time_s
 from ..simulate import stage_peak_bytes
 from .pricing import Piece, StagePrices, assemble
@@ -95,8 +94,6 @@ class StageSearch:
         self.problem, self.shape, self.chain, self._prices = problem, shape, chain, prices
         self._limit_bytes = problem.memory_limit_bytes
         self._num_blocks = len(problem.graph.blocks)
-        pinned = problem.constraints.recompute
-        self._recompute: tuple[Recompute, ...] = (pinned,) if pinned else ("none", "full")
         self._ways: dict[tuple[int, Piece], Option] = {}
         self._options: dict[tuple[int, int, int], Option | None] = {}
         self.table = self._tabulate(self.option)
@@ -110,14 +107,14 @@ class StageSearch:
         """
         key = (stage, start, stop)
         if key not in self._options:
-            ways = (self._way(stage, Piece(start, stop, recompute)) for recompute in self._recompute)
+            ways = (self._way(stage, Piece(start, stop, recompute)) for recompute in self.problem.recompute_choices)
             self._options[key] = next((way for way in ways if way.peak_bytes <= self._limit_bytes), None)
         return self._options[key]
 
     @cached_property
     def free_bound_s(self) -> float:
         """`root_bound_s` if memory had no limit."""
-        return self._tabulate(lambda stage, start, stop: self._way(stage, Piece(start, stop, self._recompute[0]))).root_s
+        return self._tabulate(lambda stage, start, stop: self._way(stage, Piece(start, stop, self.problem.recompute_choices[0]))).root_s
 
     def smallest(self) -> tuple[tuple[Piece, ...], int]:
         """The pieces whose fullest rank needs least memory, and that need in bytes, whether or not it fits."""
@@ -128,7 +125,7 @@ class StageSearch:
                 ways = []
                 for stop in self.stops(stage, start):
                     rest_bytes, rest = best[stage + 1, stop]
-                    for recompute in reversed(self._recompute):
+                    for recompute in reversed(self.problem.recompute_choices):
                         option = self._way(stage, Piece(start, stop, recompute))
                         ways.append((max(option.peak_bytes, rest_bytes), (option.piece, *rest)))
                 best[stage, start] = min(ways, key=lambda way: way[0])
