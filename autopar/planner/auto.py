@@ -24,6 +24,8 @@ from .stages import TOLERANCE, StageSearch
 
 # Partial plans looked at per shape before its proof of optimality is left open and the gap reported.
 MAX_VISITS = 20_000
+# Shapes tried, nearest first, for a row of the table of candidates whose shapes all lost by their floors.
+TRIES_PER_CANDIDATE = 3
 
 
 @dataclass(order=True, slots=True)
@@ -58,8 +60,7 @@ class _Auto:
 
     def run(self) -> Plan:
         shapes = self.problem.shapes
-        self.heap = [_Entry(self.floors.time_s(shape), i, shape) for i, shape in enumerate(shapes)]
-        heapq.heapify(self.heap)
+        self.heap = sorted(_Entry(self.floors.time_s(shape), i, shape) for i, shape in enumerate(shapes))
         with tqdm(total=len(shapes), desc="planning", unit="shape", delay=2, leave=False, disable=not self._progress) as bar:
             while self.heap and not self._is_beaten(self.heap[0].bound_s):
                 entry = heapq.heappop(self.heap)
@@ -108,14 +109,21 @@ class _Auto:
     def _represent(self, left: list[_Entry]) -> None:
         """Give the nearest of the ways to use the devices that were never searched a simulated plan each."""
         seen = {tried.shape.group for tried in self.tried}
+        groups: dict[tuple, list[_Entry]] = {}
         for entry in left:
-            if entry.shape.group in seen or len(seen) >= MAX_CANDIDATES:
-                continue
-            search = entry.search or self._fastest(entry.shape)
-            pieces = search.first()
-            if pieces is not None:
-                seen.add(entry.shape.group)
-                self.tried.append(Tried.of(self.problem, search, pieces))
+            if entry.shape.group not in seen and entry.bound_s < math.inf:
+                groups.setdefault(entry.shape.group, []).append(entry)
+        for entries in list(groups.values())[: MAX_CANDIDATES - len(seen)]:
+            best: Tried | None = None
+            for entry in entries[:TRIES_PER_CANDIDATE]:
+                if best is not None and entry.bound_s >= best.step_time_s:
+                    break
+                search = entry.search or self._fastest(entry.shape)
+                if (pieces := search.first()) is not None:
+                    tried = Tried.of(self.problem, search, pieces)
+                    best = min(best or tried, tried, key=lambda one: one.step_time_s)
+            if best is not None:
+                self.tried.append(best)
 
     def _fastest(self, shape: Shape) -> StageSearch:
         chain = next(iter(self.problem.chains.of(self.problem, shape)))
