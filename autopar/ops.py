@@ -78,7 +78,9 @@ def run_opaque(
 
     Returns its output tensor, or the tensors of its output tuple or dict in order.
     """
-    out = torch.func.functional_call(modules[fqn], dict(zip(state_names, state, strict=True)), args, dict(kwargs))
+    # Generated code passes sequences as lists, and functional_call takes anything but a tuple for a single argument.
+    named = dict(zip(state_names, state, strict=True))
+    out = torch.func.functional_call(modules[fqn], named, tuple(args), dict(kwargs))
     return out if isinstance(out, torch.Tensor) else tuple(out.values() if isinstance(out, Mapping) else out)
 
 

@@ -225,4 +225,5 @@ def _process_group(job: _Job):
     # Only after success: a worker whose run failed is killed, and its peers' collectives are better left alone.
     # Cached sharding decisions hold meshes, which name groups that the next run gives to other ranks.
     _clear_sharding_prop_cache()
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a run in which a rank failed on purpose has closed it
+        dist.destroy_process_group()

@@ -12,6 +12,7 @@ from emulated_graph import reference, run_emulated
 from torch import Tensor, nn
 
 from autopar.capture.export import capture
+from autopar.capture.opaque import opaque
 from autopar.sharding.batch import batch_layout
 from autopar.sharding.placement import PARTIAL, REPLICATED, SHARED, Split
 from autopar.sharding.strategies import strategies
@@ -110,6 +111,21 @@ class Recurrent(nn.Module):
         return self.out(self.layers(self.embed(ids))[0][:, -1])
 
 
+@opaque
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if x.sum().item() > 0 else self.linear(x) * 1.0
+
+
+def frozen(module: nn.Module, name: str) -> nn.Module:
+    module.get_submodule(name).requires_grad_(False)
+    return module
+
+
 def token_loss(scores: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(scores.reshape(-1, scores.shape[-1]), targets.reshape(-1), label_smoothing=0.1)
 
@@ -131,6 +147,14 @@ CASES = {
     "sequence first": lambda: (SequenceFirst(), (_ids(ROWS, 6), _ids(ROWS, 6)), token_loss),
     "used twice": lambda: (UsedTwice(), (torch.randn(ROWS, 16), _ids(ROWS, limit=8))),
     "recurrent": lambda: (Recurrent(), (_ids(ROWS, 6), _ids(ROWS, limit=8)), F.cross_entropy),
+    "opaque": lambda: (
+        nn.Sequential(nn.Linear(16, 16), Untraceable(), nn.Linear(16, 8)),
+        (torch.randn(ROWS, 16), _ids(ROWS, limit=8)),
+        F.cross_entropy,
+    ),
+    "frozen": lambda: (
+        frozen(models.build_mlp()[0], "4"), (torch.randn(ROWS, 16), _ids(ROWS, limit=8)), F.cross_entropy,
+    ),
     "llama with a padding mask": lambda: _llama(
         attention_mask=(torch.arange(16)[None] >= torch.arange(ROWS)[:, None]).long()
     ),

@@ -29,7 +29,7 @@ import numpy as np
 
 from ..plan import Layout
 from ..sharding.placement import Placement
-from .layout_options import LayoutOptions, State, objective
+from .layout_options import LayoutOptions, State
 
 # Joint placements of shared parameters that are enumerated at most; beyond it they are improved one at a time.
 MAX_SHARED = 64
@@ -190,7 +190,7 @@ def _solve_chain(
     states[-1] = states[-1] if exit is None else (exit,)
 
     def value(b: int, p: State | None, q: State | None) -> float:
-        return objective(options.solution(b, p, q, shared, weight))
+        return options.objective_s(b, p, q, shared, weight)
 
     bounds, exact = [], []
     for b, before, after in zip(range(start, stop), states, states[1:], strict=False):

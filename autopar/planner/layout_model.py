@@ -132,10 +132,11 @@ class _Builder:
         self.choices.append(Choice(role, name, use.placements, tuple(prices)))
 
     def add_op(self, op: Op) -> None:
-        options, prices = self._undominated(op)
+        inputs = op.inputs
+        options, prices = self._undominated(op, len(inputs))
         index = len(self.choices)
         self.choices.append(Choice("op", op.name, options, prices))
-        for position, name in enumerate(op.inputs):
+        for position, name in enumerate(inputs):
             use = Use(index, tuple(s.inputs[position] for s in options))
             sinks = self.sinks.setdefault(name, [])
             if use not in sinks:
@@ -148,11 +149,11 @@ class _Builder:
             if name in op.saves:
                 self.holders.setdefault(name, []).append(use)
 
-    def _undominated(self, op: Op) -> tuple[tuple[Strategy, ...], tuple[Price, ...]]:
+    def _undominated(self, op: Op, num_inputs: int) -> tuple[tuple[Strategy, ...], tuple[Price, ...]]:
         """Of strategies with equal placements, those that no other beats in both time and memory."""
         kept: dict[tuple, list[tuple[Strategy, Price]]] = {}
         for strategy in self.costs.strategies(op):
-            assert len(strategy.inputs) == len(op.inputs) and len(strategy.outputs) == len(op.outputs), (op, strategy)
+            assert len(strategy.inputs) == num_inputs and len(strategy.outputs) == len(op.outputs), (op, strategy)
             price = (sum(self.costs.op_s(op, strategy)), self.costs.saved_extra_bytes(op, strategy))
             rivals = kept.setdefault((strategy.inputs, strategy.outputs), [])
             if any(other[0] <= price[0] and other[1] <= price[1] for _, other in rivals):

@@ -11,13 +11,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..graph import Block, Graph, Op
 from ..sharding.placement import REPLICATED, Placement, Split
 from .layout_costs import LayoutCosts
 from .layout_model import BlockModel, block_model, rest_candidates
-from .layout_program import BlockProgram, Infeasible
+from .layout_program import BlockProgram, Infeasible, Selection
 from .layouts import BlockSolution, solution
 
 State = tuple[Placement, ...]
@@ -29,12 +29,14 @@ MAX_STATES = 64
 
 @dataclass(frozen=True)
 class _Kind:
-    """One integer program: the block it was built from, and where its boundary choices are."""
+    """One integer program, the block it was built from, and what it has been asked so far."""
 
     block: Block
     model: BlockModel
     program: BlockProgram
     shared_parameters: tuple[str, ...]
+    selections: dict[tuple, Selection | None] = field(default_factory=dict)
+    solutions: dict[Selection, BlockSolution] = field(default_factory=dict)
 
 
 class LayoutOptions:
@@ -45,7 +47,6 @@ class LayoutOptions:
         self._states = [self._boundary_states(i) for i in range(len(graph.blocks) + 1)]
         self._signatures = [self._signature(block) for block in graph.blocks]
         self._kinds: dict[tuple, _Kind] = {}
-        self._solved: dict[tuple, BlockSolution | None] = {}
 
     def states(self, boundary: int) -> tuple[State, ...]:
         """The states of the cut in front of block `boundary` (behind the last block for len(blocks)) that are tried.
@@ -54,26 +55,39 @@ class LayoutOptions:
         """
         return self._states[boundary]
 
-    def solution(
+    def objective_s(
         self,
         index: int,
         inputs: State | None,
         outputs: State | None,
         shared_parameters: Mapping[str, Placement],
         memory_weight: float,
-    ) -> BlockSolution | None:
-        """The best layout of block `index`; None where no finite one exists.
+    ) -> float:
+        """The least objective of block `index`; infinite where every layout needs a forbidden conversion.
 
-        inputs, outputs: states of its two boundaries; None leaves a state free, so that the objective is a lower bound
-        for every state.
+        inputs, outputs: states of its two boundaries; None leaves a state free, which gives a lower bound for every
+        state of it.
         """
-        key, shared = self._key(index, shared_parameters)
-        question = (key, inputs, outputs, memory_weight)
-        if question not in self._solved:
-            if key not in self._kinds:
-                self._kinds[key] = self._build(index, shared)
-            self._solved[question] = self._solve(self._kinds[key], inputs, outputs, memory_weight)
-        return self._solved[question]
+        _, found = self._select(index, inputs, outputs, shared_parameters, memory_weight)
+        return math.inf if found is None else found.objective_s
+
+    def solution(
+        self,
+        index: int,
+        inputs: State,
+        outputs: State,
+        shared_parameters: Mapping[str, Placement],
+        memory_weight: float,
+    ) -> BlockSolution:
+        """The layout behind `objective_s`, which must be finite, held against its price."""
+        kind, found = self._select(index, inputs, outputs, shared_parameters, memory_weight)
+        assert found is not None, f"block {index} cannot go from {inputs} to {outputs}"
+        if found not in kind.solutions:
+            block, shared = kind.block, kind.shared_parameters
+            kind.solutions[found] = solution(
+                self.graph, block, self.degree, self.costs, kind.model, found, memory_weight, shared
+            )
+        return kind.solutions[found]
 
     def candidates(self, parameter: str) -> tuple[Placement, ...]:
         """Placements at rest of `parameter` that its uses in all blocks suggest."""
@@ -87,7 +101,8 @@ class LayoutOptions:
 
     @property
     def num_solved(self) -> int:
-        return len(self._solved)
+        """Integer programs solved so far."""
+        return sum(len(kind.selections) for kind in self._kinds.values())
 
     def _boundary_states(self, boundary: int) -> tuple[State, ...]:
         blocks = self.graph.blocks
@@ -124,10 +139,23 @@ class LayoutOptions:
         gradients = tuple(self.graph.tensors[name].requires_grad for name in names)
         return block.kind, gradients, self.graph.loss in names
 
-    def _key(self, index: int, shared_parameters: Mapping[str, Placement]) -> tuple[tuple, dict[str, Placement]]:
-        shared = {n: shared_parameters[n] for n in self.graph.blocks[index].parameters if n in shared_parameters}
-        positions = tuple(shared.get(name) for name in self.graph.blocks[index].parameters)
-        return (self._signatures[index], positions), shared
+    def _select(
+        self,
+        index: int,
+        inputs: State | None,
+        outputs: State | None,
+        shared_parameters: Mapping[str, Placement],
+        memory_weight: float,
+    ) -> tuple[_Kind, Selection | None]:
+        parameters = self.graph.blocks[index].parameters
+        key = (self._signatures[index], tuple(shared_parameters.get(name) for name in parameters))
+        if key not in self._kinds:
+            shared = {name: shared_parameters[name] for name in parameters if name in shared_parameters}
+            self._kinds[key] = self._build(index, shared)
+        kind, question = self._kinds[key], (inputs, outputs, memory_weight)
+        if question not in kind.selections:
+            kind.selections[question] = self._solve(kind, inputs, outputs, memory_weight)
+        return kind, kind.selections[question]
 
     def _build(self, index: int, shared: dict[str, Placement]) -> _Kind:
         block = self.graph.blocks[index]
@@ -139,19 +167,17 @@ class LayoutOptions:
         model = block_model(self.graph, block, self.costs, inputs, outputs, shared)
         return _Kind(block, model, BlockProgram(model), tuple(shared))
 
-    def _solve(self, kind: _Kind, inputs: State | None, outputs: State | None, weight: float) -> BlockSolution | None:
+    def _solve(self, kind: _Kind, inputs: State | None, outputs: State | None, weight: float) -> Selection | None:
         fixed = {}
         for role, names, state in (("input", kind.block.inputs, inputs), ("output", kind.block.outputs, outputs)):
-            for name, placement in zip(names, state if state is not None else (), strict=state is not None):
-                choice = kind.model.index[role, name]
-                fixed[choice] = kind.model.choices[choice].options.index(placement)
+            if state is not None:
+                for name, placement in zip(names, state, strict=True):
+                    choice = kind.model.index[role, name]
+                    fixed[choice] = kind.model.choices[choice].options.index(placement)
         try:
-            found = kind.program.solve(weight, fixed=fixed)
+            return kind.program.solve(weight, fixed=fixed)
         except Infeasible:
             return None
-        return solution(
-            self.graph, kind.block, self.degree, self.costs, kind.model, found, weight, kind.shared_parameters
-        )
 
 
 def layout_options(graph: Graph, degree: int, costs: LayoutCosts) -> LayoutOptions:
@@ -159,8 +185,3 @@ def layout_options(graph: Graph, degree: int, costs: LayoutCosts) -> LayoutOptio
     if degree < 1:
         raise ValueError(f"degree {degree}: a model axis has at least one rank")
     return LayoutOptions(graph, degree, costs)
-
-
-def objective(found: BlockSolution | None) -> float:
-    """Seconds, infinite for an impossible combination of states."""
-    return math.inf if found is None else found.objective_s

@@ -41,6 +41,17 @@ class Runtime:
     training_actions: tuple[Instruction, ...]
     evaluation_actions: tuple[Instruction, ...]
 
+    def abandon(self) -> None:
+        """After a failure: let go of what is under way and of the groups.
+
+        Gloo closes a group's connections when the last reference to it goes, and only then do ranks that wait fail.
+        """
+        self.executor.transport.abandon()
+        for axis in (self.groups.data, self.groups.tensor, self.groups.all_of_stage):
+            axis.group = None
+        self.groups.forward.clear()
+        self.groups.backward.clear()
+
 
 def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, ...]]:
     """Per stage, its parameters in order of first use, and where every rank of every stage holds them."""

@@ -51,8 +51,8 @@ def compile_calls(
             return value.name
         if isinstance(value, tuple):
             if any(isinstance(item, _Variable) for item in _leaves(value)):
-                return "[" + ", ".join(source(item) for item in value) + "]"
-            return bind(_as_lists(value))
+                return "(" + "".join(f"{source(item)}, " for item in value) + ")"
+            return bind(value)
         return bind(value)
 
     last_use: dict[str, int] = {}
@@ -101,7 +101,3 @@ def _leaves(value: Any):
             yield from _leaves(item)
     else:
         yield value
-
-
-def _as_lists(value: Any) -> Any:
-    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value

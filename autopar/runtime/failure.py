@@ -49,12 +49,13 @@ def first_failure(wait_s: float = _GRACE_S) -> str | None:
 def stop_everyone(error: BaseException, doing: str) -> BaseException:
     """Publish `error` unless another rank failed before, close this rank's connections so that nobody waits for it,
     and return the error to raise."""
+    rank = dist.get_rank()
     is_consequence = isinstance(error, dist.DistError | RuntimeError) and _looks_remote(error)
     first = first_failure(_GRACE_S if is_consequence else 0.1)
     if first is None:
         publish(error, doing)
     abort_process_groups()
-    if first is not None and not first.startswith(f"rank {dist.get_rank()} "):
+    if first is not None and not first.startswith(f"rank {rank} "):
         return RankFailure(f"{first}\n(this rank stopped {doing})")
     return error
 

@@ -77,7 +77,7 @@ class ParallelModule(nn.Module):
                 summand, gradients = runtime.executor.run(actions, batch, self.training)
                 loss = self._whole_loss(summand)
         except Exception as error:
-            runtime.executor.transport.abandon()
+            runtime.abandon()
             raise _explained(error, runtime) from error
         if differentiable:
             loss = _Deliver.apply(self._anchor, loss, runtime.storage.parameters, gradients)

@@ -10,8 +10,8 @@ Each placement states the forward value and the gradient together (they come in 
 | SHARED          | the whole                  | a summand of the whole|
 
 `Split(dim, blocks)` views dim as (blocks, n, rest) and gives rank r the part [:, r]: `blocks=1` is the ordinary
-contiguous split; `blocks=B` splits the inner factor of a merged dim `(b s)`, and `blocks=3` splits each third of a fused
-query-key-value projection alike. torch calls the latter a strided shard with split_factor = blocks.
+contiguous split; `blocks=B` splits the inner factor of a merged dim `(b s)`, and `blocks=3` splits each third of a
+fused query-key-value projection alike. torch calls the latter a strided shard with split_factor = blocks.
 """
 
 from __future__ import annotations
