@@ -49,7 +49,7 @@ ensure_environment() {
     "$PYTHON" -m pip install --quiet --constraint "$ROOT/constraints.txt" torch setuptools || return 1
     "$PYTHON" -m pip install --quiet --constraint "$ROOT/constraints.txt" --no-build-isolation --editable "$ROOT$extras" ||
         return 1
-    { grep -F "$source autopar" "$stamp" 2>/dev/null; echo "$source autopar"; echo "$source autopar$extras"; } |
+    { grep -F "$source autopar" "$stamp" 2>/dev/null || true; echo "$source autopar"; echo "$source autopar$extras"; } |
         sort -u >"$stamp.new"
     mv "$stamp.new" "$stamp"
 }

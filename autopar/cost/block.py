@@ -156,8 +156,8 @@ class Pricer:
 
 
 def axis_degree(strategy: Strategy | None) -> int:
-    """The size of the model axis, as far as `strategy` tells: a split does 1/n of the work."""
-    return 1 if strategy is None else max(1, round(1 / strategy.work))
+    """The ranks that an op is split over."""
+    return 1 if strategy is None else strategy.degree
 
 
 def _copied_bytes(action: Action, source: Placement, target: Placement, size: float, ranks: int) -> float:

@@ -88,7 +88,7 @@ class CostModel:
         forward, backward = self._pricer.op_seconds(op, strategy, shards)
         inner_s = 0.0
         if strategy is not None and strategy.collective_bytes:
-            ranks = tuple(range(min(max(2, round(1 / strategy.work)), self.cluster.world_size)))
+            ranks = tuple(range(min(max(2, strategy.degree), self.cluster.world_size)))
             inner_s = self._pricer.inner_collective(op, strategy, shards, ranks)
         return sum(forward.values()) + inner_s, sum(backward.values())
 

@@ -167,6 +167,7 @@ def split_strategy(rule: Rule, name: str, outer: int, degree: int, gradient: Seq
         work=min(1.0, (special.work if special else 1.0) / degree),
         special=special.name if special else "",
         collective_bytes=special.collective_bytes if special else 0,
+        degree=degree,
     )
 
 

@@ -20,6 +20,7 @@ class Strategy:
     special: name of the local algorithm that replaces the op ("vocab_cross_entropy", ...), "" for the op itself.
     collective_bytes: bytes each rank contributes to small all-reduces inside a special algorithm, forward, at the
         global shape.
+    degree: ranks that the op is split over; 1 where every rank runs the whole op.
     """
 
     key: str
@@ -28,3 +29,4 @@ class Strategy:
     work: float
     special: str = ""
     collective_bytes: int = 0
+    degree: int = 1
