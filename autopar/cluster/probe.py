@@ -28,12 +28,10 @@ _NO_LINK = Link(latency_s=0.0, bandwidth_bytes_per_s=1e12)
 def probe(
     device: torch.device | str | None = None,
     process_group: dist.ProcessGroup | None = None,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> Cluster:
     """The cluster of `process_group` (None: the launcher's world, or one rank where there is none).
 
     device: what this rank computes on; None takes the current accelerator where the group can use it, else the CPU.
-    clock: seconds, for compute; time.process_time leaves out what other programs on a busy machine take.
     Every rank of the group must call it. Raises ValueError when the hosts have different numbers of ranks, or the ranks
     of a host do not follow one another.
     """
@@ -43,10 +41,9 @@ def probe(
     device = _device(device, process_group if distributed else None, distributed)
     world_size = dist.get_world_size(process_group) if distributed else 1
     together = (lambda: _barrier(device, process_group)) if world_size > 1 else (lambda: None)
-    sampler = Sampler(device, clock, together)
-
     hosts = _gather(platform.node(), process_group, world_size)
     num_hosts, devices_per_host = _hosts(hosts)
+    sampler = Sampler(device, _compute_clock(device, devices_per_host), together)
     measured = _slowest(_gather(probe_compute(sampler), process_group, world_size))
     memory_bytes = min(_gather(_memory_bytes(device, devices_per_host), process_group, world_size))
     intra, inter = _links(Sampler(device, time.perf_counter, together), process_group, num_hosts, devices_per_host)
@@ -76,6 +73,18 @@ def _device(device: torch.device | str | None, group: dist.ProcessGroup | None, 
         return torch.device(device)
     usable = torch.cuda.is_available() and (not distributed or "nccl" in dist.get_backend(group))
     return torch.device("cuda", torch.cuda.current_device()) if usable else torch.device("cpu")
+
+
+def _compute_clock(device: torch.device, ranks_on_host: int) -> Callable[[], float]:
+    """Seconds for compute.
+
+    A rank of one CPU thread counts its own CPU time, so that what other programs take for a moment does not count;
+    where its host has more ranks than cores, they take turns in training too, and the time grows by as much.
+    """
+    if device.type != "cpu" or torch.get_num_threads() != 1:
+        return time.perf_counter
+    turns = max(1.0, ranks_on_host / len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 1.0
+    return lambda: time.process_time() * turns
 
 
 def _barrier(device: torch.device, group: dist.ProcessGroup | None) -> None:

@@ -54,10 +54,6 @@ class Sampler:
         self.synchronize()
         return self.clock() - start, value
 
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Lower quartile of repeated calls, after one to warm up."""
-        return self.pair(lambda: None, lambda _: call())[1]
-
     def pair(self, forward: Callable[[], object], backward: Callable[[object], object]) -> tuple[float, float]:
         """Lower quartiles of (forward, backward), run alternately; backward gets what forward returned."""
         forwards: list[float] = []
@@ -138,7 +134,8 @@ def probe_compute(sampler: Sampler) -> ComputeProbe:
     for name, points in _memory_classes(sampler):
         record(name, "", points)
     record("optimizer", "", _optimizer(sampler))
-    return ComputeProbe(rates, launch_s, backward_launch_s, flops_per_s, rates["pointwise"].points[-1][1])
+    large = max(rate for size, rate in rates["pointwise"].points if size > CHAIN_BYTES)
+    return ComputeProbe(rates, launch_s, backward_launch_s, flops_per_s, large)
 
 
 def _net(seconds: float, launch_s: float, asynchronous: bool) -> float:
@@ -149,32 +146,37 @@ def _net(seconds: float, launch_s: float, asynchronous: bool) -> float:
 def _launch(sampler: Sampler) -> tuple[float, float]:
     """Seconds per small op of the kinds that models consist of, forward and backward; on GPUs without synchronising.
 
-    Between them stands an op large enough to push code and data out of the inner caches, as a model's large ops do: a
-    loop of small ops alone takes a third of what the same ops take in a model.
+    In the forward each run of small ops follows an op that pushes code and data out of the inner caches, as a model's
+    large ops do: small ops alone, again and again, take a third of what they take in a model. The backward is one call,
+    so it is timed alone and scaled by what that made of the forward.
     """
     weight = torch.randn(8, 8, device=sampler.device, requires_grad=True)
-    small = torch.randn(4, 8, device=sampler.device, requires_grad=True)
-    large = torch.randn(1 << 19, device=sampler.device, requires_grad=True)
-    rounds, ops = 8, 7
+    start = torch.randn(4, 8, device=sampler.device, requires_grad=True)
+    large = torch.randn(1 << 19, device=sampler.device)
+    rounds, ops = 10, 7
 
-    def run(with_small: bool) -> list[Tensor]:
-        value, other = small, large
+    def small(value: Tensor) -> Tensor:
+        value = F.linear(value, weight)
+        value = value.view(2, 2, 8).transpose(0, 1)
+        value = torch.cat((value[..., 4:], value[..., :4]), -1)
+        return (value + 1.0).reshape(4, 8)
+
+    def alone() -> Tensor:
+        value = start
         for _ in range(rounds):
-            other = other * 1.01
-            if with_small:
-                value = F.linear(value, weight)
-                value = value.view(2, 2, 8).transpose(0, 1)
-                value = torch.cat((value[..., 4:], value[..., :4]), -1)
-                value = (value + 1.0).reshape(4, 8)
-        return [value.sum(), other.sum()] if with_small else [other.sum()]
+            value = small(value)
+        return value.sum()
 
-    def backward(values: object) -> None:
-        torch.autograd.backward(values)
-
-    base_forward_s, base_backward_s = sampler.pair(lambda: run(False), backward)
-    forward_s, backward_s = sampler.pair(lambda: run(True), backward)
-    count = rounds * ops
-    return max(1e-7, (forward_s - base_forward_s) / count), max(1e-7, (backward_s - base_backward_s) / count)
+    alone_forward_s, alone_backward_s = sampler.pair(alone, lambda value: value.backward())
+    between = []
+    value = start
+    for _ in range(4 * rounds):
+        large.mul_(1.0)
+        begin = sampler.clock()
+        value = small(value)
+        between.append(sampler.clock() - begin)
+    launch_s = max(lower_quartile(between), alone_forward_s / rounds) / ops
+    return launch_s, launch_s * alone_backward_s / alone_forward_s
 
 
 def _matmul(sampler: Sampler, dtype: torch.dtype) -> Iterator[tuple[float, float, float, float]]:
@@ -312,15 +314,17 @@ def _loss(sampler: Sampler) -> Iterator[tuple[float, float, float, float]]:
 
 
 def _optimizer(sampler: Sampler) -> Iterator[tuple[float, float, float, float]]:
-    """torch.optim.AdamW as a user makes it, over eight tensors of one size."""
+    """torch.optim.AdamW as a user makes it, over several tensors of one size, after a backward has used the caches."""
     sizes = [1 << 10, 1 << 14, 1 << 17, 1 << 20]
     if sampler.device.type == "cuda":
         sizes = [*sizes, 1 << 24]
-    count = 8
+    ballast = torch.zeros(2 * CHAIN_BYTES // 4, device=sampler.device)
     for numel in sizes:
+        count = 32 if numel <= 1 << 14 else 8
         tensors = [torch.randn(numel, device=sampler.device).requires_grad_() for _ in range(count)]
         for tensor in tensors:
             tensor.grad = torch.randn_like(tensor)
         optimizer = torch.optim.AdamW(tensors)
-        seconds = sampler.seconds(optimizer.step) / count
+        _, seconds = sampler.pair(lambda: ballast.add_(1.0), lambda _, step=optimizer.step: step())
+        seconds /= count
         yield OPTIMIZER_PASSES * 4.0 * numel, seconds, 0, 0.0

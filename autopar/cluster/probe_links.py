@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .probe_compute import Sampler
+from .probe_compute import Sampler, lower_quartile
 from .ring import COLLECTIVES, ring
 from .spec import Link
 
@@ -101,9 +101,9 @@ def _seconds(sampler: Sampler, call: Callable[[], object], group: dist.ProcessGr
     dist.all_reduce(count, op=dist.ReduceOp.MIN, group=group)
     repeats = int(count)
     samples = []
-    for _ in range(3):
+    for _ in range(5):
         samples.append(sampler.seconds_once(lambda: [call() for _ in range(repeats)]) / repeats)
-    return sorted(samples)[1]
+    return lower_quartile(samples)
 
 
 def _overlap(sampler: Sampler, group: dist.ProcessGroup | None) -> float:
@@ -127,14 +127,14 @@ def _overlap(sampler: Sampler, group: dist.ProcessGroup | None) -> float:
     sampler.seconds_once(lambda: compute(1))
     one_s = _agreed(sampler.seconds_once(lambda: compute(8)) / 8, sampler, group)
     repeats = max(1, min(2000, round(1.5 * reduce_s / one_s)))
-    compute_s = _agreed(_median(sampler, lambda: compute(repeats)), sampler, group)
-    both_s = _agreed(_median(sampler, lambda: both(repeats)), sampler, group)
+    compute_s = _agreed(_typical(sampler, lambda: compute(repeats)), sampler, group)
+    both_s = _agreed(_typical(sampler, lambda: both(repeats)), sampler, group)
     hidden_s = compute_s + reduce_s - both_s
     return min(1.0, max(0.0, hidden_s / min(reduce_s, compute_s)))
 
 
-def _median(sampler: Sampler, call: Callable[[], object]) -> float:
-    return sorted(sampler.seconds_once(call) for _ in range(5))[2]
+def _typical(sampler: Sampler, call: Callable[[], object]) -> float:
+    return lower_quartile([sampler.seconds_once(call) for _ in range(5)])
 
 
 def _agreed(seconds: float, sampler: Sampler, group: dist.ProcessGroup | None) -> float:
