@@ -58,7 +58,7 @@ class Floors:
         """No plan of this shape has a fullest rank with less."""
         least = self._whole(shape, self.problem.recompute_choices[-1])
         held = self._in_flight(shape)
-        rest_bytes, kept_bytes = at_rest_bytes(least), least.activation_bytes
+        rest_bytes, kept_bytes = self._rest_bytes(shape, least), least.activation_bytes
         by_sum = (rest_bytes + held[-1] * kept_bytes) / shape.pipeline
         by_share = (rest_bytes / held[0] + kept_bytes) / sum(1 / k for k in held)
         return MEMORY_SLACK * max(by_sum, by_share) / shape.tensor
@@ -66,9 +66,14 @@ class Floors:
     def _most_kept_bytes(self, shape: Shape, cost: StageCost) -> float:
         """What a microbatch may keep over all stages under the memory limit, by (2)."""
         limit_bytes = self.problem.memory_limit_bytes * shape.tensor / MEMORY_SLACK
-        held, rest_bytes = self._in_flight(shape), at_rest_bytes(cost)
+        held, rest_bytes = self._in_flight(shape), self._rest_bytes(shape, cost)
         by_sum = (shape.pipeline * limit_bytes - rest_bytes) / held[-1]
         return min(by_sum, limit_bytes * sum(1 / k for k in held) - rest_bytes / held[0])
+
+    def _rest_bytes(self, shape: Shape, cost: StageCost) -> int:
+        """What lies at rest beside all microbatches in flight: gradients do where something came before the last forward."""
+        gradients_early = cost.reduce_s > 0 or shape.microbatches > self._in_flight(shape)[0]
+        return at_rest_bytes(cost) - (0 if gradients_early else cost.gradient_bytes)
 
     def _recomputed_s(self, shape: Shape, excess_bytes: float) -> float:
         """The least forward time that recomputation adds per microbatch to free so much; infinite if it cannot."""

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..cost.types import StageCost
+from ..plan import Plan
 from ..schedule.step_time import exposed_reduce_s, step_time_s
 from ..simulate import stage_peak_bytes
 from .pricing import Piece, StagePrices, assemble
@@ -149,9 +150,12 @@ class StageSearch:
                 return None
         return tuple(option.piece for option in node.options)
 
+    def plan(self, pieces: tuple[Piece, ...]) -> Plan:
+        return assemble(self.problem, self.shape, self.chain, pieces)
+
     def step_time_s(self, pieces: tuple[Piece, ...]) -> float:
         """The simulator's step time of a whole plan."""
-        plan = assemble(self.problem, self.shape, self.chain, pieces)
+        plan = self.plan(pieces)
         costs = self._prices.of_plan(plan, self.shape, self.chain, pieces)
         return step_time_s(self.shape.pipeline, self.shape.microbatches, self.shape.schedule, costs)
 
