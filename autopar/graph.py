@@ -67,7 +67,7 @@ class Tensor:
         return self.numel * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Op:
     """One operator call.
 
@@ -91,7 +91,7 @@ class Op:
     saves: tuple[str, ...] = ()
     saved_extra_bytes: int = 0
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[str, ...]:
         """Names of the tensor arguments, one per occurrence, positional before keyword, in order."""
         return tuple(ref.name for ref in iterate_refs((self.args, tuple(v for _, v in self.kwargs))))

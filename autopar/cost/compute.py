@@ -6,6 +6,7 @@ on others the two add up. Ignored: kernels that overlap one another, and caches 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from ..cluster.rates import FLOP_CLASSES, rate_key
@@ -53,9 +54,10 @@ def seconds_by_class(
 
 def optimizer_s(device: Device, parameter_bytes: Iterable[float], corrections: Corrections) -> float:
     """Seconds of an AdamW step over parameter tensors of these local sizes (their optimizer state is float32)."""
+    # A deep model has few distinct sizes.
     return sum(
-        kernel_s(device, Kernel("optimizer", 7.0 * size, 7.0 * size, "", launches=0), False, corrections)
-        for size in parameter_bytes
+        count * kernel_s(device, Kernel("optimizer", 7.0 * size, 7.0 * size, "", launches=0), False, corrections)
+        for size, count in Counter(parameter_bytes).items()
         if size
     )
 

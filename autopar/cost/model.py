@@ -77,6 +77,8 @@ class CostModel:
         self._blocks: dict[tuple, _BlockPrice] = {}
         self._stages: dict[tuple, StageCost] = {}
         self._side_ops: dict[tuple, tuple[list[Op], list[Op]]] = {}
+        self._reads: dict[int, frozenset[str]] = {}
+        self._side_order = tuple(op for op in graph.ops if op.name in graph.side_ops)
 
     # -- ops and conversions
 
@@ -331,12 +333,20 @@ class CostModel:
         key = (stage.start, stage.stop, shards)
         if key not in self._side_ops:
             blocks = self.graph.blocks[stage.start : stage.stop]
-            read = {name for block in blocks for op in self.graph.block_ops(block) for name in op.inputs}
+            read = set().union(*(self._read_by(block) for block in blocks))
             whole = set(batch_layout(self.graph, shards).prologue)
             every = self._ancestors(read, frozenset())
             prologue = self._ancestors({t for op in every for t in op.outputs if t in whole}, frozenset())
             self._side_ops[key] = (prologue, self._ancestors(read - whole, frozenset(whole)))
         return self._side_ops[key]
+
+    def _read_by(self, block: Block) -> frozenset[str]:
+        """What a block reads of the side ops."""
+        if block.index not in self._reads:
+            side, producer = self.graph.side_ops, self.graph.producer
+            inputs = (name for op in self.graph.block_ops(block) for name in op.inputs)
+            self._reads[block.index] = frozenset(n for n in inputs if n in producer and producer[n].name in side)
+        return self._reads[block.index]
 
     def _ancestors(self, wanted: set[str], stop: frozenset[str]) -> list[Op]:
         """The side ops that lead to `wanted`, not going past `stop`."""
@@ -347,4 +357,4 @@ class CostModel:
             if op is not None and op.name in self.graph.side_ops and op.name not in found:
                 found.add(op.name)
                 todo += [name for name in op.inputs if name not in stop]
-        return [op for op in self.graph.ops if op.name in found]
+        return [op for op in self._side_order if op.name in found]

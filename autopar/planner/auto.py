@@ -1,19 +1,9 @@
 """The default search: best first over shapes, each refined only as far as its lower bound makes it worth.
 
-A shape starts with a floor (`_Floors`). When it comes up, it gets the fastest layouts and a stage table with a tighter bound
+A shape starts with a floor (planner/floors.py). When it comes up, it gets the fastest layouts and a stage table with a tighter bound
 (`StageSearch.root_bound_s`); when that comes up, its cuts are searched. If memory is what holds it back, layouts that take
 less memory follow, with the bound that the fastest would have without the limit. The search ends when the least bound left
 is no better than the best plan simulated, which is then the optimum of the space.
-
-Floors. With C the time of a microbatch through the whole model, P stages of times c_0 .. c_{P-1} that sum to at least C, and M
-microbatches, the work bound of planner/stages.py is least when c_s = c_0 (1 - 1/M)^s, where it equals
-
-    C / (1 - (1 - 1/M)^P).
-
-On a tensor axis of t ranks, C is that of one rank times the ratio of the two at the largest share of the batch, where
-collectives cost relatively least; memory is at least a t-th. What the floors assume of the cost model: cutting a stage in
-two never makes its parts cheaper together, ZeRO and recomputation never make a stage faster, and the two statements on
-the tensor axis hold up to SLACK.
 """
 
 from __future__ import annotations
@@ -21,20 +11,21 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
 from ..plan import Plan
 from .candidates import MAX_CANDIDATES, TooLarge, Tried, conclude, nothing_fits
-from .pricing import Piece, StagePrices
+from .floors import Floors
+from .pricing import StagePrices
 from .problem import Chain, Problem, Shape
 from .stages import TOLERANCE, StageSearch
 
-# Allowance for rates that rise as shares get smaller (caches), and for the bytes that a rank holds besides its share.
-SLACK = 0.95
 # Partial plans looked at per shape before its proof of optimality is left open and the gap reported.
 MAX_VISITS = 20_000
+# Shapes tried, nearest first, for a row of the table of candidates whose shapes all lost by their floors.
+TRIES_PER_CANDIDATE = 3
 
 
 @dataclass(order=True, slots=True)
@@ -60,7 +51,7 @@ class _Auto:
     def __init__(self, problem: Problem, progress: bool) -> None:
         self.problem, self._progress = problem, progress
         self.prices = StagePrices(problem)
-        self.floors = _Floors(problem, self.prices)
+        self.floors = Floors(problem, self.prices)
         self.best: Tried | None = None
         self.tried: list[Tried] = []
         self.tight: list[TooLarge] = []
@@ -69,8 +60,7 @@ class _Auto:
 
     def run(self) -> Plan:
         shapes = self.problem.shapes
-        self.heap = [_Entry(self.floors.time_s(shape), i, shape) for i, shape in enumerate(shapes)]
-        heapq.heapify(self.heap)
+        self.heap = sorted(_Entry(self.floors.time_s(shape), i, shape) for i, shape in enumerate(shapes))
         with tqdm(total=len(shapes), desc="planning", unit="shape", delay=2, leave=False, disable=not self._progress) as bar:
             while self.heap and not self._is_beaten(self.heap[0].bound_s):
                 entry = heapq.heappop(self.heap)
@@ -91,9 +81,8 @@ class _Auto:
         """Replace a shape without a stage table by a search of its cuts, with its next chain of layouts."""
         shape, chains = entry.shape, entry.chains
         if chains is None:
-            least_bytes = self.floors.memory_bytes(shape)
-            if least_bytes > self.problem.memory_limit_bytes:
-                self.tight.append(TooLarge(least_bytes, shape))
+            if entry.bound_s == math.inf:
+                self.tight.append(TooLarge(self.floors.memory_bytes(shape), shape))
                 return
             chains = iter(self.problem.chains.of(self.problem, shape))
         chain = next(chains, None)
@@ -120,48 +109,22 @@ class _Auto:
     def _represent(self, left: list[_Entry]) -> None:
         """Give the nearest of the ways to use the devices that were never searched a simulated plan each."""
         seen = {tried.shape.group for tried in self.tried}
+        groups: dict[tuple, list[_Entry]] = {}
         for entry in left:
-            if entry.shape.group in seen or len(seen) >= MAX_CANDIDATES:
-                continue
-            search = entry.search or self._fastest(entry.shape)
-            pieces = search.first()
-            if pieces is not None:
-                seen.add(entry.shape.group)
-                self.tried.append(Tried.of(self.problem, search, pieces))
+            if entry.shape.group not in seen and entry.bound_s < math.inf:
+                groups.setdefault(entry.shape.group, []).append(entry)
+        for entries in list(groups.values())[: MAX_CANDIDATES - len(seen)]:
+            best: Tried | None = None
+            for entry in entries[:TRIES_PER_CANDIDATE]:
+                if best is not None and entry.bound_s >= best.step_time_s:
+                    break
+                search = entry.search or self._fastest(entry.shape)
+                if (pieces := search.first()) is not None:
+                    tried = Tried.of(self.problem, search, pieces)
+                    best = min(best or tried, tried, key=lambda one: one.step_time_s)
+            if best is not None:
+                self.tried.append(best)
 
     def _fastest(self, shape: Shape) -> StageSearch:
         chain = next(iter(self.problem.chains.of(self.problem, shape)))
         return StageSearch(self.problem, shape, chain, self.prices)
-
-
-class _Floors:
-    """Lower bounds of a shape's step time and memory, from few questions to the cost model; see the module's docstring."""
-
-    def __init__(self, problem: Problem, prices: StagePrices) -> None:
-        self.problem, self.prices = problem, prices
-        self._passes: dict[int, float] = {}
-        self._ratios: dict[int, float] = {1: 1.0}
-
-    def time_s(self, shape: Shape) -> float:
-        pass_s = self._pass_s(shape.data, shape.microbatches) * self._ratio(shape.tensor)
-        return pass_s / (1 - (1 - 1 / shape.microbatches) ** shape.pipeline)
-
-    def memory_bytes(self, shape: Shape) -> float:
-        if shape.tensor == 1:
-            return 0.0  # its stage table is exact and as cheap
-        alone = replace(shape, tensor=1)
-        return StageSearch(self.problem, alone, Chain(), self.prices).smallest()[1] * SLACK / shape.tensor
-
-    def _pass_s(self, data: int, microbatches: int) -> float:
-        """One microbatch through the whole model, forward and backward, without a tensor axis."""
-        shards = data * microbatches
-        if shards not in self._passes:
-            alone = Shape(1, data, 1, microbatches, "1f1b", 0)
-            cost = self.prices.cost(alone, Chain(), 0, Piece(0, len(self.problem.graph.blocks), "none"))
-            self._passes[shards] = cost.forward_s + cost.backward_s
-        return self._passes[shards]
-
-    def _ratio(self, tensor: int) -> float:
-        if tensor not in self._ratios:
-            self._ratios[tensor] = SLACK * self.problem.chains.pass_s(self.problem, tensor) / self._pass_s(1, 1)
-        return self._ratios[tensor]

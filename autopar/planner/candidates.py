@@ -18,6 +18,8 @@ from .stages import StageSearch
 MAX_CANDIDATES = 12
 MAX_RUNNERS_UP = 3
 MAX_TOO_LARGE = 3
+# Forward and backward of the microbatches, with the communication inside the stages.
+WORK = "work"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ def _parts(search: StageSearch, pieces: Sequence[Piece], costs: Sequence[StageCo
     reduction = sum(max(0.0, c.reduce_s - c.reduce_overlap_s) + c.reduce_model_s for c in costs)
     optimizer = sum(c.optimizer_s for c in costs)
     parts = {
-        "work inside the stages": work,
+        WORK: work,
         "recomputation": total - work,
         "gradient reduction": reduction,
         "optimizer": optimizer,
@@ -123,6 +125,8 @@ def _candidate(one: Tried, best: Tried, open_bound_s: float) -> Candidate:
 def _reason(one: Tried, best: Tried) -> str:
     """The part of the step that grew most against the chosen plan."""
     name = max(one.parts_s, key=lambda part: one.parts_s[part] - best.parts_s[part])
+    if name == WORK:
+        return f"each device works {one.parts_s[WORK] / best.parts_s[WORK]:.2f}x as long"
     return f"{name} {one.parts_s[name] / one.step_time_s:.0%}"
 
 

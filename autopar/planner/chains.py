@@ -42,9 +42,8 @@ class LayoutChains:
         if shape.tensor == 1:
             yield Chain()
             return
-        pinned, num_blocks = problem.constraints.recompute, len(problem.graph.blocks)
+        choices, num_blocks = problem.recompute_choices, len(problem.graph.blocks)
         seen: set[tuple[Layout, ...]] = set()
-        choices = (pinned,) if pinned else ("none", "full")
         # The frontiers are made only when the fastest chain leaves memory short.
         for frontier in (False, True):
             for recompute in choices if frontier else choices[:1]:

@@ -16,7 +16,7 @@ from typing import Protocol
 from ..cluster.spec import Cluster
 from ..cost.types import StageCost
 from ..graph import Graph
-from ..plan import Layout, Plan
+from ..plan import Layout, Plan, Recompute
 from ..plan_validate import nearest_divisors
 from ..schedule.orders import SCHEDULES
 from ..sharding.batch import batch_layout
@@ -154,6 +154,11 @@ class Problem:
         """What a plan may use of each device."""
         given = self.constraints.memory_limit_bytes
         return given if given is not None else int(self.cluster.device.memory_bytes * (1 - RESERVE_SHARE))
+
+    @property
+    def recompute_choices(self) -> tuple[Recompute, ...]:
+        """What a stage may do, the fastest first."""
+        return (self.constraints.recompute,) if self.constraints.recompute else ("none", "full")
 
     @cached_property
     def batch_conflict(self) -> str:

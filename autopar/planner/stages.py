@@ -29,13 +29,13 @@ Megatron-LM, SC 2021, section 2.2.1).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from ..cost.types import StageCost
-from ..plan import Recompute
 from ..schedule.step_time import exposed_reduce_s, step_time_s
 from ..simulate import stage_peak_bytes
 from .pricing import Piece, StagePrices, assemble
@@ -95,8 +95,6 @@ class StageSearch:
         self.problem, self.shape, self.chain, self._prices = problem, shape, chain, prices
         self._limit_bytes = problem.memory_limit_bytes
         self._num_blocks = len(problem.graph.blocks)
-        pinned = problem.constraints.recompute
-        self._recompute: tuple[Recompute, ...] = (pinned,) if pinned else ("none", "full")
         self._ways: dict[tuple[int, Piece], Option] = {}
         self._options: dict[tuple[int, int, int], Option | None] = {}
         self.table = self._tabulate(self.option)
@@ -110,14 +108,14 @@ class StageSearch:
         """
         key = (stage, start, stop)
         if key not in self._options:
-            ways = (self._way(stage, Piece(start, stop, recompute)) for recompute in self._recompute)
+            ways = (self._way(stage, Piece(start, stop, recompute)) for recompute in self.problem.recompute_choices)
             self._options[key] = next((way for way in ways if way.peak_bytes <= self._limit_bytes), None)
         return self._options[key]
 
     @cached_property
     def free_bound_s(self) -> float:
         """`root_bound_s` if memory had no limit."""
-        return self._tabulate(lambda stage, start, stop: self._way(stage, Piece(start, stop, self._recompute[0]))).root_s
+        return self._tabulate(lambda stage, start, stop: self._way(stage, Piece(start, stop, self.problem.recompute_choices[0]))).root_s
 
     def smallest(self) -> tuple[tuple[Piece, ...], int]:
         """The pieces whose fullest rank needs least memory, and that need in bytes, whether or not it fits."""
@@ -128,7 +126,7 @@ class StageSearch:
                 ways = []
                 for stop in self.stops(stage, start):
                     rest_bytes, rest = best[stage + 1, stop]
-                    for recompute in reversed(self._recompute):
+                    for recompute in reversed(self.problem.recompute_choices):
                         option = self._way(stage, Piece(start, stop, recompute))
                         ways.append((max(option.peak_bytes, rest_bytes), (option.piece, *rest)))
                 best[stage, start] = min(ways, key=lambda way: way[0])
@@ -229,10 +227,34 @@ class _Walk:
 
     def run(self) -> Solution:
         self._descend(_Node((), 0, 0.0, 0.0, 0.0, self.search.root_bound_s))
+        while self.open_bound_s < self.best_s and self.best is not None and self._improve(self.best):
+            pass
         return Solution(self.best, self.best_s, self.open_bound_s, self.num_simulated, self.num_visited)
 
     def _cutoff(self) -> float:
         return self.best_s * (1 - TOLERANCE)
+
+    def _improve(self, pieces: tuple[Piece, ...]) -> bool:
+        """Whether moving one cut by one block helps: what a proof that was cut short is worth finishing with."""
+        for cut in range(1, len(pieces)):
+            for shift in (-1, 1):
+                edges = [0, *(piece.stop for piece in pieces)]
+                edges[cut] += shift
+                if not edges[cut - 1] < edges[cut] < edges[cut + 1]:
+                    continue
+                options = [self.search.option(s, *edge) for s, edge in enumerate(itertools.pairwise(edges))]
+                if None not in options and self._simulate(tuple(option.piece for option in options)):
+                    return True
+        return False
+
+    def _simulate(self, pieces: tuple[Piece, ...]) -> bool:
+        """Whether this is the best plan so far; then it is kept."""
+        self.num_simulated += 1
+        step_time_s = self.search.step_time_s(pieces)
+        if step_time_s >= self._cutoff():
+            return False
+        self.best_s, self.best = step_time_s, pieces
+        return True
 
     def _descend(self, node: _Node) -> None:
         if node.bound_s >= self._cutoff():
@@ -242,14 +264,7 @@ class _Walk:
             return
         self.num_visited += 1
         if len(node.options) == self.shape.pipeline:
-            self.num_simulated += 1
-            pieces = tuple(option.piece for option in node.options)
-            step_time_s = self.search.step_time_s(pieces)
-            assert step_time_s >= node.bound_s * (1 - 1e-6), (
-                f"{self.shape}: simulated {step_time_s} s, below its lower bound {node.bound_s} s"
-            )
-            if step_time_s < self._cutoff():
-                self.best_s, self.best = step_time_s, pieces
+            self._simulate(tuple(option.piece for option in node.options))
             return
         for child in sorted(children(self.search, node), key=lambda child: child.bound_s):
             self._descend(child)

@@ -19,6 +19,7 @@ from .build import Runtime
 from .detail import detailed
 from .profile import OpSeconds
 from .recorder import CollectiveSample
+from .torch_private import local_tensor
 
 _DETAILED_STEP = 1  # the first step pays for lazy initialisation
 _KEPT_STEPS = 64
@@ -100,13 +101,16 @@ class Measurement:
         self.op_seconds = detail.op_seconds
 
     def _bytes_at_rest(self) -> int:
-        tensors: list[Tensor] = []
-        for parameter in self.runtime.storage.parameters.values():
+        storage = self.runtime.storage
+        tensors = storage.buffers()
+        for parameter in storage.parameters.values():
             tensors += [parameter] if parameter.grad is None else [parameter, parameter.grad]
         optimizer = self._optimizer()
         if optimizer is not None:
             tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-        return sum(_local_bytes(t) for t in tensors)
+        memory = [local_tensor(t).untyped_storage() for t in tensors]
+        # Gradients may be views of one bucket, which then counts once.
+        return sum({s.data_ptr(): s.nbytes() for s in memory}.values())
 
     def _join(self, events: tuple[Event, ...]) -> None:
         mine = (events, self.step_times_s[-1], self.peak_memory_bytes)
@@ -152,11 +156,6 @@ def _watch_optimizers(measurement: Measurement) -> list[Any]:
             found.optimizer_ends()
 
     return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-
-
-def _local_bytes(tensor: Tensor) -> int:
-    local = getattr(tensor, "_local_tensor", tensor)
-    return local.numel() * local.element_size()
 
 
 def _is_power_of_two(number: int) -> bool:

@@ -36,29 +36,29 @@ class Bucket:
         self.work: dist.Work | None = None
         self.launched = False
         self.views: list[Tensor] | None = None
-        self._flat: Tensor | None = None
+        self.flat: Tensor | None = None
         self._unused_count = 0
 
     def open(self) -> list[Tensor]:
         """One view per leaf, over memory that nobody else uses; the same list until `close`."""
         if self.views is None:
-            if self._flat is None or storage_use_count(self._flat) != self._unused_count:
+            if self.flat is None or storage_use_count(self.flat) != self._unused_count:
                 leaf = self.leaves[0]
-                self._flat = torch.empty(sum(self.sizes), dtype=leaf.dtype, device=leaf.device)
-                self._unused_count = storage_use_count(self._flat)
-            runs = self._flat.split(self.sizes)
+                self.flat = torch.empty(sum(self.sizes), dtype=leaf.dtype, device=leaf.device)
+                self._unused_count = storage_use_count(self.flat)
+            runs = self.flat.split(self.sizes)
             self.views = [run.view(leaf.shape) for run, leaf in zip(runs, self.leaves, strict=True)]
         return self.views
 
     def launch(self) -> None:
-        assert self._flat is not None and not self.launched
+        assert self.flat is not None and not self.launched
         self.launched = True
-        self.work = dist.all_reduce(self._flat, group=self.axis.group, async_op=True)
+        self.work = dist.all_reduce(self.flat, group=self.axis.group, async_op=True)
 
     def reset(self) -> None:
         """Forget a step that was broken off; its memory may still be on the wire, so it is not used again."""
         if self.views is not None:
-            self.views, self.work, self.launched, self._flat = None, None, False, None
+            self.views, self.work, self.launched, self.flat = None, None, False, None
 
     def close(self) -> list[Tensor]:
         """Wait for the sum, and give the views away."""
@@ -99,6 +99,10 @@ class GradientReducer:
             arrived[:] = [False] * len(arrived)
             for leaf in bucket.leaves:
                 leaf.grad = None
+
+    def buffers(self) -> list[Tensor]:
+        """Memory of the buckets, which stays from step to step."""
+        return [bucket.flat for bucket in self.buckets if bucket.flat is not None]
 
     def begin_last_backward(self) -> None:
         self._last = True
@@ -172,6 +176,9 @@ class Replicas:
 
     def forward(self, function: Callable[..., Any], *activations: Any) -> Any:
         return function(*activations)
+
+    def buffers(self) -> list[Tensor]:
+        return self._reducer.buffers()
 
     def begin_step(self) -> None:
         self._reducer.begin_step()

@@ -186,6 +186,9 @@ class Shards:
         for unit in (self._stage, *self._units):
             unit.reshard()
 
+    def buffers(self) -> list[Tensor]:
+        return self._reducer.buffers()
+
     def begin_step(self) -> None:
         self._synchronise(False)
         self._reducer.begin_step()

@@ -81,6 +81,9 @@ class Storage(Protocol):
     def begin_last_backward(self) -> None:
         """Gradients of the backward that follows are final: reduce each as soon as it is there."""
 
+    def buffers(self) -> list[Tensor]:
+        """What is held besides the parameters from step to step."""
+
     def finish(self) -> dict[str, Tensor]:
         """Wait for the reductions; local gradients at rest by name. Parameters that got none are left out."""
 

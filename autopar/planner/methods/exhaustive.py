@@ -48,17 +48,17 @@ def exhaustive(problem: Problem, progress: bool = True) -> Plan:
 
 def every_plan(problem: Problem) -> Iterator[Plan]:
     """All plans of the space, whether or not they fit in memory."""
-    num_blocks, pinned = len(problem.graph.blocks), problem.constraints.recompute
+    num_blocks = len(problem.graph.blocks)
     for shape in problem.shapes:
         for chain in problem.chains.of(problem, shape):
             for cuts in itertools.combinations(range(1, num_blocks), shape.pipeline - 1):
                 edges = list(itertools.pairwise((0, *cuts, num_blocks)))
-                for choice in itertools.product((pinned,) if pinned else ("none", "full"), repeat=shape.pipeline):
+                for choice in itertools.product(problem.recompute_choices, repeat=shape.pipeline):
                     pieces = [Piece(*edge, recompute) for edge, recompute in zip(edges, choice, strict=True)]
                     yield assemble(problem, shape, chain, pieces)
 
 
 def _count(problem: Problem) -> int:
     """Plans of the space, chains of layouts apart."""
-    num_blocks, ways = len(problem.graph.blocks), 1 if problem.constraints.recompute else 2
+    num_blocks, ways = len(problem.graph.blocks), len(problem.recompute_choices)
     return sum(math.comb(num_blocks - 1, shape.pipeline - 1) * ways**shape.pipeline for shape in problem.shapes)

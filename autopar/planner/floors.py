@@ -1,0 +1,119 @@
+"""Lower bounds of a shape's step time and memory from a handful of stage costs, so that most shapes need no more.
+
+Time. With C the time of a microbatch through the whole model, P stages of times c_0 .. c_{P-1} that sum to at least C, and M
+microbatches, the work bound of planner/stages.py is least when c_s = c_0 (1 - 1/M)^s, where it equals
+
+    (1)  C / (1 - (1 - 1/M)^P)                                                                           time_s
+
+Memory. Stage s has r_s bytes at rest and keeps a_s for each of its K_s microbatches in flight, K_0 >= K_1 >= ..; these sum to
+at least R and A. If the fullest stage holds L = max_s (r_s + K_s a_s), then summing over s, as it is or divided by K_s,
+
+    (2)  R + K_{P-1} A <= P L        and        R / K_0 + A <= L sum_s 1 / K_s                     _most_kept_bytes
+
+so a limit on L is one on A. Where the model's A exceeds it, blocks must recompute: those first that free most bytes per
+second of forward (a fractional knapsack), and their forward adds to C. Where even recomputing all is not enough, nothing fits.
+
+Tensor axis of t ranks: C is that of one rank times the ratio of the two at the largest share of the batch, where collectives
+cost relatively least; bytes and recomputed forwards are at least a t-th.
+
+Assumed of the cost model: cutting a stage in two never makes its parts cheaper together, ZeRO and recomputation never make a
+stage faster, and the statements on the tensor axis hold up to the slacks below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from ..cost.types import StageCost
+from ..schedule.orders import schedule_named
+from ..simulate import at_rest_bytes
+from .pricing import Piece, StagePrices
+from .problem import Chain, Problem, Shape
+
+# Allowance for the ratio of a tensor axis falling with the share of the batch, where rates rise as shares get smaller.
+TIME_SLACK = 0.98
+# Allowance for bytes that single blocks count and a whole model does not, such as a tensor that two blocks both keep.
+MEMORY_SLACK = 0.95
+
+
+class Floors:
+    """Floors of the shapes of one problem."""
+
+    def __init__(self, problem: Problem, prices: StagePrices) -> None:
+        self.problem, self.prices = problem, prices
+        self._ratios: dict[int, float] = {1: 1.0}
+        self._knapsacks: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
+
+    def time_s(self, shape: Shape) -> float:
+        """No plan of this shape is faster; infinite if none fits in memory."""
+        plain = self._whole(shape, self.problem.recompute_choices[0])
+        pass_s = plain.forward_s + plain.backward_s
+        excess_bytes = plain.activation_bytes - self._most_kept_bytes(shape, plain)
+        again_s = self._recomputed_s(shape, excess_bytes) if excess_bytes > 0 else 0.0
+        most_s = pass_s * self._ratio(shape.tensor) + again_s / shape.tensor
+        return most_s / (1 - (1 - 1 / shape.microbatches) ** shape.pipeline)
+
+    def memory_bytes(self, shape: Shape) -> float:
+        """No plan of this shape has a fullest rank with less."""
+        least = self._whole(shape, self.problem.recompute_choices[-1])
+        held = self._in_flight(shape)
+        rest_bytes, kept_bytes = at_rest_bytes(least), least.activation_bytes
+        by_sum = (rest_bytes + held[-1] * kept_bytes) / shape.pipeline
+        by_share = (rest_bytes / held[0] + kept_bytes) / sum(1 / k for k in held)
+        return MEMORY_SLACK * max(by_sum, by_share) / shape.tensor
+
+    def _most_kept_bytes(self, shape: Shape, cost: StageCost) -> float:
+        """What a microbatch may keep over all stages under the memory limit, by (2)."""
+        limit_bytes = self.problem.memory_limit_bytes * shape.tensor / MEMORY_SLACK
+        held, rest_bytes = self._in_flight(shape), at_rest_bytes(cost)
+        by_sum = (shape.pipeline * limit_bytes - rest_bytes) / held[-1]
+        return min(by_sum, limit_bytes * sum(1 / k for k in held) - rest_bytes / held[0])
+
+    def _recomputed_s(self, shape: Shape, excess_bytes: float) -> float:
+        """The least forward time that recomputation adds per microbatch to free so much; infinite if it cannot."""
+        seconds = 0.0
+        for freed_bytes, forward_s in self._knapsack(shape):
+            if freed_bytes >= excess_bytes:
+                return seconds + forward_s * excess_bytes / freed_bytes
+            excess_bytes -= freed_bytes
+            seconds += forward_s
+        return math.inf
+
+    def _knapsack(self, shape: Shape) -> list[tuple[float, float]]:
+        """(bytes freed, forward seconds) of recomputing all blocks of each kind, the best value first."""
+        key = (shape.data, shape.microbatches, shape.zero)
+        if key not in self._knapsacks:
+            found = []
+            blocks = self.problem.graph.blocks
+            for kind, count in Counter(block.kind for block in blocks).items():
+                index = next(block.index for block in blocks if block.kind == kind)
+                costs = [self._block(shape, index, choice) for choice in self.problem.recompute_choices]
+                freed_bytes = (costs[0].activation_bytes - costs[-1].activation_bytes) / MEMORY_SLACK
+                if freed_bytes > 0:
+                    found.append((count * freed_bytes, count * costs[0].forward_s))
+            self._knapsacks[key] = sorted(found, key=lambda item: item[1] / item[0])
+        return self._knapsacks[key]
+
+    def _block(self, shape: Shape, index: int, recompute: str) -> StageCost:
+        """One block as a stage of its own, in a pipeline as short as it can stand in."""
+        last = len(self.problem.graph.blocks) - 1
+        stage = int(index > 0)
+        alone = Shape(stage + (index < last) + 1, shape.data, 1, shape.microbatches, "1f1b", shape.zero)
+        return self.prices.cost(alone, Chain(), stage, Piece(index, index + 1, recompute))
+
+    def _whole(self, shape: Shape, recompute: str) -> StageCost:
+        """The whole model as one stage, without a tensor axis."""
+        alone = Shape(1, shape.data, 1, shape.microbatches, "1f1b", shape.zero)
+        return self.prices.cost(alone, Chain(), 0, Piece(0, len(self.problem.graph.blocks), recompute))
+
+    def _ratio(self, tensor: int) -> float:
+        if tensor not in self._ratios:
+            one = self._whole(Shape(1, 1, 1, 1, "1f1b", 0), self.problem.recompute_choices[0])
+            pass_s = self.problem.chains.pass_s(self.problem, tensor)
+            self._ratios[tensor] = TIME_SLACK * pass_s / (one.forward_s + one.backward_s)
+        return self._ratios[tensor]
+
+    def _in_flight(self, shape: Shape) -> list[int]:
+        in_flight = schedule_named(shape.schedule).in_flight
+        return [in_flight(s, shape.pipeline, shape.microbatches) for s in range(shape.pipeline)]
