@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from pool import Pool
 
@@ -201,6 +202,22 @@ def test_the_slowest_rank_stands_for_all() -> None:
     assert (slowest.launch_s, slowest.flops_per_s["float32"], slowest.memory_bytes_per_s) == (3.0, 3.0, 3.0)
     links = [Link(0, 1, 0.5, {"send": (1e-3, 5.0)}), Link(0, 1, 0.2, {"send": (2e-3, 7.0)})]
     assert probe_module._slowest_link(links) == Link(2e-3, 5.0, 0.2, {"send": (2e-3, 5.0)})
+
+
+def test_compute_counts_cpu_time_and_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(probe_module.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    alone, shared = (probe_module._compute_clock(torch.device("cpu"), ranks) for ranks in (2, 6))
+    spans = []
+    for clock in (alone, shared):
+        start_s, cpu_s = clock(), time.process_time()
+        time.sleep(0.05)  # what other programs take is not ours
+        total = sum(range(200_000))
+        spans.append((clock() - start_s) / (time.process_time() - cpu_s))
+        assert total
+    assert spans == pytest.approx([1.0, 3.0], rel=0.2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert probe_module._compute_clock(torch.device("cpu"), 2) is time.perf_counter
 
 
 def probed() -> tuple[str, float]:

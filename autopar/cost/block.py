@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..cluster.spec import Cluster
 from ..graph import Block, Graph, Op
@@ -70,7 +70,12 @@ class Pricer:
         key = (self._representative.get(op.name, op.name), strategy, shards)
         found = self._ops.get(key)
         if found is None:
-            forward, backward = kernels(self._call(op, strategy, shards))
+            # A special algorithm may do more than its share: a causal attention split over queries fills its square.
+            more = strategy.work * strategy.degree if strategy is not None and strategy.degree > 1 else 1.0
+            forward, backward = (
+                [replace(kernel, amount=kernel.amount * more) for kernel in part]
+                for part in kernels(self._call(op, strategy, shards))
+            )
             device = self.cluster.device
             found = self._ops[key] = (
                 seconds_by_class(device, forward, False, self.corrections),

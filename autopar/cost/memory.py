@@ -174,9 +174,8 @@ class _Walk:
     def _convert(self, index: int, step: Convert) -> None:
         source = self._use(step.tensor, step.have, index)
         action = conversion(step.have, step.want).forward
-        view_only = action == "" or (
-            action == "slice" and isinstance(step.want, Split) and step.want.blocks == 1
-        )
+        # A slice of any dim but the first has gaps, and most ops that read it copy it first.
+        view_only = action == "" or (action == "slice" and step.want == Split(0))
         if view_only:
             self.where[step.tensor, str(step.want)] = source
         else:
