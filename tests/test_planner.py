@@ -203,9 +203,9 @@ def test_real_models_get_the_optimum_of_the_space(graphs, name):
     graph = graphs[name]
     cluster = Cluster.preset("a100-80gb", hosts=2, devices_per_host=2)
     for pinned in (
-        {"schedule": "1f1b", "microbatches": 2},
-        {"tensor": 2, "microbatches": 1},
-        {"pipeline": 2, "zero": 0},
+        {"schedule": "1f1b", "microbatches": 2, "zero": 0},
+        {"tensor": 2, "microbatches": 1, "zero": 3, "recompute": "none"},
+        {"pipeline": 2, "tensor": 1, "schedule": "gpipe"},
     ):
         plan = search(graph, cluster, progress=False, **pinned)
         oracle = search(graph, cluster, "exhaustive", progress=False, **pinned)
@@ -213,6 +213,20 @@ def test_real_models_get_the_optimum_of_the_space(graphs, name):
         plan.validate(graph, cluster)
         assert type(plan).from_json(plan.to_json()) == plan
         assert plan.candidates and graph.name in plan.explain(graph)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "tied_lm"])
+def test_layouts_that_take_less_memory_are_used_where_they_pay(graphs, name):
+    """Under each memory limit, the optimum over all chains of layouts, of which the search makes as few as it can."""
+    graph, cluster = graphs[name], Cluster.preset("cpu", hosts=1, devices_per_host=4)
+    pinned = Constraints(schedule="1f1b", microbatches=2, tensor=2)
+    free = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), pinned)
+    all_plans = simulated(free)
+    peaks = sorted({peak for _, peak in all_plans})
+    for share in (0.02, 0.05, 0.2, 0.3, 0.5, 0.7):
+        problem = limited(free, peaks[int(share * (len(peaks) - 1))])
+        best_s = min(time_s for time_s, peak in all_plans if peak <= problem.memory_limit_bytes)
+        assert auto(problem, progress=False).prediction.step_time_s == pytest.approx(best_s, rel=1e-8)
 
 
 def test_real_prices_are_those_of_the_whole_plan(graphs):

@@ -73,6 +73,7 @@ class _Auto:
                     bar.update(entry.chains is None)
         if self.best is None:
             raise nothing_fits(self.problem, self.prices, self.tight)
+        self.tight += [self._too_large(entry.shape) for entry in self.heap if entry.bound_s == math.inf]
         self._represent(sorted(self.heap))
         return conclude(self.problem, self.prices, self.best, self.tried, self.tight, self.open_bound_s)
 
@@ -84,7 +85,7 @@ class _Auto:
         shape, chains = entry.shape, entry.chains
         if chains is None:
             if entry.bound_s == math.inf:
-                self.tight.append(TooLarge(self.floors.memory_bytes(shape), shape))
+                self.tight.append(self._too_large(shape))
                 return
             chains = iter(self.problem.chains.of(self.problem, shape))
         chain = next(chains, None)
@@ -95,9 +96,14 @@ class _Auto:
             heapq.heappush(self.heap, _Entry(search.root_bound_s, entry.order, shape, search))
         else:
             self.tight.append(TooLarge(search.smallest()[1], shape, search))
-        # Later chains are slower and take less memory.
-        if search.free_bound_s < search.root_bound_s * (1 - TOLERANCE):
+        # Later chains are slower and take less memory, so that the first one's bound without a limit holds for them.
+        if entry.chains is not None:
+            heapq.heappush(self.heap, _Entry(entry.bound_s, entry.order, shape, chains=chains))
+        elif search.free_bound_s < search.root_bound_s * (1 - TOLERANCE):
             heapq.heappush(self.heap, _Entry(search.free_bound_s, entry.order, shape, chains=chains))
+
+    def _too_large(self, shape: Shape) -> TooLarge:
+        return TooLarge(self.floors.memory_bytes(shape), shape)
 
     def _solve(self, search: StageSearch) -> None:
         solution = search.solve(self.best.step_time_s if self.best else math.inf, MAX_VISITS)

@@ -24,7 +24,7 @@ from ..sharding.batch import batch_layout
 from ..sharding.placement import Placement, Split, conversion
 from ..sharding.strategies import strategies
 from ..sharding.strategy import Strategy
-from .layout_chain import chain_frontier, chain_layouts
+from .layout_chain import ChainSolution, chain_frontier, chain_layouts
 from .layout_options import LayoutOptions, layout_options
 from .problem import Chain, Problem, Shape
 
@@ -37,27 +37,30 @@ class LayoutChains:
 
     def __init__(self) -> None:
         self._options: dict[tuple, LayoutOptions] = {}
+        self._fastest: dict[tuple, ChainSolution] = {}
 
     def of(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
         """Distinct chains for `shape`, the fastest first; the empty chain where there is no tensor axis."""
         if shape.tensor == 1:
             yield Chain()
             return
-        choices, num_blocks = problem.recompute_choices, len(problem.graph.blocks)
         seen: set[tuple[Layout, ...]] = set()
-        # The frontiers are made only when the fastest chain leaves memory short.
-        for frontier in (False, True):
-            for recompute in choices if frontier else choices[:1]:
-                options = self._options_of(problem, shape, recompute)
-                solutions = (
-                    chain_frontier(options, 0, num_blocks, num_points=MAX_CHAINS)
-                    if frontier
-                    else (chain_layouts(options, 0, num_blocks),)
-                )
-                for solution in solutions:
-                    if solution.layouts not in seen:
-                        seen.add(solution.layouts)
-                        yield Chain.of(solution.layouts)
+        for solution in self._solutions(problem, shape):
+            if solution.layouts not in seen:
+                seen.add(solution.layouts)
+                yield Chain.of(solution.layouts)
+
+    def _solutions(self, problem: Problem, shape: Shape) -> Iterator[ChainSolution]:
+        """The fastest chain, and, if more are asked for, the frontiers of both recompute choices."""
+        choices, num_blocks = problem.recompute_choices, len(problem.graph.blocks)
+        # Speed alone does not depend on how many microbatches are in flight, nor so on the schedule.
+        key = (shape.data, shape.tensor, shape.microbatches, shape.zero, choices[0])
+        if key not in self._fastest:
+            self._fastest[key] = chain_layouts(self._options_of(problem, shape, choices[0]), 0, num_blocks)
+        yield self._fastest[key]
+        for recompute in choices:
+            options = self._options_of(problem, shape, recompute)
+            yield from chain_frontier(options, 0, num_blocks, num_points=MAX_CHAINS)
 
     def pass_s(self, problem: Problem, tensor: int) -> float:
         """Forward and backward of the whole model and batch on `tensor` ranks: no layout is faster."""
