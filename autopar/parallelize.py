@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .capture.export import capture
 from .cluster.spec import Cluster
-from .cluster.world import join_world
+from .cluster.probe_world import join_world
 from .cost.model import Corrections, CostModel
 from .graph import Graph
 from .plan import Plan
