@@ -121,11 +121,11 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan file. OSError if it cannot be read, ValueError if it is truncated, of another schema or no plan."""
+        """Read a plan file. OSError if it cannot be read; ValueError if it is truncated, of another schema, no plan."""
         return cls.from_json(Path(path).read_text(encoding="utf-8", errors="replace"), source=str(path))
 
     def validate(self, graph: Graph, cluster: Cluster) -> None:
-        """ValueError unless the plan can run this graph on this cluster: the field, what it says, what it should say."""
+        """ValueError unless the plan can run this graph on this cluster: the field, what it says, what it should."""
         from .plan_validate import validate_plan
 
         validate_plan(self, graph, cluster)

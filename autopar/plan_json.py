@@ -111,7 +111,9 @@ def _parse_fields(kind: type, value: Any, path: str) -> Any:
     dot = f"{path}." if path else ""
     missing = [name for name in hints if name not in value]
     if missing:
-        raise ValueError(f"field {dot}{missing[0]} is missing; every field of a plan is written by Plan.save; {_REMAKE}")
+        raise ValueError(
+            f"field {dot}{missing[0]} is missing; every field of a plan is written by Plan.save; {_REMAKE}"
+        )
     unknown = [name for name in value if name not in hints]
     if unknown:
         raise ValueError(f"field {dot}{unknown[0]} is unknown; expected only {', '.join(hints)}; remove or rename it")

@@ -114,7 +114,9 @@ def _check_stages(plan: Plan, graph: Graph) -> None:
         if stage.start != reached:
             raise ValueError(f"{at}.start is {stage.start}, expected {reached}, where the stages before it end")
         if stage.stop <= stage.start:
-            raise ValueError(f"{at}.stop is {stage.stop}, expected more than its start {stage.start}: a stage has blocks")
+            raise ValueError(
+                f"{at}.stop is {stage.stop}, expected more than its start {stage.start}: a stage has blocks"
+            )
         reached = stage.stop
     if reached != len(graph.blocks):
         raise ValueError(
@@ -141,7 +143,9 @@ def _check_batch(plan: Plan, graph: Graph) -> None:
         conflict = batch_layout(graph, shards).conflict
         if conflict:
             name, value = ("microbatches", plan.microbatches) if plan.microbatches > 1 else ("data", data)
-            raise ValueError(f"plan.{name} is {value}, but the rows of {graph.name}'s batch depend on each other: {conflict}")
+            raise ValueError(
+                f"plan.{name} is {value}, but the rows of {graph.name}'s batch depend on each other: {conflict}"
+            )
 
 
 def _check_layouts(plan: Plan, graph: Graph) -> None:
@@ -156,14 +160,16 @@ def _check_layouts(plan: Plan, graph: Graph) -> None:
             raise ValueError(f"{at}.layouts has {len(stage.layouts)} entries, expected {expected}: {why}")
         for i, (index, block) in enumerate(zip(stage.layouts, graph.blocks[stage.start : stage.stop], strict=False)):
             if not 0 <= index < len(plan.layouts):
-                raise ValueError(f"{at}.layouts[{i}] is {index}, expected an index into the {len(plan.layouts)} layouts")
+                raise ValueError(
+                    f"{at}.layouts[{i}] is {index}, expected an index into the {len(plan.layouts)} layouts"
+                )
             layout = plan.layouts[index]
             if (index, block.kind) not in checked:
                 _check_layout(plan, graph, stage, block, index)
                 checked.add((index, block.kind))
             if leaving is not None and leaving != layout.inputs:
                 raise ValueError(
-                    f"plan.layouts[{index}].inputs (block {block.index}) is {list(layout.inputs)}, but the block before "
+                    f"plan.layouts[{index}].inputs (block {block.index}) is {list(layout.inputs)}, but the one before "
                     f"leaves {list(leaving)}; make the two equal"
                 )
             leaving = layout.outputs
@@ -172,7 +178,7 @@ def _check_layouts(plan: Plan, graph: Graph) -> None:
                 there, said = at_rest.setdefault(name, (field, token))
                 if token != said:
                     raise ValueError(
-                        f"{field} (block {block.index}) holds {graph.tensors[name].fqn or name} as {token}, but {there} "
+                        f"{field} (block {block.index}) holds {graph.tensors[name].fqn} as {token}, but {there} "
                         f"as {said}; a parameter that two blocks share has one placement"
                     )
 
@@ -192,7 +198,7 @@ def _check_layout(plan: Plan, graph: Graph, stage: Stage, block: Block, index: i
         legal = [strategy.key for strategy in strategies(graph, op, layout.degree, shards)]
         if key not in legal:
             raise ValueError(
-                f"{at}.strategies[{i}] is {key!r}, but {op.name} ({op.target}{' in ' + op.module if op.module else ''}) "
+                f"{at}.strategies[{i}] is {key!r}, but {op.name} ({op.target} in {op.module or graph.name}) "
                 f"can run on {layout.degree} ranks only as {', '.join(legal)}"
             )
 
@@ -224,10 +230,11 @@ def _check_tokens(graph: Graph, block: Block, layout: Layout, at: str, shards: i
             cut = on_batch.get(name, REPLICATED)
             if isinstance(cut, Split) and cut.dim == placement.dim:
                 size //= shards
+            units = max(1, size // placement.blocks)
             if not divides(tensor.shape, [(cut, shards), (placement, layout.degree)]):
                 raise ValueError(
                     f"{at}.{field}[{i}] is {token}: {tensor.fqn or name} has {size} along dim {placement.dim} on each "
                     f"data rank and microbatch, which degree {layout.degree}"
                     f"{f' x {placement.blocks} blocks' if placement.blocks > 1 else ''} does not divide; "
-                    f"the nearest tensor degrees that do are {nearest_divisors(max(1, size // placement.blocks), layout.degree)}"
+                    f"the nearest tensor degrees that do are {nearest_divisors(units, layout.degree)}"
                 )

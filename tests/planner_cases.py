@@ -18,7 +18,7 @@ WIDTH = 24
 
 
 def chain_graph(kinds: tuple[int, ...], batch_size: int, name: str = "Chain") -> Graph:
-    """A linear layer per block, the last one summed to the loss; blocks of one kind have as many linears as the kind says."""
+    """Blocks of one to three linear layers, as their kind says; the last block sums to the loss."""
     tensors = {"x": Tensor("x", (batch_size, WIDTH), torch.float32, "input")}
     ops, blocks = [], []
     value = "x"
@@ -26,9 +26,20 @@ def chain_graph(kinds: tuple[int, ...], batch_size: int, name: str = "Chain") ->
         names, parameters, entered = [], [], value
         for layer in range(kind % 3 + 1):
             weight, out = f"w{index}_{layer}", f"y{index}_{layer}"
-            tensors[weight] = Tensor(weight, (WIDTH, WIDTH), torch.float32, "parameter", True, f"layers.{index}.{layer}.weight")
+            tensors[weight] = Tensor(
+                weight, (WIDTH, WIDTH), torch.float32, "parameter", True, f"layers.{index}.{layer}.weight"
+            )
             tensors[out] = Tensor(out, (batch_size, WIDTH), torch.float32, "activation", True)
-            ops.append(Op(f"linear{index}_{layer}", "aten.linear.default", (Ref(value), Ref(weight)), (), (out,), f"layers.{index}"))
+            ops.append(
+                Op(
+                    f"linear{index}_{layer}",
+                    "aten.linear.default",
+                    (Ref(value), Ref(weight)),
+                    (),
+                    (out,),
+                    f"layers.{index}",
+                )
+            )
             names.append(ops[-1].name)
             parameters.append(weight)
             value = out
@@ -39,7 +50,14 @@ def chain_graph(kinds: tuple[int, ...], batch_size: int, name: str = "Chain") ->
             names.append("sum")
         # the last block also has the loss, so it is of a kind of its own
         blocks.append(
-            Block(index, kind + 1000 * last, tuple(names), (entered,) if index else (), () if last else (value,), tuple(parameters))
+            Block(
+                index,
+                kind + 1000 * last,
+                tuple(names),
+                (entered,) if index else (),
+                () if last else (value,),
+                tuple(parameters),
+            )
         )
     return Graph(
         name, tensors, tuple(ops), ("x",), (0,), "loss", (), (), frozenset(), tuple(blocks), batch_size,
@@ -56,7 +74,8 @@ def small_cluster(world_size: int, per_host: int | None = None, memory_bytes: in
 class MadeUpCosts:
     """Costs that are drawn once per kind of block; a stage adds up its blocks. `asked` counts the questions.
 
-    They keep what planner/auto.py assumes: cutting, ZeRO and recomputation save no time, a tensor axis at most its share.
+    They keep what planner/auto.py assumes: cutting, ZeRO and recomputation save no time, a tensor axis at most its
+    share.
     """
 
     graph: Graph

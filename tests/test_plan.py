@@ -21,13 +21,20 @@ def random_plan(seed: int) -> Plan:
         return tuple(draw.choice(tokens) for _ in range(draw.randrange(most)))
 
     layouts = tuple(
-        Layout(draw.randrange(2, 9), tuple(draw.choice(["-", "o", "i@3", "partial:0"]) for _ in range(3)), row(), row(), row())
+        Layout(
+            draw.randrange(2, 9),
+            tuple(draw.choice(["-", "o", "i@3", "partial:0"]) for _ in range(3)),
+            row(),
+            row(),
+            row(),
+        )
         for _ in range(draw.randrange(3))
     )
+    indices = [tuple(draw.randrange(len(layouts)) for _ in range(3)) if layouts else () for _ in range(5)]
     stages = tuple(
         Stage(
             s, s + 1, tuple(range(draw.randrange(1, 5))), draw.randrange(1, 4), draw.randrange(1, 4),
-            tuple(draw.randrange(len(layouts)) for _ in range(draw.randrange(3))) if layouts else (), draw.choice(["none", "full"]), draw.choice([0, 3]),
+            indices[s], draw.choice(["none", "full"]), draw.choice([0, 3]),
         )
         for s in range(draw.randrange(1, 5))
     )  # fmt: skip
@@ -103,7 +110,9 @@ def _words(path) -> str:
 
 
 def test_every_wrong_type_is_an_error_that_names_the_field():
-    full = next(p for p in map(random_plan, range(100)) if p.layouts and p.prediction and p.candidates and p.stages[0].layouts)
+    full = next(
+        p for p in map(random_plan, range(100)) if p.layouts and p.prediction and p.candidates and p.stages[0].layouts
+    )
     checked = 0
     for path in _paths(json.loads(full.to_json())):
         for wrong in ({"strange": 1}, True, [[]], "nonsense" if path[-1] in ("recompute", "zero", "stages") else 1.5j):
@@ -141,7 +150,13 @@ def test_other_files_are_refused():
     data = {**json.loads(plan.to_json()), "schema": SCHEMA + 1}
     with pytest.raises(ValueError, match=f"schema is {SCHEMA + 1}, this version of autopar reads {SCHEMA}"):
         Plan.from_json(json.dumps(data))
-    for text, words in (("[]", "list"), ("{}", "no field schema"), ("step,time\n1,2", "not JSON"), ("", "JSON"), ("null", "null")):
+    for text, words in (
+        ("[]", "list"),
+        ("{}", "no field schema"),
+        ("step,time\n1,2", "not JSON"),
+        ("", "JSON"),
+        ("null", "null"),
+    ):
         with pytest.raises(ValueError, match=words):
             Plan.from_json(text)
 
@@ -197,7 +212,10 @@ BAD = {
     "schedule": (lambda p: replace(p, schedule="1f2b"), "'1f2b', expected one of gpipe, 1f1b; did you mean '1f1b'"),
     "evaluation": (lambda p: replace(p, schedule="forward"), "'forward', expected one of gpipe, 1f1b"),
     "microbatches": (lambda p: replace(p, microbatches=0), "plan.microbatches is 0"),
-    "batch rows": (lambda p: replace(p, microbatches=3), "does not divide the batch of 8 rows; plan.microbatches could be 2 or 4"),
+    "batch rows": (
+        lambda p: replace(p, microbatches=3),
+        "does not divide the batch of 8 rows; plan.microbatches could be 2 or 4",
+    ),
     "no stages": (lambda p: replace(p, stages=()), "plan.stages is empty"),
     "degrees": (
         lambda p: replace(p, stages=p.stages[:1]),
@@ -218,14 +236,20 @@ BAD = {
     "layout index": (lambda p: stage(p, 1, layouts=(2, 4)), r"stages\[1\].layouts\[1\] is 4"),
     "layout degree": (lambda p: layout(p, 1, degree=4), r"layouts\[1\].degree is 4"),
     "strategies": (lambda p: layout(p, 0, strategies=()), r"layouts\[0\].strategies has 0 entries, expected 1"),
-    "strategy": (lambda p: layout(p, 0, strategies=("diagonal",)), r"layouts\[0\].strategies\[0\] is 'diagonal'.* only as .*-"),
+    "strategy": (
+        lambda p: layout(p, 0, strategies=("diagonal",)),
+        r"layouts\[0\].strategies\[0\] is 'diagonal'.* only as .*-",
+    ),
     "inputs": (lambda p: layout(p, 1, inputs=()), r"layouts\[1\].inputs has 0 entries, expected 1.*y0_0"),
     "outputs": (lambda p: layout(p, 1, outputs=("R", "R")), r"layouts\[1\].outputs has 2 entries"),
     "parameters": (lambda p: layout(p, 1, parameters=("R",)), r"layouts\[1\].parameters has 1 entries, expected 2"),
     "token": (lambda p: layout(p, 0, parameters=("X",)), r"layouts\[0\].parameters\[0\]: not a placement: 'X'"),
     "dim": (lambda p: layout(p, 0, parameters=("S2",)), r"layers.0.0.weight of shape \(24, 24\) has no dim 2"),
     "blocks": (lambda p: layout(p, 0, parameters=("S0/5",)), "degree 2 x 5 blocks does not divide"),
-    "boundary": (lambda p: layout(p, 1, inputs=("S1",)), r"layouts\[1\].inputs \(block 1\) is \['S1'\], but .* leaves \['R'\]"),
+    "boundary": (
+        lambda p: layout(p, 1, inputs=("S1",)),
+        r"layouts\[1\].inputs \(block 1\) is \['S1'\], but .* leaves \['R'\]",
+    ),
     "stage boundary": (lambda p: layout(p, 2, inputs=("S1",)), r"layouts\[2\].inputs \(block 2\)"),
 }
 
@@ -238,15 +262,16 @@ def test_validation_names_the_fault(case):
 
 
 def test_a_degree_that_does_not_divide_names_the_nearest():
-    plan = Plan(
-        GRAPH.name, GRAPH.fingerprint, 5, 8, 1, "1f1b", (Stage(0, 4, tuple(range(5)), 1, 5, (0, 1, 2, 3)),), layouts_for(5),
-    )  # fmt: skip
+    stages = (Stage(0, 4, tuple(range(5)), 1, 5, (0, 1, 2, 3)),)
+    plan = Plan(GRAPH.name, GRAPH.fingerprint, 5, 8, 1, "1f1b", stages, layouts_for(5))
     with pytest.raises(ValueError, match="degree 5 does not divide; the nearest tensor degrees that do are 4 or 6"):
         layout(plan, 0, parameters=("S0",)).validate(GRAPH, small_cluster(5))
     with pytest.raises(ValueError, match="data must divide the batch: 4 or 8"):
         replace(plan, stages=(Stage(0, 4, tuple(range(5)), 5, 1),), layouts=()).validate(GRAPH, small_cluster(5))
     with pytest.raises(ValueError, match="zero is 3, which shards over the data axis, but data is 1"):
-        replace(plan, stages=(Stage(0, 4, tuple(range(5)), 1, 5, (0, 1, 2, 3), zero=3),)).validate(GRAPH, small_cluster(5))
+        replace(plan, stages=(Stage(0, 4, tuple(range(5)), 1, 5, (0, 1, 2, 3), zero=3),)).validate(
+            GRAPH, small_cluster(5)
+        )
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -276,9 +301,15 @@ def test_explain_tells_degrees_stages_and_candidates():
 def test_diff_tells_what_changed():
     plan = good_plan()
     assert plan.diff(plan) == ""
-    other = stage(stage(replace(plan, microbatches=4), 0, stop=1, recompute="full", layouts=(0,)), 1, start=1, layouts=(1, 2, 3))
+    other = stage(
+        stage(replace(plan, microbatches=4), 0, stop=1, recompute="full", layouts=(0,)), 1, start=1, layouts=(1, 2, 3)
+    )
     text = plan.diff(other)
-    for words in ("microbatches: 2 -> 4", "stage 0: blocks 0-1 -> 0-0, recompute none -> full", "stage 1: blocks 2-3 -> 1-3"):
+    for words in (
+        "microbatches: 2 -> 4",
+        "stage 0: blocks 0-1 -> 0-0, recompute none -> full",
+        "stage 1: blocks 2-3 -> 1-3",
+    ):
         assert words in text, text
     split = layout(layout(plan, 0, outputs=("S1",)), 1, inputs=("S1",))
     assert plan.diff(split) == "stage 0: other layouts in blocks 0-1"

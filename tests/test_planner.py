@@ -106,7 +106,11 @@ def test_cuts_of_one_shape_are_optimal(seed):
     pipeline = draw.randrange(2, 5)
     cluster = small_cluster(pipeline)
     costs = MadeUpCosts(graph, cluster, seed, slow_network=draw.choice([0.1, 1, 10, 100]))
-    pinned = {"pipeline": pipeline, "microbatches": draw.choice([1, 2, 4, 8, 16]), "schedule": draw.choice(["1f1b", "gpipe"])}
+    pinned = {
+        "pipeline": pipeline,
+        "microbatches": draw.choice([1, 2, 4, 8, 16]),
+        "schedule": draw.choice(["1f1b", "gpipe"]),
+    }
     problem = Problem(graph, cluster, costs, WholeLayouts(), Constraints(**pinned))
     (shape,) = problem.shapes
     wide = StageSearch(problem, shape, Chain(), StagePrices(problem))
@@ -128,7 +132,9 @@ def test_cuts_of_one_shape_are_optimal(seed):
     assert cuts.step_time_s(found.pieces) == found.step_time_s
     if best_s < float("inf"):
         again = cuts.solve(max_visits=3)
-        assert best_s * (1 - 1e-9) <= again.step_time_s and min(again.open_bound_s, again.step_time_s) <= best_s * (1 + 1e-9)
+        assert best_s * (1 - 1e-9) <= again.step_time_s and min(again.open_bound_s, again.step_time_s) <= best_s * (
+            1 + 1e-9
+        )
         assert cuts.solve(below_s=best_s).pieces is None
 
 
@@ -175,10 +181,12 @@ def test_repeated_blocks_are_priced_once():
     graph = chain_graph((0, *[1] * 30, 2), 64)
     cluster = small_cluster(8)
     costs = MadeUpCosts(graph, cluster, 0)
-    problem = Problem(graph, cluster, costs, WholeLayouts(), Constraints(pipeline=8, tensor=1, microbatches=8, schedule="1f1b"))
+    problem = Problem(
+        graph, cluster, costs, WholeLayouts(), Constraints(pipeline=8, tensor=1, microbatches=8, schedule="1f1b")
+    )
     StageSearch(problem, problem.shapes[0], Chain(), StagePrices(problem))
-    # Runs of 1 to 25 layers with and without the first block, before a layer or before the last block, and those that end
-    # the model: far from the 2,000 (stage, start, stop) that there are.
+    # Runs of 1 to 25 layers with and without the first block, before a layer or before the last block, and those that
+    # end the model: far from the 2,000 (stage, start, stop) that there are.
     assert costs.asked <= 5 * 25
 
 
@@ -194,7 +202,11 @@ def graphs():
 def test_real_models_get_the_optimum_of_the_space(graphs, name):
     graph = graphs[name]
     cluster = Cluster.preset("a100-80gb", hosts=2, devices_per_host=2)
-    for pinned in ({"schedule": "1f1b", "microbatches": 2}, {"tensor": 2, "microbatches": 1}, {"pipeline": 2, "zero": 0}):
+    for pinned in (
+        {"schedule": "1f1b", "microbatches": 2},
+        {"tensor": 2, "microbatches": 1},
+        {"pipeline": 2, "zero": 0},
+    ):
         plan = search(graph, cluster, progress=False, **pinned)
         oracle = search(graph, cluster, "exhaustive", progress=False, **pinned)
         assert plan.prediction.step_time_s == pytest.approx(oracle.prediction.step_time_s, rel=1e-8), pinned
@@ -207,7 +219,9 @@ def test_real_prices_are_those_of_the_whole_plan(graphs):
     """Kinds, shared parameters and hosts tell stages apart as far as the real cost model does."""
     cluster = Cluster.preset("a100-80gb", hosts=2, devices_per_host=2)
     for name in ("gpt2", "tied_lm", "llama"):
-        problem = Problem(graphs[name], cluster, CostModel(graphs[name], cluster), LayoutChains(), Constraints(microbatches=2))
+        problem = Problem(
+            graphs[name], cluster, CostModel(graphs[name], cluster), LayoutChains(), Constraints(microbatches=2)
+        )
         prices = StagePrices(problem)
         for shape in problem.shapes:
             for chain in itertools.islice(problem.chains.of(problem, shape), 2):
@@ -264,14 +278,20 @@ def test_constraints_are_kept(seed):
 
 
 IMPOSSIBLE = {
-    "product": ({"data": 2, "tensor": 2, "pipeline": 1}, "data=2 x tensor=2 x pipeline=1 = 4, but the cluster has 8 devices"),
+    "product": (
+        {"data": 2, "tensor": 2, "pipeline": 1},
+        "data=2 x tensor=2 x pipeline=1 = 4, but the cluster has 8 devices",
+    ),
     "part": ({"data": 4, "tensor": 4}, "data=4 x tensor=4 = 16, which does not divide the cluster's 8 devices"),
     "one": ({"pipeline": 3}, "pipeline=3, which does not divide the cluster's 8 devices; the product could be 2 or 4"),
     "blocks": ({"pipeline": 8}, "pipeline=8, but Chain has 4 blocks"),
     "batch": ({"data": 3}, "data=3 does not divide the batch of 8 rows; data could be 2 or 4"),
     "microbatches": ({"data": 2, "microbatches": 3}, "does not divide the 4 rows of each data rank.* could be 2 or 4"),
     "zero": ({"zero": 3, "data": 1}, "zero=3 shards parameters over the data axis, but data=1"),
-    "no data": ({"zero": 3, "tensor": 4, "pipeline": 2}, "zero=3 needs data above 1, but the other degrees leave data=1"),
+    "no data": (
+        {"zero": 3, "tensor": 4, "pipeline": 2},
+        "zero=3 needs data above 1, but the other degrees leave data=1",
+    ),
     "zero value": ({"zero": 2}, "zero=2: expected one of 0, 3"),
     "schedule": ({"schedule": "1f2b"}, "schedule='1f2b': expected one of 'gpipe', '1f1b'; did you mean '1f1b'"),
     "recompute": ({"recompute": "ful"}, "recompute='ful': expected one of 'none', 'full'; did you mean 'full'"),
@@ -293,14 +313,18 @@ def test_impossible_constraints_are_explained(case):
 
 
 def test_a_tensor_degree_that_nothing_divides_names_the_dims():
-    with pytest.raises(ValueError, match="tensor=5: no op of Chain .* split 5 ways; its parameters' dims are 24; .* 1 on 5"):
+    with pytest.raises(
+        ValueError, match="tensor=5: no op of Chain .* split 5 ways; its parameters' dims are 24; .* 1 on 5"
+    ):
         search(small_graph(), small_cluster(5), progress=False, tensor=5)
     with pytest.raises(ValueError, match="the degrees left need tensor=5|no such degree divides the batch"):
         search(small_graph(), small_cluster(5), progress=False)
 
 
 def test_unknown_methods_name_the_nearest():
-    with pytest.raises(ValueError, match="method='exhastive': expected one of auto, exhaustive; did you mean exhaustive"):
+    with pytest.raises(
+        ValueError, match="method='exhastive': expected one of auto, exhaustive; did you mean exhaustive"
+    ):
         search(small_graph(), small_cluster(2), "exhastive")
     assert set(METHODS) >= {"auto", "exhaustive"}
 

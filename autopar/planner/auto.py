@@ -1,9 +1,9 @@
 """The default search: best first over shapes, each refined only as far as its lower bound makes it worth.
 
-A shape starts with a floor (planner/floors.py). When it comes up, it gets the fastest layouts and a stage table with a tighter bound
-(`StageSearch.root_bound_s`); when that comes up, its cuts are searched. If memory is what holds it back, layouts that take
-less memory follow, with the bound that the fastest would have without the limit. The search ends when the least bound left
-is no better than the best plan simulated, which is then the optimum of the space.
+A shape starts with a floor (planner/floors.py). When it comes up, it gets the fastest layouts and a stage table with
+a tighter bound (`StageSearch.root_bound_s`); when that comes up, its cuts are searched. If memory is what holds it
+back, layouts that take less memory follow, with the bound that the fastest would have without the limit. The search
+ends when the least bound left is no better than the best plan simulated, which is then the optimum of the space.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class _Auto:
     def run(self) -> Plan:
         shapes = self.problem.shapes
         self.heap = sorted(_Entry(self.floors.time_s(shape), i, shape) for i, shape in enumerate(shapes))
-        with tqdm(total=len(shapes), desc="planning", unit="shape", delay=2, leave=False, disable=not self._progress) as bar:
+        with tqdm(
+            total=len(shapes), desc="planning", unit="shape", delay=2, leave=False, disable=not self._progress
+        ) as bar:
             while self.heap and not self._is_beaten(self.heap[0].bound_s):
                 entry = heapq.heappop(self.heap)
                 if entry.search is not None:

@@ -13,7 +13,6 @@ from .pricing import Piece, StagePrices, assemble
 from .problem import Problem, Shape
 from .stages import StageSearch
 
-
 # Rows of the table: enough for each way to use 8 devices, few enough to read.
 MAX_CANDIDATES = 12
 MAX_RUNNERS_UP = 3
@@ -58,10 +57,15 @@ class TooLarge:
         return min(((search, *search.smallest()) for search in searches), key=lambda found: found[2])
 
 
-def _parts(search: StageSearch, pieces: Sequence[Piece], costs: Sequence[StageCost], step_time_s: float) -> dict[str, float]:
+def _parts(
+    search: StageSearch, pieces: Sequence[Piece], costs: Sequence[StageCost], step_time_s: float
+) -> dict[str, float]:
     count, num_stages = search.shape.microbatches, len(costs)
     plain = [search.price(s, replace(piece, recompute="none")) for s, piece in enumerate(pieces)]
-    work = sum(count * (min(c.forward_s, p.forward_s) + min(c.backward_s, p.backward_s)) for c, p in zip(costs, plain, strict=True))
+    work = sum(
+        count * (min(c.forward_s, p.forward_s) + min(c.backward_s, p.backward_s))
+        for c, p in zip(costs, plain, strict=True)
+    )
     total = sum(count * (c.forward_s + c.backward_s) for c in costs)
     reduction = sum(max(0.0, c.reduce_s - c.reduce_overlap_s) + c.reduce_model_s for c in costs)
     optimizer = sum(c.optimizer_s for c in costs)
@@ -109,8 +113,8 @@ def nothing_fits(problem: Problem, prices: StagePrices, tight: Sequence[TooLarge
     return ValueError(
         f"no plan of {problem.graph.name} on {problem.cluster.world_size} devices fits in {limit_bytes} bytes "
         f"({gib(limit_bytes)}) per device; the smallest found ({name}) needs {peak_bytes} bytes ({gib(peak_bytes)}), "
-        f"{peak_bytes - limit_bytes} bytes ({gib(peak_bytes - limit_bytes)}) too many; use more devices or devices with "
-        f"more memory, a smaller batch, or fewer constraints ({problem.constraints})"
+        f"{peak_bytes - limit_bytes} bytes ({gib(peak_bytes - limit_bytes)}) too many; use more devices or devices "
+        f"with more memory, a smaller batch, or fewer constraints ({problem.constraints})"
     )
 
 
@@ -118,7 +122,9 @@ def _candidate(one: Tried, best: Tried, open_bound_s: float) -> Candidate:
     verdict = f"{one.step_time_s / best.step_time_s:.2f}x slower: {_reason(one, best)}"
     if one.plan == best.plan:
         short = 1 - min(open_bound_s / best.step_time_s, 1.0)
-        verdict = "chosen" if short < 5e-4 else f"chosen; the proof was cut short, no plan is more than {short:.1%} faster"
+        verdict = (
+            "chosen" if short < 5e-4 else f"chosen; the proof was cut short, no plan is more than {short:.1%} faster"
+        )
     return Candidate(plan_in_words(one.plan), one.step_time_s, one.peak_memory_bytes, verdict)
 
 
@@ -138,7 +144,7 @@ def _lacking(problem: Problem, prices: StagePrices, one: TooLarge) -> Candidate:
 
 
 def _nearest(tight: Sequence[TooLarge]) -> list[TooLarge]:
-    """Of the shapes that do not fit, per degrees and ZeRO level the one that comes nearest; the few nearest of these."""
+    """Of the shapes that do not fit, per degrees and ZeRO level the one that comes nearest; the nearest of these."""
     nearest: dict[tuple, TooLarge] = {}
     for one in sorted(tight, key=lambda one: one.least_bytes):
         nearest.setdefault(one.shape.group, one)

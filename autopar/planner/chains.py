@@ -1,9 +1,10 @@
 """The layouts that a shape may use: the efficient (time, memory) chains over all blocks of the model.
 
-One chain spans the whole model, so that stages agree at their boundaries wherever the pipeline is cut. Its prices are the
-cost model's, for one rank of the tensor axis: compute and conversions of a microbatch, and, spread over the microbatches
-of a step, the gradient reductions and the optimizer that follow from the bytes at rest. Memory counts as on the stage that
-holds most microbatches; it only decides which chains are tried, the stage search then counts exactly.
+One chain spans the whole model, so that stages agree at their boundaries wherever the pipeline is cut. Its prices are
+the cost model's, for one rank of the tensor axis: compute and conversions of a microbatch, and, spread over the
+microbatches of a step, the gradient reductions and the optimizer that follow from the bytes at rest. Memory counts as
+on the stage that holds most microbatches; it only decides which chains are tried, the stage search then counts
+exactly.
 """
 
 from __future__ import annotations

@@ -1,23 +1,25 @@
 """Lower bounds of a shape's step time and memory from a handful of stage costs, so that most shapes need no more.
 
-Time. With C the time of a microbatch through the whole model, P stages of times c_0 .. c_{P-1} that sum to at least C, and M
-microbatches, the work bound of planner/stages.py is least when c_s = c_0 (1 - 1/M)^s, where it equals
+Time. With C the time of a microbatch through the whole model, P stages of times c_0 .. c_{P-1} that sum to at least
+C, and M microbatches, the work bound of planner/stages.py is least when c_s = c_0 (1 - 1/M)^s, where it equals
 
     (1)  C / (1 - (1 - 1/M)^P)                                                                           time_s
 
-Memory. Stage s has r_s bytes at rest and keeps a_s for each of its K_s microbatches in flight, K_0 >= K_1 >= ..; these sum to
-at least R and A. If the fullest stage holds L = max_s (r_s + K_s a_s), then summing over s, as it is or divided by K_s,
+Memory. Stage s has r_s bytes at rest and keeps a_s for each of its K_s microbatches in flight, K_0 >= K_1 >= ..;
+these sum to at least R and A. If the fullest stage holds L = max_s (r_s + K_s a_s), then summing over s, as it is or
+divided by K_s,
 
     (2)  R + K_{P-1} A <= P L        and        R / K_0 + A <= L sum_s 1 / K_s                     _most_kept_bytes
 
-so a limit on L is one on A. Where the model's A exceeds it, blocks must recompute: those first that free most bytes per
-second of forward (a fractional knapsack), and their forward adds to C. Where even recomputing all is not enough, nothing fits.
+so a limit on L is one on A. Where the model's A exceeds it, blocks must recompute: those first that free most bytes
+per second of forward (a fractional knapsack), and their forward adds to C. Where even recomputing all is not enough,
+nothing fits.
 
-Tensor axis of t ranks: C is that of one rank times the ratio of the two at the largest share of the batch, where collectives
-cost relatively least; bytes and recomputed forwards are at least a t-th.
+Tensor axis of t ranks: C is that of one rank times the ratio of the two at the largest share of the batch, where
+collectives cost relatively least; bytes and recomputed forwards are at least a t-th.
 
-Assumed of the cost model: cutting a stage in two never makes its parts cheaper together, ZeRO and recomputation never make a
-stage faster, and the statements on the tensor axis hold up to the slacks below.
+Assumed of the cost model: cutting a stage in two never makes its parts cheaper together, ZeRO and recomputation never
+make a stage faster, and the statements on the tensor axis hold up to the slacks below.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ class Floors:
         return min(by_sum, limit_bytes * sum(1 / k for k in held) - rest_bytes / held[0])
 
     def _rest_bytes(self, shape: Shape, cost: StageCost) -> int:
-        """What lies at rest beside all microbatches in flight: gradients do where something came before the last forward."""
+        """What lies at rest beside all microbatches in flight: gradients too, unless all forwards come first."""
         gradients_early = cost.reduce_s > 0 or shape.microbatches > self._in_flight(shape)[0]
         return at_rest_bytes(cost) - (0 if gradients_early else cost.gradient_bytes)
 

@@ -1,9 +1,10 @@
 """Stage costs for the searches: each distinct stage is asked of the cost model once.
 
-A stage's cost depends on what its blocks are (their kinds, in order), not on where they stand; on its degrees, its share
-of the batch, recompute and ZeRO; on how its ranks, and those that it sends to, lie on hosts; and, where it holds a
-parameter that another stage holds too, on the stage's place in the pipeline. Two stages that agree in all of these are
-one entry here. In a 32-layer transformer some hundred entries stand for the tens of thousands of possible stages.
+A stage's cost depends on what its blocks are (their kinds, in order), not on where they stand; on its degrees, its
+share of the batch, recompute and ZeRO; on how its ranks, and those that it sends to, lie on hosts; and, where it
+holds a parameter that another stage holds too, on the stage's place in the pipeline. Two stages that agree in all of
+these are one entry here. In a 32-layer transformer some hundred entries stand for the tens of thousands of possible
+stages.
 """
 
 from __future__ import annotations
@@ -64,9 +65,14 @@ class StagePrices:
         run = self._run(piece)
         shared = run[1]
         key = (
-            run, shape.data, shape.tensor, shape.microbatches, shape.zero, piece.recompute, id(chain) if chain.index else 0,
-            chain.index[piece.start : piece.stop], self._where(shape, stage), (stage, shape.pipeline) if shared else None,
-        )  # fmt: skip
+            run,
+            (shape.data, shape.tensor, shape.microbatches, shape.zero, piece.recompute),
+            # equal by identity, and alive as long as this key
+            chain if chain.index else None,
+            chain.index[piece.start : piece.stop],
+            self._where(shape, stage),
+            (stage, shape.pipeline) if shared else None,
+        )
         found = self._known.get(key)
         if found is None:
             pieces = _surround(piece, stage, shape.pipeline, len(self.problem.graph.blocks))
@@ -80,7 +86,9 @@ class StagePrices:
         if key not in self._runs:
             blocks = self.problem.graph.blocks[piece.start : piece.stop]
             shared = tuple(name for block in blocks for name in block.parameters if name in self._shared)
-            following = self.problem.graph.blocks[piece.stop].kind if piece.stop < len(self.problem.graph.blocks) else None
+            following = (
+                self.problem.graph.blocks[piece.stop].kind if piece.stop < len(self.problem.graph.blocks) else None
+            )
             self._runs[key] = (tuple(block.kind for block in blocks), shared, piece.start == 0, following)
         return self._runs[key]
 
@@ -90,7 +98,10 @@ class StagePrices:
         if key not in self._hosts:
             host, ranks = self.problem.cluster.host, shape.ranks(stage)
             after = shape.ranks(stage + 1) if stage + 1 < shape.pipeline else ()
-            self._hosts[key] = tuple(host(r) - host(ranks[0]) for r in ranks), tuple(host(r) - host(ranks[0]) for r in after)
+            self._hosts[key] = (
+                tuple(host(r) - host(ranks[0]) for r in ranks),
+                tuple(host(r) - host(ranks[0]) for r in after),
+            )
         return self._hosts[key]
 
     def of_plan(self, plan: Plan, shape: Shape, chain: Chain, pieces: Sequence[Piece]) -> list[StageCost]:
@@ -114,5 +125,7 @@ def _surround(piece: Piece, stage: int, pipeline: int, num_blocks: int) -> list[
     if after:
         pieces.append(Piece(piece.stop, num_blocks - after + 1, "none"))
         pieces += [Piece(i, i + 1, "none") for i in range(num_blocks - after + 1, num_blocks)]
-    assert all(p.start < p.stop for p in pieces), f"{piece} cannot be stage {stage} of {pipeline} over {num_blocks} blocks"
+    assert all(p.start < p.stop for p in pieces), (
+        f"{piece} cannot be stage {stage} of {pipeline} over {num_blocks} blocks"
+    )
     return pieces

@@ -1,8 +1,8 @@
 """What every search sees: a graph, a cluster, the user's constraints, a cost model, and a memory limit per device.
 
-The space of plans is pipeline x data x tensor = world size, microbatches among the divisors of batch / data, ZeRO 0 or 3,
-a schedule, and for each pipeline stage its blocks, its recompute choice and its layouts. `Shape` is the part of a plan
-without the stages; `Problem.shapes` lists those that the constraints allow.
+The space of plans is pipeline x data x tensor = world size, microbatches among the divisors of batch / data, ZeRO 0
+or 3, a schedule, and for each pipeline stage its blocks, its recompute choice and its layouts. `Shape` is the part of
+a plan without the stages; `Problem.shapes` lists those that the constraints allow.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..schedule.orders import SCHEDULES
 from ..sharding.batch import batch_layout
 from ..sharding.strategies import strategies
 
-# Share of a device's memory that plans leave free: the CUDA context, NCCL's buffers and allocator fragmentation, none of
-# which the cost model counts. PyTorch's own fragmentation reports and Alpa's default (0.9 of device memory usable) agree.
+# Share of a device's memory that plans leave free for what the cost model does not count: the CUDA context, NCCL's
+# buffers, fragmentation of the allocator. An assumption; memory_limit_bytes= overrules it.
 RESERVE_SHARE = 0.1
 
 
@@ -56,8 +56,8 @@ class Constraints:
         for name in ("context", "expert"):
             if getattr(self, name) not in (None, 1):
                 raise ValueError(
-                    f"{name}={getattr(self, name)}: only 1 is supported; context and expert parallelism come with other "
-                    f"layouts of the model axis, which tensor= now names alone; leave {name} out"
+                    f"{name}={getattr(self, name)}: only 1 is supported; context and expert parallelism come with "
+                    f"other layouts of the model axis, which tensor= now names alone; leave {name} out"
                 )
         for name, legal in (("schedule", tuple(SCHEDULES)), ("zero", (0, 3)), ("recompute", ("none", "full"))):
             value = getattr(self, name)
@@ -298,8 +298,8 @@ class Problem:
         world = self.cluster.world_size
         possible = [t for t in range(2, world + 1) if world % t == 0 and self.splits(t, 1)]
         raise ValueError(
-            f"tensor={pinned.tensor}: no op of {self.graph.name} that uses a parameter can be split {pinned.tensor} ways; "
-            f"its parameters' dims are {', '.join(map(str, dims)) or 'none'}; tensor could be "
+            f"tensor={pinned.tensor}: no op of {self.graph.name} that uses a parameter can be split {pinned.tensor} "
+            f"ways; its parameters' dims are {', '.join(map(str, dims)) or 'none'}; tensor could be "
             f"{' or '.join(map(str, [1, *possible]))} on {world} devices"
         )
 
@@ -310,8 +310,8 @@ class Problem:
         if not triples:
             if self.batch_conflict:
                 return (
-                    f"data must be 1, because the rows of the batch depend on each other ({self.batch_conflict}); raise "
-                    f"tensor or pipeline, or use fewer devices"
+                    f"data must be 1, because the rows of the batch depend on each other ({self.batch_conflict}); "
+                    f"raise tensor or pipeline, or use fewer devices"
                 )
             return (
                 f"the rest of the {world} devices would be data ranks, and no such degree divides the batch of {rows} "
@@ -324,9 +324,10 @@ class Problem:
                 f"microbatches={pinned.microbatches} does not divide the rows of a data rank for any of data="
                 f"{sorted({data for _, data, _ in triples})}"
             )
+        needed = " or ".join(map(str, sorted({t for _, _, t in triples})))
         return (
-            f"the degrees left need tensor={' or '.join(map(str, sorted({t for _, _, t in triples})))}, but no op that uses "
-            f"a parameter can be split so many ways; use another number of devices or another batch than {rows} rows"
+            f"the degrees left need tensor={needed}, but no op that uses a parameter can be split so many ways; "
+            f"use another number of devices or another batch than {rows} rows"
         )
 
 

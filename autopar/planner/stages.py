@@ -1,8 +1,8 @@
 """The best stages of one shape, exactly: where the pipeline is cut and which stages recompute.
 
-Stage s has forward f_s, backward b_s, c_s = f_s + b_s, and h_s to hand a boundary to stage s + 1; M microbatches, P stages.
-The simulator's step time is the longest path through the schedule, so the length of any path is a lower bound, also when
-what is not decided yet is left out or replaced by its least value:
+Stage s has forward f_s, backward b_s, c_s = f_s + b_s, and h_s to hand a boundary to stage s + 1; M microbatches, P
+stages. The simulator's step time is the longest path through the schedule, so the length of any path is a lower
+bound, also when what is not decided yet is left out or replaced by its least value:
 
     (1) work    T >= sum_{j<s} (f_j + h_j) + M c_s + t_s          t_s: what follows a stage's last backward
     (2) drain   T >= sum_{j<s} (c_j + 2 h_j) + M c_s + t_0        the last backward travels back to stage 0
@@ -18,13 +18,13 @@ that the bounds of stages s and later can be over all ways to complete the pipel
     drain[s, i]   = min over stop of max( (2), (3), (4) of this stage, (c + 2 h) + drain[s + 1, stop] )
     work[s, i]    = min over stop of max( (1) of this stage, (f + h) + work[s + 1, stop] )
 
-infinite where nothing fits in memory. `solve` then walks the cuts depth first, best bound first, drops what
-cannot beat the best plan known, and simulates what remains: the plan that it returns is the simulator's optimum.
-Memory is exact for each stage on its own, because a stage's peak depends on its place and its order of instructions only;
-hence a stage recomputes exactly when it does not fit otherwise.
+infinite where nothing fits in memory. `solve` then walks the cuts depth first, best bound first, drops what cannot
+beat the best plan known, and simulates what remains: the plan that it returns is the simulator's optimum. Memory is
+exact for each stage on its own, because a stage's peak depends on its place and its order of instructions only; hence
+a stage recomputes exactly when it does not fit otherwise.
 
-Reference: (1) and (2) hold for any schedule and are tight for equal stages, where both are (M + P - 1) c (Narayanan et al.,
-Megatron-LM, SC 2021, section 2.2.1).
+Reference: (1) and (2) hold for any schedule and are tight for equal stages, where both are (M + P - 1) c (Narayanan
+et al., Megatron-LM, SC 2021, section 2.2.1).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """passing, drain, work: [stage][first block], as in the module's docstring; root_s: the bound of the whole shape."""
+    """passing, drain, work: [stage][first block], as in the module's docstring; root_s: the whole shape's bound."""
 
     passing: list[list[float]]
     drain: list[list[float]]
@@ -116,7 +116,9 @@ class StageSearch:
     @cached_property
     def free_bound_s(self) -> float:
         """`root_bound_s` if memory had no limit."""
-        return self._tabulate(lambda stage, start, stop: self._way(stage, Piece(start, stop, self.problem.recompute_choices[0]))).root_s
+        return self._tabulate(
+            lambda stage, start, stop: self._way(stage, Piece(start, stop, self.problem.recompute_choices[0]))
+        ).root_s
 
     def smallest(self) -> tuple[tuple[Piece, ...], int]:
         """The pieces whose fullest rank needs least memory, and that need in bytes, whether or not it fits."""
@@ -324,9 +326,10 @@ def _cycles(option: Option, a: int, e: int, trip_s: float, warmup_s: float, shap
     """From the start of stage a's first forward to the end of its last backward, by paths that go round from a to e.
 
     Microbatch 0 goes from a to e, which takes its warm-up and goes back: trip_s + warmup_s. Then n times the cycle
-    B(i) on a, F(i + P - a) on a, down to e, where B(i + e - a + 1) follows it, and back up to a. Then the rest of a's own
-    instructions. The length is linear in n, so that none and as many as there are microbatches for are the extremes. The
-    mirror image of none: all of a's forwards, with the backwards between them, then the last microbatch's round trip.
+    B(i) on a, F(i + P - a) on a, down to e, where B(i + e - a + 1) follows it, and back up to a. Then the rest of a's
+    own instructions. The length is linear in n, so that none and as many as there are microbatches for are the
+    extremes. The mirror image of none: all of a's forwards, with the backwards between them, then the last
+    microbatch's round trip.
     """
     count, held, advance = shape.microbatches, shape.pipeline - a, e - a + 1
     forward_s, backward_s = option.cost.forward_s, option.cost.backward_s

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from ..graph import Block, Graph
+from ..graph import Block, Graph, Op
 from ..plan import Layout, Plan, Stage
+from ..sharding.flow import find_strategy
 from ..sharding.placement import Split, parse_placement
+from ..sharding.strategy import Strategy
 from .words import gib, plan_in_words, ranges, seconds
 
 _SCHEDULES = {
     "1f1b": "each stage alternates one forward and one backward (1F1B), so that few microbatches are in flight",
     "gpipe": "all forwards of the step run before its backwards (GPipe)",
+}
+# By op, what splitting its weight along dim 0 or 1 is called.
+_WEIGHT_SPLITS = {
+    "linear": ("column parallel", "row parallel"),
+    "embedding": ("vocabulary parallel", "hidden split"),
 }
 
 
@@ -34,16 +41,23 @@ def explain_plan(plan: Plan, graph: Graph | None = None) -> str:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Left-aligned columns as wide as they need to be."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
     return "\n".join((lines[0], "  ".join("-" * width for width in widths), *lines[1:]))
 
 
 def _degrees(plan: Plan) -> str:
     first = plan.stages[0]
     rows = plan.batch_size // first.data
-    lines = [f"Plan for {plan.model} on {plan.world_size} device{'s' if plan.world_size > 1 else ''}: {plan_in_words(plan)}"]
+    lines = [
+        f"Plan for {plan.model} on {plan.world_size} device{'s' if plan.world_size > 1 else ''}: {plan_in_words(plan)}"
+    ]
     if plan.pipeline > 1:
-        lines.append(f"- pipeline {plan.pipeline}: the blocks are cut into {plan.pipeline} stages; {_SCHEDULES[plan.schedule]}")
+        lines.append(
+            f"- pipeline {plan.pipeline}: the blocks are cut into {plan.pipeline} stages; {_SCHEDULES[plan.schedule]}"
+        )
     if first.data > 1:
         lines.append(f"- data {first.data}: each data rank has {rows} of the batch's {plan.batch_size} rows")
     if first.tensor > 1:
@@ -57,7 +71,9 @@ def _degrees(plan: Plan) -> str:
     elif first.data > 1:
         lines.append("- ZeRO 0: every data rank holds all parameters, gradients and optimizer state of its stage")
     if any(stage.recompute == "full" for stage in plan.stages):
-        lines.append("- recompute: a stage marked full keeps only block inputs and computes each block again in the backward")
+        lines.append(
+            "- recompute: a stage marked full keeps only block inputs and computes each block again in the backward"
+        )
     return "\n".join(lines)
 
 
@@ -87,8 +103,10 @@ def _layouts(plan: Plan, graph: Graph | None) -> str:
     lines = ["Layouts on the tensor axis:"]
     for index, layout in enumerate(plan.layouts):
         lines.append(f"- layout {index}: enters {_boundary(layout.inputs)}, leaves {_boundary(layout.outputs)}")
-        if graph is not None and (block := _first_block(plan, graph, index)) is not None:
-            lines += [f"    {line}" for line in _ops(graph, block, layout)]
+        block = _first_block(plan, graph, index) if graph is not None else None
+        if block is not None:
+            shards = plan.stages[0].data * plan.microbatches
+            lines += [f"    {line}" for line in _ops(graph, block, layout, shards)]
         else:
             counts = Counter(layout.strategies)
             lines.append("    op strategies: " + ", ".join(f"{key} x {count}" for key, count in counts.most_common()))
@@ -117,33 +135,53 @@ def _first_block(plan: Plan, graph: Graph, index: int) -> Block | None:
     return None
 
 
-def _ops(graph: Graph, block: Block, layout: Layout) -> list[str]:
-    """The ops that use parameters, by module path: how each runs and how its parameters lie."""
+def _ops(graph: Graph, block: Block, layout: Layout, shards: int) -> list[str]:
+    """The ops that use parameters, attention and the loss: how each runs, by its common name where it has one."""
     placed = dict(zip(block.parameters, layout.parameters, strict=True))
     lines = []
     for op, key in zip(graph.block_ops(block), layout.strategies, strict=True):
+        strategy = find_strategy(graph, op, key, layout.degree, shards)
         names = [name for name in dict.fromkeys(op.inputs) if name in placed]
-        if names:
-            where = ", ".join(f"{graph.tensors[name].fqn or name} {placed[name]}" for name in names)
-            lines.append(f"{op.target.split('.')[1]} as {key}{_common_name(op.target, key, placed, names)}: {where}")
+        words = _common_name(op, strategy, names)
+        if not (names or words):
+            continue
+        wanted = dict(zip(op.inputs, strategy.inputs, strict=True))
+        gathered = [name for name in names if placed[name][:1] == "S" and not isinstance(wanted[name], Split)]
+        if gathered:
+            words += f", {'weight' if len(gathered) == 1 else 'weights'} gathered at use"
+        what = ", ".join(f"{graph.tensors[name].fqn or name} {placed[name]}" for name in names) or op.module or op.name
+        lines.append(f"{what}: {op.target.split('.')[1]} {words or 'as ' + key}")
     return lines
 
 
-def _common_name(target: str, key: str, placed: dict[str, str], names: list[str]) -> str:
-    """What the literature calls this choice, where it has a name."""
-    token, kind = placed[names[0]], target.split(".")[1]
-    if kind == "linear" and token.startswith("S0"):
-        return " (column parallel)"
-    if kind == "linear" and token.startswith("S1"):
-        return " (row parallel)"
-    if kind == "embedding" and token.startswith("S0"):
-        return " (vocabulary parallel)"
-    return " (whole on every rank)" if key == "-" else ""
+def _common_name(op: Op, strategy: Strategy, parameters: list[str]) -> str:
+    """What the literature calls this choice; "" where it has no name and no parameter."""
+    kind = op.target.split(".")[1]
+    if strategy.special:
+        return f"as {strategy.special.replace('_', ' ')}"
+    wanted = dict(zip(op.inputs, strategy.inputs, strict=True))
+    weight = wanted[parameters[0]] if parameters else None
+    if isinstance(weight, Split) and kind in _WEIGHT_SPLITS and weight.dim < 2:
+        return _WEIGHT_SPLITS[kind][weight.dim]
+    out = strategy.outputs[0]
+    if kind == "scaled_dot_product_attention" and isinstance(out, Split):
+        return {0: "batch split", 1: "heads split"}.get(out.dim, "queries split (context parallel)")
+    if not parameters:
+        return ""
+    if isinstance(out, Split):
+        return f"on a slice of dim {out.dim}" + (" (sequence parallel)" if out.dim == 1 else "")
+    return "whole on every rank" if strategy.work == 1 else f"as {strategy.key}"
 
 
 def _candidates(plan: Plan) -> str:
     rows = [
-        ("*" if one.verdict.startswith("chosen") else "", one.name, seconds(one.step_time_s), gib(one.peak_memory_bytes), one.verdict)
+        (
+            "*" if one.verdict.startswith("chosen") else "",
+            one.name,
+            seconds(one.step_time_s),
+            gib(one.peak_memory_bytes),
+            one.verdict,
+        )
         for one in plan.candidates
     ]
     return "Candidates (* marks the plan):\n" + table(("", "plan", "step", "memory", "verdict"), rows)

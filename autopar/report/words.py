@@ -14,11 +14,13 @@ def gib(size_bytes: float) -> str:
 
 
 def seconds(time_s: float) -> str:
-    return f"{time_s:.3f} s" if time_s >= 1 else f"{time_s * 1e3:.3g} ms" if time_s >= 1e-3 else f"{time_s * 1e6:.3g} us"
+    return (
+        f"{time_s:.3f} s" if time_s >= 1 else f"{time_s * 1e3:.3g} ms" if time_s >= 1e-3 else f"{time_s * 1e6:.3g} us"
+    )
 
 
 def plan_in_words(plan: Plan) -> str:
-    """"pipeline 2 x data 2 x tensor 2, 4 microbatches, 1f1b, zero 3, recompute full"."""
+    """ "pipeline 2 x data 2 x tensor 2, 4 microbatches, 1f1b, zero 3, recompute full"."""
     first = plan.stages[0]
     return ", ".join(
         (

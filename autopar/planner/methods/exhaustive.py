@@ -34,14 +34,16 @@ def exhaustive(problem: Problem, progress: bool = True) -> Plan:
         peak_bytes = max(line.peak_memory_bytes.values())
         if smallest is None or peak_bytes < smallest[0]:
             smallest = (peak_bytes, plan)
-        if peak_bytes <= problem.memory_limit_bytes and (best is None or line.step_time_s < best.prediction.step_time_s):
+        if peak_bytes <= problem.memory_limit_bytes and (
+            best is None or line.step_time_s < best.prediction.step_time_s
+        ):
             best = replace(plan, prediction=Prediction(line.step_time_s, peak_bytes))
     if best is None:
         peak_bytes, plan = smallest
         limit_bytes = problem.memory_limit_bytes
         raise ValueError(
-            f"no plan of {problem.graph.name} fits in {limit_bytes} bytes ({gib(limit_bytes)}) per device; the smallest "
-            f"({plan_in_words(plan)}) needs {peak_bytes} bytes, {peak_bytes - limit_bytes} too many"
+            f"no plan of {problem.graph.name} fits in {limit_bytes} bytes ({gib(limit_bytes)}) per device; the "
+            f"smallest ({plan_in_words(plan)}) needs {peak_bytes} bytes, {peak_bytes - limit_bytes} too many"
         )
     return best
 
