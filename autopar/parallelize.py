@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .capture.export import capture
+from .cluster.probe_world import join_world
 from .cluster.spec import Cluster
-from .cluster.world import join_world
 from .cost.model import Corrections, CostModel
 from .graph import Graph
 from .plan import Plan
@@ -103,9 +103,7 @@ class Model(ParallelModule):
 
         state = old.executor.state
         runtime = build_runtime(self.graph, plan, values, state, self.device, self._stream(self.device))
-        move_optimizer(
-            optimizer, old.storage.parameters, runtime.storage.parameters, before, after, rank, self.device
-        )
+        move_optimizer(optimizer, old.storage.parameters, runtime.storage.parameters, before, after, rank, self.device)
         self.measurement.close()
         self.install(runtime)
         self.prediction = simulate(self.graph, plan, self.cluster, costs)

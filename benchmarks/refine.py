@@ -81,12 +81,12 @@ def main() -> None:
     wrong = replace(
         true, intra=faster(true.intra, arguments.times), inter=faster(true.inter, arguments.times), source="wrong"
     )
-    config = ModelConfig(layers=arguments.layers, hidden=arguments.hidden, heads=4, kv_heads=4, feed_forward=arguments.hidden * 3)
+    config = ModelConfig(
+        layers=arguments.layers, hidden=arguments.hidden, heads=4, kv_heads=4, feed_forward=arguments.hidden * 3
+    )
     generator = torch.Generator().manual_seed(1)
     num_steps = arguments.steps * (arguments.rounds + 1)
-    rows = [
-        torch.randint(0, 256, (arguments.batch, arguments.seq + 1), generator=generator) for _ in range(num_steps)
-    ]
+    rows = [torch.randint(0, 256, (arguments.batch, arguments.seq + 1), generator=generator) for _ in range(num_steps)]
     batches = [{"tokens": r[:, :-1].contiguous(), "targets": r[:, 1:].contiguous()} for r in rows]
 
     losses = []

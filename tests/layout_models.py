@@ -143,13 +143,17 @@ def megatron(graph: Graph, degree: int, costs, sequence: bool) -> tuple[Layout, 
 
 def _by_hand(graph: Graph, op: Op, options, sequence: bool, inside: dict[str, Placement]) -> Strategy:
     roles = [graph.tensors[name].role for name in op.inputs]
-    weight = next((i for i, n in enumerate(op.inputs) if roles[i] == "parameter" and len(graph.tensors[n].shape) > 1), -1)
+    weight = next(
+        (i for i, n in enumerate(op.inputs) if roles[i] == "parameter" and len(graph.tensors[n].shape) > 1), -1
+    )
     split = {i: inside[name] for i, name in enumerate(op.inputs) if name in inside}
     if op.target.startswith("aten.embedding.") and roles[1] == "input":
         return next(s for s in options if s.inputs[0] == Split(0))
     if op.target.startswith(("aten.linear.", "aten.addmm.")) and weight >= 0:
         if split:
-            return next(s for s in options if s.outputs[0] == PARTIAL and all(s.inputs[i] == p for i, p in split.items()))
+            return next(
+                s for s in options if s.outputs[0] == PARTIAL and all(s.inputs[i] == p for i, p in split.items())
+            )
         columns = [s for s in options if isinstance(s.inputs[weight], Split) and s.outputs[0] != PARTIAL]
         fused = [s for s in columns if s.inputs[weight].blocks == 3]
         strategy = (fused or columns)[0]

@@ -32,7 +32,16 @@ RUN_TIMEOUT_S = 60
 MAX_WORLD_SIZE = 8
 
 # What most ranks use and what is slow to import; none of these starts a thread, which a fork would lose.
-PRELOADED = ["__main__", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2", "torch", "torch.export", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"]
+PRELOADED = [
+    "__main__",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.gpt2.modeling_gpt2",
+    "torch",
+    "torch.export",
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+]
 
 
 class RankError(Exception):

@@ -115,7 +115,7 @@ def test_random_in_place_programs(seed: int) -> None:
             if kind == 0 and t.dim() > 1:
                 family.append(t.transpose(0, -1))
             elif kind == 1 and t.shape[0] > 2:
-                family.append(t[1:: rng.choice((1, 2))])
+                family.append(t[1 :: rng.choice((1, 2))])
             elif kind == 2 and t.dim() > 1:
                 family.append(t[rng.randrange(t.shape[0])])
             elif kind == 3:

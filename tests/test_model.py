@@ -216,6 +216,48 @@ def test_moving_to_another_plan_goes_on_with_the_same_losses(pool) -> None:
             assert abs(a - b) <= 1e-4 * abs(b), (step, found, expected)
 
 
+def bad_plan_file(path: str) -> str:
+    module, example, loss = models.build_mlp()
+    cluster = Cluster.preset("cpu", hosts=1, devices_per_host=2)
+    try:
+        autopar.parallelize(module, example, loss, plan=path, cluster=cluster)
+    except (ValueError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_plan_files_that_cannot_be_used(pool, tmp_path) -> None:
+    module, example, loss = models.build_two_inputs()
+    graph = autopar.capture(module, example, loss)
+    other = random_plan(graph, data=2, tensor=1, pipeline=1, microbatches=1)
+    other.save(tmp_path / "other-model.json")
+    (tmp_path / "truncated.json").write_text((tmp_path / "other-model.json").read_text()[:200])
+    for name, expected in (("none.json", "none.json"), ("truncated.json", "truncated"), ("other-model.json", "model")):
+        messages = pool.run(bad_plan_file, str(tmp_path / name), world_size=2)
+        assert messages[0] == messages[1] and expected in messages[0], messages
+
+
+def contradictory(constraints: dict[str, int]) -> str:
+    module, example, loss = models.build_mlp()
+    cluster = Cluster.preset("cpu", hosts=1, devices_per_host=2)
+    try:
+        autopar.parallelize(module, example, loss, cluster=cluster, **constraints)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_constraints_that_cannot_hold(pool) -> None:
+    for constraints, expected in (
+        (dict(data=2, tensor=2, pipeline=1), "2"),
+        (dict(tensor=3), "tensor=3"),
+        (dict(microbatches=5), "microbatches"),
+        (dict(memory_limit_bytes=1000), "needs"),
+    ):
+        messages = pool.run(contradictory, constraints, world_size=2)
+        assert messages[0] and messages[0] == messages[1] and expected in messages[0], messages
+
+
 def failed_pool_is_respawned() -> int:
     return dist.get_rank()
 

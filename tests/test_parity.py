@@ -5,6 +5,7 @@ The plans are random (layouts, stage cuts, placements at rest); the oracle is th
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import autopar
 from autopar.cluster.spec import Cluster
+from autopar.graph import Graph
 from autopar.runtime.ownership import Ownership
 from autopar.runtime.torch_private import local_tensor
 
@@ -39,16 +41,20 @@ def call(module: nn.Module, example: Any, loss: Callable[..., Tensor] | None = N
     return loss(module(*args[: len(taken)], **inputs), *args[len(taken) :], *targets)
 
 
+@functools.cache
+def graph_of(name: str) -> Graph:
+    return autopar.capture(*getattr(models, name)())
+
+
 def parallel(name: str, plan: dict[str, Any]) -> tuple[autopar.Model, Any, nn.Module, Callable[..., Tensor] | None]:
     """The named model under a random plan of these degrees, on this rank."""
     module, example, loss = getattr(models, name)()
-    graph = autopar.capture(module, example, loss)
     world = plan["data"] * plan["tensor"] * plan["pipeline"]
     model = autopar.parallelize(
         module,
         example,
         loss,
-        plan=random_plan(graph, **plan),
+        plan=random_plan(graph_of(name), **plan),
         cluster=Cluster.preset("cpu", hosts=1, devices_per_host=world),
     )
     return model, example, module, loss

@@ -26,9 +26,7 @@ _ENOUGH = 0.5  # share of the ops in repeated blocks at which no wider cuts are 
 _SPLIT_PERIOD = 3  # repetitions inside a period from which on the period is divided again
 
 
-def arrange(
-    ops: Sequence[Op], side_ops: frozenset[str], tensors: Mapping[str, Tensor], updated: set[str]
-) -> list[Op]:
+def arrange(ops: Sequence[Op], side_ops: frozenset[str], tensors: Mapping[str, Tensor], updated: set[str]) -> list[Op]:
     """The same ops, still topological, with main ops that depend on neither batch nor activations next to their reader.
 
     So a cast or a reshape of a parameter belongs to the block that uses it, wherever the module made it.

@@ -144,10 +144,8 @@ class _Lowering:
             draft.add_tensor(output, item.shape, item.dtype)
         draft.sources[op_name] = user_line(node.meta.get("stack_trace"))
         op = Op(op_name, name, args, kwargs, outputs, _module_path(node), sequence, no_grad=no_grad)
-        if name == "autopar.opaque.default":
-            op = self.opaque(op)
-        else:
-            op = Op(*_fields(op), random=draws_random(op), no_grad=no_grad)
+        is_opaque = name == "autopar.opaque.default"
+        op = self.opaque(op) if is_opaque else Op(*_fields(op), random=draws_random(op), no_grad=no_grad)
         draft.ops.append(op)
         return tuple(map(Ref, outputs)) if sequence else Ref(op_name)
 

@@ -56,7 +56,7 @@ def simplify_masks(draft: Draft) -> None:
 
 
 def _verdict(known: _Constants, draft: Draft, name: str, square: bool) -> str:
-    """"causal", "all" (nothing is masked), or "" for anything else and for what is not known."""
+    """ "causal", "all" (nothing is masked), or "" for anything else and for what is not known."""
     mask = known.value(name)
     if isinstance(mask, _Triangle):
         return "causal" if square else ""

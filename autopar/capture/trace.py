@@ -195,6 +195,8 @@ _OWN_FILES = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(o
 
 
 def _is_user_file(file: str) -> bool:
-    return os.path.isabs(file) and not file.startswith(tuple(path + os.sep for path in _OWN_FILES)) and (
-        os.sep + "contextlib.py" not in file
+    return (
+        os.path.isabs(file)
+        and not file.startswith(tuple(path + os.sep for path in _OWN_FILES))
+        and (os.sep + "contextlib.py" not in file)
     )

@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from .probe_compute import ComputeProbe, Sampler, probe_compute
 from .probe_links import probe_link
+from .probe_world import join_world
 from .spec import Cluster, Curve, Device, Link
-from .world import join_world
 
 # A world of one rank has no links; a Cluster needs some, and no collective ever crosses them.
 _NO_LINK = Link(latency_s=0.0, bandwidth_bytes_per_s=1e12)

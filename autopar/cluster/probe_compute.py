@@ -254,9 +254,7 @@ def _memory_classes(sampler: Sampler) -> Iterator[tuple[str, Iterator[tuple[floa
     def reductions():
         for tokens, width in widths:
             size = 4 * tokens * width
-            parts = [
-                torch.randn(tokens, width, device=sampler.device).requires_grad_() for _ in range(depth_of(size))
-            ]
+            parts = [torch.randn(tokens, width, device=sampler.device).requires_grad_() for _ in range(depth_of(size))]
 
             def backward(means: list[Tensor], parts: list[Tensor] = parts) -> None:
                 for part in parts:

@@ -108,9 +108,7 @@ class Pricer:
         wire_s = collective_s(self.cluster, action, size, ranks, self.corrections) if moves else 0.0
         copied = _copied_bytes(action, source, target, size, len(ranks))
         device = self.cluster.device
-        seconds = seconds_by_class(
-            device, [Kernel("copy", copied, copied, "", launches=3)], adjoint, self.corrections
-        )
+        seconds = seconds_by_class(device, [Kernel("copy", copied, copied, "", launches=3)], adjoint, self.corrections)
         return wire_s, sum(seconds.values())
 
     def block_seconds(

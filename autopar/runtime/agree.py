@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,15 +12,23 @@ Result = TypeVar("Result")
 
 
 def from_rank_zero(function: Callable[[], Result]) -> Result:
-    """`function()` of rank 0, on every rank; a ValueError there is raised everywhere."""
+    """`function()` of rank 0, on every rank; what it raises there is raised everywhere, so that no rank waits."""
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[0] = function()
-        except ValueError as error:
-            answer[1] = error
+        except Exception as error:
+            answer[1] = error if _can_travel(error) else RuntimeError(f"{type(error).__name__}: {error}")
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def _can_travel(error: Exception) -> bool:
+    """Whether another process can rebuild the error (some take more arguments than they keep)."""
+    try:
+        return str(pickle.loads(pickle.dumps(error))) == str(error)
+    except Exception:
+        return False

@@ -138,9 +138,7 @@ class Executor:
                 call = self.storage.block(i)
                 around = (block, step.training, chunk, [sides[t] for t in block.sides])
                 if self.recompute and differentiable:
-                    activations = checkpoint(
-                        call, around, *activations, use_reentrant=False, preserve_rng_state=False
-                    )
+                    activations = checkpoint(call, around, *activations, use_reentrant=False, preserve_rng_state=False)
                 else:
                     activations = call(around, *activations)
             return activations

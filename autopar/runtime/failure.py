@@ -63,5 +63,6 @@ def stop_everyone(error: BaseException, doing: str) -> BaseException:
 def _looks_remote(error: BaseException) -> bool:
     text = str(error)
     return any(
-        sign in text for sign in ("Connection", "closed by peer", "gloo", "NCCL", "Timed out", "timed out", "Broken pipe")
+        sign in text
+        for sign in ("Connection", "closed by peer", "gloo", "NCCL", "Timed out", "timed out", "Broken pipe")
     )

@@ -21,7 +21,7 @@ from .profile import OpSeconds
 from .recorder import CollectiveSample
 from .torch_private import local_tensor
 
-_DETAILED_STEP = 1  # the first step pays for lazy initialisation
+_DETAILED_STEP = 2  # the first steps pay for lazy initialisation, the optimizer's too
 _KEPT_STEPS = 64
 
 

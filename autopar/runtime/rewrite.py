@@ -203,9 +203,7 @@ class _Emitter:
             self.values[(tensor, want, placed)] = source
             return source
         if isinstance(want, Split) and not isinstance(have, Split):
-            local = local_blocks(
-                self.graph.tensors[tensor].shape, [(placed, self.rewriter.degree), (want, shards)], 1
-            )
+            local = local_blocks(self.graph.tensors[tensor].shape, [(placed, self.rewriter.degree), (want, shards)], 1)
             self.calls.append(Call(_slice_chunk, (Ref(source), Ref("chunk"), want.dim, local), (), (name,)))
         elif want == PARTIAL and not isinstance(have, Split):
             self.calls.append(Call(torch.mul, (Ref(source), 1.0 / shards), (), (name,)))

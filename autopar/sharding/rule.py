@@ -174,9 +174,7 @@ def split_strategy(rule: Rule, name: str, outer: int, degree: int, gradient: Seq
 def partial_strategy(rule: Rule, group: frozenset[int], gradient: Sequence[bool]) -> Strategy:
     """The strategy that lets a pending sum of the inputs in `group` through."""
     count = len(rule.inputs)
-    inputs = tuple(
-        PARTIAL if i in group else SHARED if gradient[i] else REPLICATED for i in range(count)
-    )
+    inputs = tuple(PARTIAL if i in group else SHARED if gradient[i] else REPLICATED for i in range(count))
     key = "partial" if len(group) == count > 1 else f"partial:{min(group - rule.additive or group)}"
     return Strategy(key, inputs, (PARTIAL,) * len(rule.outputs), 1.0)
 

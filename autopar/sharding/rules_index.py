@@ -65,8 +65,10 @@ def index(call: Call) -> Rule | None:
         (f"t{rows[i]}",) if i in rows else (f"x{i}",) if i in tensors else (f"d{i}",) for i in range(len(shape))
     )
     indices = [
-        tuple(named[len(broadcast) - len(t.shape) + k] if s == broadcast[len(broadcast) - len(t.shape) + k] else ()
-              for k, s in enumerate(t.shape))
+        tuple(
+            named[len(broadcast) - len(t.shape) + k] if s == broadcast[len(broadcast) - len(t.shape) + k] else ()
+            for k, s in enumerate(t.shape)
+        )
         for t in tensors.values()
     ]
     before = [i for i in kept if i < front] if together else []

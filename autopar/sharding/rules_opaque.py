@@ -35,4 +35,3 @@ def opaque(call: Call) -> Rule:
 
 
 RULES: Mapping[str, RuleFunction] = MappingProxyType({"autopar.opaque": opaque})
-

@@ -50,10 +50,7 @@ _LINEAR: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType(
         "aten.rsub": (("self", "other"),),
         "aten.where": (("self", "other"),),
         "aten.lerp": (("self", "end"),),
-        **{
-            f"aten.{name}": (("self",),)
-            for name in (*_SCALINGS.split(), "to", "type_as")
-        },
+        **{f"aten.{name}": (("self",),) for name in (*_SCALINGS.split(), "to", "type_as")},
         "aten.dropout": (("input",),),
         "aten.native_dropout": (("input",),),
     }
@@ -82,9 +79,7 @@ def pointwise(call: Call) -> Rule | None:
     out = call.out
     if any(t.shape != out for t in call.outputs) or not all(_broadcasts(t.shape, out) for t in call.inputs):
         return None  # an overload of another kind, such as where(condition)
-    inputs = {
-        name: [aligned(call.inputs[i].shape, out) for i in numbers] for name, numbers in call.positions().items()
-    }
+    inputs = {name: [aligned(call.inputs[i].shape, out) for i in numbers] for name, numbers in call.positions().items()}
     return call.rule(
         {name: dims if isinstance(call[name], tuple | list) else dims[0] for name, dims in inputs.items()},
         [full(t.shape) for t in call.outputs],
