@@ -165,7 +165,8 @@ class Problem:
         """Why the rows of the batch cannot be told apart, "" if they can."""
         rows = self.graph.batch_size
         least = next((d for d in range(2, rows + 1) if rows % d == 0), None)
-        return (batch_layout(self.graph, least).conflict or "") if least else ""
+        conflict = batch_layout(self.graph, least).conflict if least else None
+        return str(conflict) if conflict else ""
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
