@@ -214,7 +214,7 @@ def main() -> None:
     start_s = time.perf_counter()
     example = default_collate([training[row] for row in range(arguments.batch)])
     model = autopar.parallelize(module, example, cluster=cluster, **constraints)
-    say(f"\n{model.plan.explain()}")
+    say(f"\n{model.plan.explain(model.graph)}")
     say(f"\ncaptured, planned and placed in {time.perf_counter() - start_s:.1f} s")
 
     run_dir = arguments.run_dir or Path("runs") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
