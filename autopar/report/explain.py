@@ -10,6 +10,7 @@ from ..plan import Layout, Plan, Stage
 from ..sharding.flow import find_strategy
 from ..sharding.placement import Split, parse_placement
 from ..sharding.strategy import Strategy
+from .naming import describe_layouts
 from .words import gib, plan_in_words, ranges, seconds
 
 _SCHEDULES = {
@@ -24,8 +25,8 @@ _WEIGHT_SPLITS = {
 
 
 def explain_plan(plan: Plan, graph: Graph | None = None) -> str:
-    """Some tens of lines of plain text; with the graph, also what each distinct layout does to each op."""
-    parts = [_degrees(plan), _stages(plan)]
+    """Some tens of lines of plain text; with the graph, also what the layouts amount to and do to each op."""
+    parts = [_degrees(plan, graph), _stages(plan)]
     if plan.layouts:
         parts.append(_layouts(plan, graph))
     if plan.prediction:
@@ -48,7 +49,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join((lines[0], "  ".join("-" * width for width in widths), *lines[1:]))
 
 
-def _degrees(plan: Plan) -> str:
+def _degrees(plan: Plan, graph: Graph | None) -> str:
     first = plan.stages[0]
     rows = plan.batch_size // first.data
     lines = [
@@ -60,8 +61,12 @@ def _degrees(plan: Plan) -> str:
         )
     if first.data > 1:
         lines.append(f"- data {first.data}: each data rank has {rows} of the batch's {plan.batch_size} rows")
-    if first.tensor > 1:
+    if first.tensor > 1 and graph is None:
         lines.append(f"- tensor {first.tensor}: each block's ops are shared out over {first.tensor} ranks")
+    elif first.tensor > 1:
+        used = [(b, i) for s in plan.stages for b, i in zip(range(s.start, s.stop), s.layouts, strict=True)]
+        blocks, layouts = [graph.blocks[b] for b, _ in used], [plan.layouts[i] for _, i in used]
+        lines.append(f"- {describe_layouts(graph, blocks, layouts, first.data * plan.microbatches)}")
     lines.append(
         f"- {plan.microbatches} microbatch{'es' if plan.microbatches > 1 else ''} of {rows // plan.microbatches} "
         f"row{'s' if rows // plan.microbatches > 1 else ''} per data rank and step"
