@@ -6,19 +6,23 @@ from .cluster.spec import Cluster
 from .parallelize import Model, parallelize
 from .plan import Plan
 from .planner.search import search
+from .runtime.checkpoint import CheckpointInfo, load, save
 from .runtime.clip import clip_grad_norm_
 from .simulate import simulate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointInfo",
     "Cluster",
     "Model",
     "Plan",
     "capture",
     "clip_grad_norm_",
+    "load",
     "opaque",
     "parallelize",
+    "save",
     "search",
     "simulate",
 ]

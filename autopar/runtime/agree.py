@@ -26,6 +26,23 @@ def from_rank_zero(function: Callable[[], Result]) -> Result:
     return answer[0]
 
 
+def on_every_rank(function: Callable[[], Result]) -> list[Result]:
+    """`function()` of every rank, in order, on every rank; the first rank's error is raised everywhere."""
+    answer: tuple[Any, Exception | None] = (None, None)
+    try:
+        answer = function(), None
+    except Exception as error:
+        answer = None, error if _can_travel(error) else RuntimeError(f"{type(error).__name__}: {error}")
+    answers = [answer]
+    if dist.get_world_size() > 1:
+        answers = [answer] * dist.get_world_size()
+        dist.all_gather_object(answers, answer)
+    for _, error in answers:
+        if error is not None:
+            raise error
+    return [result for result, _ in answers]
+
+
 def _can_travel(error: Exception) -> bool:
     """Whether another process can rebuild the error (some take more arguments than they keep)."""
     try:

@@ -17,7 +17,7 @@ from .torch_private import local_tensor, wrap_local
 
 
 @dataclass(frozen=True)
-class _Described:
+class Described:
     """What one rank's optimizer knows of one parameter: its group, dtypes of the state that is laid out like it, and
     the rest of the state by value, with whether a tensor lies on the CPU."""
 
@@ -44,7 +44,22 @@ def move_optimizer(
     State must be laid out like its parameter, or be one number, as in torch's elementwise optimizers. ValueError, on
     every rank, for other state (Adafactor's factors, L-BFGS's history) and for groups that differ between ranks.
     """
-    described, complaints = _describe(optimizer, before)
+    merged = agree_on_state(optimizer, before, "taken to another plan", group)
+    states = _moved(optimizer, before, after, merged, old, new, rank, device, group)
+    _install(optimizer, before, after, merged, states)
+
+
+def agree_on_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    what: str,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, Described]:
+    """What the ranks together know of the state, by parameter name; equal on all ranks, and all ranks call it.
+
+    parameters: this rank's at rest. what: "saved" and the like, for the ValueError that `move_optimizer` speaks of.
+    """
+    described, complaints = _describe(optimizer, parameters)
     everyone: list[Any] = [(described, complaints, len(optimizer.param_groups))]
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         mine = everyone[0]
@@ -53,31 +68,30 @@ def move_optimizer(
     complaints = sorted({text for _, texts, _ in everyone for text in texts})
     if len({count for _, _, count in everyone}) > 1:
         complaints.append(f"ranks have {sorted({count for _, _, count in everyone})} parameter groups")
-    merged: dict[str, _Described] = {}
+    merged: dict[str, Described] = {}
     for known, _, _ in everyone:
         for fqn, about in known.items():
             if merged.setdefault(fqn, about).group != about.group:
                 complaints.append(f"{fqn} is in group {merged[fqn].group} on one rank and in {about.group} on another")
     if complaints:
         raise ValueError(
-            f"{type(optimizer).__name__} cannot be taken to another plan: {'; '.join(complaints[:3])}. Use an "
+            f"{type(optimizer).__name__} cannot be {what}: {'; '.join(complaints[:3])}. Use an "
             "elementwise optimizer (SGD, Adam, AdamW, ...) whose parameter groups depend on the parameters' names alone"
         )
     _as_parameters_where_any_is(merged)
-    states = _moved(optimizer, before, after, merged, old, new, rank, device, group)
-    _install(optimizer, before, after, merged, states)
+    return merged
 
 
 def _describe(
     optimizer: torch.optim.Optimizer, before: Mapping[str, nn.Parameter]
-) -> tuple[dict[str, _Described], list[str]]:
+) -> tuple[dict[str, Described], list[str]]:
     groups = {id(p): index for index, g in enumerate(optimizer.param_groups) for p in g["params"]}
-    described: dict[str, _Described] = {}
+    described: dict[str, Described] = {}
     complaints: list[str] = []
     for fqn, parameter in before.items():
         if id(parameter) not in groups:
             continue
-        about = described[fqn] = _Described(groups[id(parameter)], {}, {})
+        about = described[fqn] = Described(groups[id(parameter)], {}, {})
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
                 about.like[key] = value.dtype
@@ -92,7 +106,7 @@ def _describe(
     return described, complaints
 
 
-def _as_parameters_where_any_is(merged: dict[str, _Described]) -> None:
+def _as_parameters_where_any_is(merged: dict[str, Described]) -> None:
     """A scalar parameter's momentum looks like a step count; other parameters tell which of the two a key is."""
     like = {key: dtype for about in merged.values() for key, dtype in about.like.items()}
     for about in merged.values():
@@ -104,7 +118,7 @@ def _moved(
     optimizer: torch.optim.Optimizer,
     before: Mapping[str, nn.Parameter],
     after: Mapping[str, nn.Parameter],
-    merged: Mapping[str, _Described],
+    merged: Mapping[str, Described],
     old: Mapping[str, Ownership],
     new: Mapping[str, Ownership],
     rank: int,
@@ -143,7 +157,7 @@ def _install(
     optimizer: torch.optim.Optimizer,
     before: Mapping[str, nn.Parameter],
     after: Mapping[str, nn.Parameter],
-    merged: Mapping[str, _Described],
+    merged: Mapping[str, Described],
     states: Mapping[str, dict[str, Any]],
 ) -> None:
     """Change the optimizer in place: schedulers and users hold on to the object and to its groups."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -54,3 +55,13 @@ def wrap_local(local: torch.Tensor, spec: DTensorSpec) -> DTensor:
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's own shard, sharing storage and version counter; a plain tensor is its own."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def stored_at(file: str, start_byte: int, num_bytes: int) -> _StorageInfo:
+    """Where torch.distributed.checkpoint's file reader finds one piece of a tensor."""
+    return _StorageInfo(file, start_byte, num_bytes)
+
+
+def place_of(stored: _StorageInfo) -> tuple[str, int, int]:
+    """The file, first byte and number of bytes of a piece that torch.distributed.checkpoint has written."""
+    return stored.relative_path, stored.offset, stored.length

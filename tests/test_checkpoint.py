@@ -1,0 +1,292 @@
+"""Checkpoints: training goes on under another plan as if nothing had happened, and what cannot be loaded changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_parity import call, parallel
+from torch import Tensor
+
+import autopar
+from autopar.runtime import checkpoint, checkpoint_files
+from autopar.runtime.torch_private import local_tensor
+from autopar.sharding.placement import Split
+
+STEPS = 3
+EXTRA = {"epoch": 2, "seen": [1, 2.5, None, "ä"]}
+ONE = dict(data=1, tensor=1, pipeline=1, microbatches=1)
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": lambda groups, lr: torch.optim.AdamW(groups, lr=lr, betas=(0.8, 0.99), amsgrad=True),
+    "sgd": lambda groups, lr: torch.optim.SGD(groups, lr=lr, momentum=0.9),
+}
+
+
+def optimizer_of(model: autopar.Model, kind: str, lr: float) -> torch.optim.Optimizer:
+    """Two groups, by name: weight decay for weights alone."""
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if n.endswith("weight")], "weight_decay": 10 * lr},
+        {"params": [p for n, p in named if not n.endswith("weight")], "weight_decay": 0.0},
+    ]
+    return OPTIMIZERS[kind](groups, lr)
+
+
+def train(model: autopar.Model, example: Any, optimizer: torch.optim.Optimizer) -> list[float]:
+    losses = []
+    for _ in range(STEPS):
+        loss = call(model, example)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def save_and_go_on(
+    path: str, name: str, plan: dict[str, Any], kind: str, piece_bytes: int = 1000
+) -> tuple[list[float], bool]:
+    """Losses after the checkpoint, and whether a parameter of this rank lies in runs, not in one block."""
+    model, example, _, _ = parallel(name, plan)
+    optimizer = optimizer_of(model, kind, 0.02)
+    train(model, example, optimizer)
+    with mock.patch.object(checkpoint_files, "PIECE_BYTES", piece_bytes):
+        autopar.save(path, model, optimizer, step=STEPS, extra=EXTRA)
+    splits = [h.split for p in model.parameters() for h in p.autopar.ownership.holders]
+    return train(model, example, optimizer), any(isinstance(s, Split) and s.blocks > 1 for s in splits)
+
+
+def load_and_go_on(
+    path: str, name: str, plan: dict[str, Any], kind: str
+) -> tuple[list[float], autopar.CheckpointInfo, list[float], int]:
+    """Losses after loading into a model and an optimizer that were elsewhere."""
+    model, example, _, _ = parallel(name, plan)
+    optimizer = optimizer_of(model, kind, 0.7)
+    train(model, example, optimizer)
+    model.seeds.seed = 77
+    info = autopar.load(path, model, optimizer)
+    step = model.seeds.step
+    return train(model, example, optimizer), info, [g["lr"] for g in optimizer.param_groups], step
+
+
+def world_of(plan: dict[str, Any]) -> int:
+    return plan["data"] * plan["tensor"] * plan["pipeline"]
+
+
+CASES = [
+    (
+        "build_llama",
+        "adamw",
+        dict(data=2, tensor=1, pipeline=2, microbatches=2, zero=3),
+        [dict(data=1, tensor=2, pipeline=1, microbatches=1, seed=4), ONE],
+    ),
+    (
+        "build_tied_lm",
+        "adamw",
+        dict(data=1, tensor=2, pipeline=2, microbatches=2, seed=1),
+        [
+            dict(data=2, tensor=1, pipeline=1, microbatches=1, zero=3),
+            dict(data=1, tensor=2, pipeline=1, microbatches=2),
+        ],
+    ),
+    (
+        "build_gpt2",
+        "sgd",
+        dict(data=1, tensor=2, pipeline=1, microbatches=1, seed=2),
+        [dict(data=2, tensor=2, pipeline=1, microbatches=2, zero=3, seed=3)],
+    ),
+    (
+        "build_conv_net",
+        "sgd",
+        ONE,
+        [
+            dict(data=1, tensor=2, pipeline=2, microbatches=4, seed=5),
+            dict(data=2, tensor=1, pipeline=1, microbatches=1),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("name,kind,before,afters", CASES, ids=[case[0] for case in CASES])
+def test_training_goes_on_under_another_plan(
+    pool, tmp_path: Path, name: str, kind: str, before: dict[str, Any], afters: list[dict[str, Any]]
+) -> None:
+    path = str(tmp_path / "folder" / "saved")
+    (expected, _), *others = saved = pool.run(save_and_go_on, path, name, before, kind, world_size=world_of(before))
+    if name == "build_tied_lm":
+        assert any(runs for _, runs in saved), "choose a seed that splits the fused projection in blocks"
+    assert all(losses == expected for losses, _ in others)
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["saved"]
+    for after in afters:
+        for losses, info, rates, step in pool.run(
+            load_and_go_on, path, name, after, kind, world_size=world_of(after), timeout_s=120
+        ):
+            assert losses == pytest.approx(expected, rel=1e-5), after
+            assert info == autopar.CheckpointInfo(STEPS, EXTRA)
+            assert rates == [0.02, 0.02] and step == STEPS
+
+
+def test_dropout_goes_on(pool, tmp_path: Path) -> None:
+    """Under the same plan the random numbers are those that would have come."""
+    plan = dict(data=2, tensor=1, pipeline=1, microbatches=2)
+    args = (str(tmp_path / "saved"), "build_gpt2_dropout", plan, "adamw")
+    (expected, _), _ = pool.run(save_and_go_on, *args, world_size=2)
+    for losses, *_ in pool.run(load_and_go_on, *args, world_size=2):
+        assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def state_of(model: autopar.Model, optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Everything that a load may change, copied."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    state = [local_tensor(t.detach()).clone() for _, t in named]
+    for parameter in model.parameters():
+        for value in optimizer.state.get(parameter, {}).values():
+            state.append(local_tensor(value).clone() if isinstance(value, Tensor) else value)
+    options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return [*state, copy.deepcopy(options), model.seeds.seed, model.seeds.step]
+
+
+def equal(left: Any, right: Any) -> bool:
+    return torch.equal(left, right) if isinstance(left, Tensor) else left == right
+
+
+def damage(folder: Path, how: str) -> str:
+    """Change a file of the checkpoint; its name."""
+    files = sorted(p for p in folder.iterdir() if p.suffix == ".distcp")
+    file = folder / checkpoint_files.INDEX if how.startswith("index") else files[-1]
+    data = bytearray(file.read_bytes())
+    if how.endswith("missing"):
+        file.unlink()
+    elif how.endswith("short"):
+        file.write_bytes(data[: len(data) // 2])
+    elif how.endswith("flipped"):
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif how == "index other":
+        file.write_text(json.dumps({"autopar checkpoint": 99, "crc32": 0, "content": ""}))
+    return file.name
+
+
+DAMAGES = ["missing", "short", "flipped", "index missing", "index short", "index flipped", "index other"]
+
+
+def damaged_loads(folder: str) -> list[tuple[str, str, bool]]:
+    """(file, message, whether the state stayed) per damage; the checkpoint is written anew each time."""
+    model, example, _, _ = parallel("build_mlp", dict(data=1, tensor=2, pipeline=1, microbatches=1))
+    optimizer = optimizer_of(model, "adamw", 0.01)
+    path = Path(folder) / "saved"
+    found = []
+    for how in DAMAGES:
+        train(model, example, optimizer)
+        autopar.save(path, model, optimizer)
+        train(model, example, optimizer)
+        names = [damage(path, how)] if dist.get_rank() == 0 else [""]
+        dist.broadcast_object_list(names, src=0)
+        before = state_of(model, optimizer)
+        try:
+            autopar.load(path, model, optimizer)
+            message = "loaded"
+        except ValueError as error:
+            message = str(error)
+        stayed = all(map(equal, before, state_of(model, optimizer)))
+        found.append((names[0], message, stayed))
+        dist.barrier()
+        if dist.get_rank() == 0 and not (path / checkpoint_files.INDEX).exists():
+            path.rename(path.with_name("set aside"))
+        dist.barrier()
+    return found
+
+
+def test_damaged_checkpoints_are_refused_by_name(pool, tmp_path: Path) -> None:
+    first, second = pool.run(damaged_loads, str(tmp_path), world_size=2)
+    assert [text for _, text, _ in first] == [text for _, text, _ in second]
+    for how, (file, message, stayed) in zip(DAMAGES, first, strict=True):
+        assert file in message and str(tmp_path / "saved") in message, (how, message)
+        assert stayed, how
+    assert all(stayed for _, _, stayed in second)
+    for how, word in (
+        ("missing", "missing"),
+        ("short", "bytes"),
+        ("flipped", "checksum"),
+        ("index other", "format 99"),
+    ):
+        assert word in first[DAMAGES.index(how)][1]
+
+
+def refusals(folder: str) -> dict[str, str]:
+    """Messages of what is asked for in vain, and of loads into other models and optimizers."""
+    plan = dict(data=2, tensor=1, pipeline=1, microbatches=1, zero=3)
+    model, example, _, _ = parallel("build_mlp", plan)
+    other, _, _, _ = parallel("build_conv_net", plan)
+    optimizer = optimizer_of(model, "adamw", 0.01)
+    train(model, example, optimizer)
+    path = Path(folder)
+    autopar.save(path / "saved", model, optimizer, step=1)
+    autopar.save(path / "bare", model)
+    if dist.get_rank() == 0:
+        (path / "mine").mkdir()
+        (path / "mine" / "thesis").write_text("only copy")
+    dist.barrier()
+    lbfgs = torch.optim.LBFGS(model.parameters())
+    lbfgs.state[next(iter(model.parameters()))]["history"] = [torch.zeros(3)]
+    single = torch.optim.AdamW(model.parameters())
+    swapped = torch.optim.AdamW([{"params": g["params"]} for g in optimizer.param_groups[::-1]])
+
+    def write_failing() -> None:
+        patched = mock.patch.object(checkpoint, "fingerprint", side_effect=OSError("disk on fire"))
+        with patched if dist.get_rank() == 1 else mock.MagicMock():
+            autopar.save(path / "saved", model, optimizer, step=2)
+
+    attempts: dict[str, Callable[[], Any]] = {
+        "other model": lambda: autopar.load(path / "saved", other),
+        "other optimizer": lambda: autopar.load(path / "saved", model, optimizer_of(model, "sgd", 0.1)),
+        "other number of groups": lambda: autopar.load(path / "saved", model, single),
+        "other groups": lambda: autopar.load(path / "saved", model, swapped),
+        "no optimizer": lambda: autopar.load(path / "bare", model, optimizer),
+        "nothing there": lambda: autopar.load(path / "nowhere", model),
+        "not elementwise": lambda: autopar.save(path / "new", model, lbfgs),
+        "not JSON": lambda: autopar.save(path / "new", model, extra={"x": object()}),
+        "something else there": lambda: autopar.save(path / "mine", model),
+        "no folder": lambda: autopar.save(path / "mine" / "thesis" / "x", model),
+        "write fails": write_failing,
+    }
+    found = {}
+    for what, attempt in attempts.items():
+        before = state_of(model, optimizer)
+        try:
+            attempt()
+            found[what] = "nothing was refused"
+        except (ValueError, OSError) as error:
+            found[what] = f"{type(error).__name__}: {error}"
+        assert all(map(equal, before, state_of(model, optimizer))), what
+    found["kept"] = str(autopar.load(path / "saved", model, optimizer).step)
+    found["left"] = " ".join(sorted(p.name for p in path.iterdir()))
+    return found
+
+
+def test_what_cannot_be_done_is_refused(pool, tmp_path: Path) -> None:
+    first, second = pool.run(refusals, str(tmp_path), world_size=2)
+    assert first == second
+    for what, words in {
+        "other model": ("ValueError", "another model", "lacks the parameters", "first.weight", "0.weight"),
+        "other optimizer": ("ValueError", "AdamW", "SGD"),
+        "other number of groups": ("ValueError", "2 parameter groups", "given 1"),
+        "other groups": ("ValueError", "0.weight is in group 0", "in group 1 of the given"),
+        "no optimizer": ("ValueError", "no optimizer state"),
+        "nothing there": ("ValueError", "nowhere", "no checkpoint"),
+        "not elementwise": ("ValueError", "LBFGS cannot be saved", "history"),
+        "not JSON": ("ValueError", "JSON"),
+        "something else there": ("ValueError", "mine exists and is no checkpoint"),
+        "no folder": ("Error", "thesis"),
+        "write fails": ("OSError", "disk on fire"),
+    }.items():
+        assert all(word in first[what] for word in words), (what, first[what])
+    assert first["kept"] == "1" and first["left"] == "bare mine saved"
+    assert (tmp_path / "mine" / "thesis").read_text() == "only copy"
