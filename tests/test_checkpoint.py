@@ -12,10 +12,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from plan_cases import random_plan
 from test_parity import call, parallel
-from torch import Tensor
+from torch import Tensor, nn
 
 import autopar
+from autopar.cluster.spec import Cluster
 from autopar.runtime import checkpoint, checkpoint_files
 from autopar.runtime.torch_private import local_tensor
 from autopar.sharding.placement import Split
@@ -140,6 +142,53 @@ def test_dropout_goes_on(pool, tmp_path: Path) -> None:
     (expected, _), _ = pool.run(save_and_go_on, *args, world_size=2)
     for losses, *_ in pool.run(load_and_go_on, *args, world_size=2):
         assert losses == pytest.approx(expected, rel=1e-6)
+
+
+class Odd(nn.Module):
+    """A scalar parameter, rows that four ranks cannot share, a frozen weight and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.rows = nn.Parameter(torch.randn(3, 8))
+        self.frozen = nn.Parameter(torch.randn(8, 8), requires_grad=False)
+        self.register_buffer("shift", torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (((x @ self.frozen + self.shift) @ self.rows.t()) * self.scale).square().mean()
+
+
+def odd_run(path: str, plan: dict[str, Any], kind: str, loads: bool) -> tuple[list[float], float, list[Tensor]]:
+    """Losses, the scalar's last momentum, and the buffer and frozen weight where they are whole."""
+    torch.manual_seed(5 if loads else 0)
+    module, example = Odd(), torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    cluster = Cluster.preset("cpu", hosts=1, devices_per_host=world_of(plan))
+    graph = autopar.capture(module, example)
+    model = autopar.parallelize(module, example, plan=random_plan(graph, **plan), cluster=cluster)
+    optimizer = OPTIMIZERS[kind](model.parameters(), 0.001)
+    if loads:
+        autopar.load(path, model, optimizer)
+    else:
+        train(model, example, optimizer)
+        autopar.save(path, model, optimizer)
+    losses = train(model, example, optimizer)
+    named = dict(model.named_parameters())
+    state = optimizer.state[named["scale"]]["momentum_buffer" if kind == "sgd" else "exp_avg"]
+    fixed = [dict(model.named_buffers())["shift"], named["frozen"].detach()]
+    return losses, local_tensor(state).item(), [t.clone() for t in fixed if type(t) is Tensor]
+
+
+@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+def test_parameters_that_are_hard_to_share(pool, tmp_path: Path, kind: str) -> None:
+    sharded = dict(data=4, tensor=1, pipeline=1, microbatches=1, zero=3)
+    whole = dict(data=2, tensor=1, pipeline=1, microbatches=2)
+    for number, (before, after) in enumerate(((sharded, whole), (whole, sharded))):
+        path = str(tmp_path / str(number))
+        (losses, momentum, fixed), *_ = pool.run(odd_run, path, before, kind, False, world_size=world_of(before))
+        for again, same_momentum, same in pool.run(odd_run, path, after, kind, True, world_size=world_of(after)):
+            assert again == pytest.approx(losses, rel=1e-5)
+            assert same_momentum == pytest.approx(momentum, rel=1e-4)
+            assert all(torch.equal(a, b) for a, b in zip(fixed, same, strict=False))
 
 
 def state_of(model: autopar.Model, optimizer: torch.optim.Optimizer) -> list[Any]:
