@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,9 +83,14 @@ def save(
 
     temporary, facts = from_rank_zero(prepare)
     try:
-        parts = _owned_parts(model, rank)
-        if optimizer is not None and described is not None:
-            parts += checkpoint_optimizer.owned_parts(optimizer, parameters, described, rank)
+        parts: list[Part] = []
+
+        def collect() -> None:
+            parts.extend(_owned_parts(model, rank))
+            if optimizer is not None and described is not None:
+                parts.extend(checkpoint_optimizer.owned_parts(optimizer, parameters, described, rank))
+
+        on_every_rank(collect)
         tensors = write_parts(temporary, parts)
         names = sorted({piece[2] for about in tensors.values() for piece in about["pieces"]})
         mine = names[rank :: dist.get_world_size()]
@@ -119,18 +124,27 @@ def load(path: str | Path, model: Model, optimizer: torch.optim.Optimizer | None
     index = from_rank_zero(lambda: read_index(folder))
     described = index["optimizer"]
 
-    complaints = _mismatches(index["model"], _facts(model))
-    if optimizer is not None and not complaints:
-        complaints = checkpoint_optimizer.mismatches(optimizer, parameters, described)
-    _raise_together(folder, complaints)
     mine = list(index["files"].items())[rank::world_size]
-    found = [verify_file(folder, name, expected) for name, expected in mine]
-    _raise_together(folder, [complaint for complaint in found if complaint])
+    parts: list[Part] = []
 
-    parts = _wanted_parts(model, rank)
-    if optimizer is not None:
-        parts += checkpoint_optimizer.wanted_parts(parameters, described, rank)
-    _raise_together(folder, read_parts(folder, index["tensors"], parts))
+    def misfits() -> list[str]:
+        found = _mismatches(index["model"], _facts(model))
+        if optimizer is not None and not found:
+            found = checkpoint_optimizer.mismatches(optimizer, parameters, described)
+        return found
+
+    def damages() -> list[str]:
+        found = [verify_file(folder, name, expected) for name, expected in mine]
+        return [complaint for complaint in found if complaint]
+
+    def read() -> list[str]:
+        parts.extend(_wanted_parts(model, rank))
+        if optimizer is not None:
+            parts.extend(checkpoint_optimizer.wanted_parts(parameters, described, rank))
+        return read_parts(folder, index["tensors"], parts)
+
+    for attempt in (misfits, damages, read):
+        _refuse_complaints(folder, attempt)
 
     values = {part.key: part.local for part in parts}
     with torch.no_grad():
@@ -209,9 +223,9 @@ def _told(fact: Sequence[Any]) -> str:
     return f"{fact[1]} {tuple(fact[0])}"
 
 
-def _raise_together(folder: Path, complaints: Sequence[str]) -> None:
-    """One ValueError on every rank if any rank has a complaint."""
-    everyone = on_every_rank(lambda: list(complaints))
+def _refuse_complaints(folder: Path, attempt: Callable[[], list[str]]) -> None:
+    """One ValueError on every rank if any rank's attempt has a complaint; what it raises is raised everywhere too."""
+    everyone = on_every_rank(attempt)
     found = sorted({text for part in everyone for text in part})
     if found:
         more = f" (and {len(found) - _MOST_NAMES} more)" if len(found) > _MOST_NAMES else ""
