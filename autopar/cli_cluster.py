@@ -16,7 +16,10 @@ def read_cluster(text: str) -> Cluster:
     """The cluster that `text` names. ValueError for an unknown preset (with the nearest names) or no such form."""
     match = _SHORTHAND.fullmatch(text)
     if Path(text).is_file() or (match is None and (text.endswith(".json") or "/" in text)):
-        return Cluster.load(text)
+        try:
+            return Cluster.load(text)
+        except UnicodeDecodeError:
+            raise ValueError(f"{text} is no text; expected a file written by Cluster.save") from None
     if match is None:
         raise ValueError(
             f"--cluster {text!r} is neither a cluster file nor of the form {FORM}; presets are {', '.join(PRESETS)}"

@@ -32,7 +32,7 @@ class Built:
 def build_model(text: str, batch: int | None, seq: int | None, dtype: str | None = None) -> Built:
     """The model that `text` names, on the meta device.
 
-    batch, seq: rows and tokens of the global batch; what a Python callable's arguments of these names get.
+    batch, seq: rows and tokens of the global batch; a Python callable gets those given as arguments of these names.
     dtype: of the parameters of a transformers model, by default what its config says.
     ValueError, in one line, for a model that does not exist or cannot be built.
     """
@@ -91,8 +91,8 @@ def _hf_config(transformers: ModuleType, text: str) -> tuple[Any, type | None]:
         path = path / "config.json"
     if path.suffix == ".json" or path.is_file():
         return _config_of_file(transformers, path)
-    models = {name for name in dir(transformers) if name.endswith("Config") or "For" in name or "LMHead" in name}
-    found = getattr(transformers, text, None) if text in models else None
+    models = [name for name in dir(transformers) if name.endswith("Config") or "For" in name or "LMHead" in name]
+    found = getattr(transformers, text, None)
     try:
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedConfig):
             return found(), None
@@ -154,10 +154,14 @@ def _build_python(path: Path, name: str, batch: int | None, seq: int | None) -> 
             f"{path} has no callable {name!r}{nearest(name, public)}; it has {', '.join(public) or 'none'}"
         )
     sizes = {key: value for key, value in (("batch", batch), ("seq", seq)) if value is not None}
+    taken = inspect.signature(function).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    for key in sizes:
+        if key not in taken and not takes_any:
+            raise ValueError(f"{name} of {path} takes no argument {key!r}; leave out --{key}, or give it that argument")
     try:
-        taken = inspect.signature(function).parameters
         with torch.device("meta"):
-            made = function(**{key: value for key, value in sizes.items() if key in taken})
+            made = function(**sizes)
     except Exception as error:
         raise ValueError(f"{name} of {path}: {one_line(error)}") from error
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
