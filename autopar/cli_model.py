@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,12 +142,7 @@ def _one_label_per_row(transformers: ModuleType, cls: type) -> bool:
 def _build_python(path: Path, name: str, batch: int | None, seq: int | None) -> Built:
     if not path.is_file():
         raise ValueError(f"--model {path}:{name}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    source = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(source)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be loaded: {one_line(error)}") from error
+    source = _load(path)
     function = getattr(source, name, None)
     if not callable(function):
         public = [key for key, value in vars(source).items() if callable(value) and not key.startswith("_")]
@@ -169,6 +165,23 @@ def _build_python(path: Path, name: str, batch: int | None, seq: int | None) -> 
             f"{name} of {path} must return (module, example) or (module, example, loss); got {_kind(made)}"
         )
     return Built(*made)
+
+
+def _load(path: Path) -> ModuleType:
+    """The module in a file, which may import its neighbours as a script may."""
+    # Dataclasses look their module up by name; the prefix keeps it from hiding another.
+    spec = importlib.util.spec_from_file_location(f"autopar_model_{path.stem}", path)
+    source = importlib.util.module_from_spec(spec)
+    folder = str(path.resolve().parent)
+    sys.modules[spec.name] = source
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(source)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be loaded: {one_line(error)}") from error
+    finally:
+        sys.path.remove(folder)
+    return source
 
 
 def _kind(value: Any) -> str:

@@ -20,7 +20,7 @@ from autopar.cluster.presets import PRESETS
 from autopar.graph import Graph
 from autopar.planner.search import METHODS
 from autopar.report.html import report_page
-from autopar.report.timeline_svg import timeline_svg
+from autopar.report.timeline_svg import LABEL_WIDTH, WIDTH, timeline_svg
 from autopar.timeline import Event, Timeline
 
 LLAMA = {
@@ -36,12 +36,21 @@ LLAMA = {
     "eos_token_id": 1,
 }
 PYTHON_MODEL = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
+from net_sizes import WIDTH
+
+@dataclass
+class Sizes:
+    hidden: int = 2 * WIDTH
 
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.first, self.second = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
+        self.first, self.second = torch.nn.Linear(16, Sizes().hidden), torch.nn.Linear(Sizes().hidden, 16)
 
     def forward(self, x):
         return self.second(torch.relu(self.first(x)))
@@ -68,6 +77,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("python") / "net.py"
     path.write_text(PYTHON_MODEL)
+    path.with_name("net_sizes.py").write_text("WIDTH = 16")
     return path
 
 
@@ -226,9 +236,9 @@ def test_the_picture_of_a_long_step_stays_small_and_in_its_frame() -> None:
         picture = timeline_svg(line, {0: "<one & all>"})
         assert "&lt;one &amp; all&gt;" in picture and len(picture) < 800_000
         bars = re.findall(r'<rect x="([\d.]+)" y="\d+" width="([\d.]+)" height="\d+" fill', picture)
-        assert max(float(x) + float(width) for x, width in bars) <= 1160
+        assert max(float(x) + float(width) for x, width in bars) <= WIDTH
         # However the events are drawn, together they cover the step.
-        assert sum(float(width) for _, width in bars) == pytest.approx(1160 - 150 - 10, rel=0.01)
+        assert sum(float(width) for _, width in bars) == pytest.approx(WIDTH - LABEL_WIDTH - 10, rel=0.01)
 
 
 BAD = {

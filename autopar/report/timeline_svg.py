@@ -9,7 +9,7 @@ from ..timeline import Event, Timeline
 from .words import seconds
 
 WIDTH = 1160
-LABEL_WIDTH = 150
+LABEL_WIDTH = 190
 _ROW, _BAR, _STRIP = 30, 20, 4
 # Anything narrower is drawn together with its neighbour of the same kind, so that a page of any plan stays small.
 _LEAST_WIDTH = 0.6
