@@ -20,7 +20,7 @@ from autopar.cluster.presets import PRESETS
 from autopar.graph import Graph
 from autopar.planner.search import METHODS
 from autopar.report.html import report_page
-from autopar.report.timeline_svg import LABEL_WIDTH, WIDTH, timeline_svg
+from autopar.report.timeline_svg import SPAN_WIDTH, WIDTH, timeline_svg
 from autopar.timeline import Event, Timeline
 
 LLAMA = {
@@ -238,7 +238,7 @@ def test_the_picture_of_a_long_step_stays_small_and_in_its_frame() -> None:
         bars = re.findall(r'<rect x="([\d.]+)" y="\d+" width="([\d.]+)" height="\d+" fill', picture)
         assert max(float(x) + float(width) for x, width in bars) <= WIDTH
         # However the events are drawn, together they cover the step.
-        assert sum(float(width) for _, width in bars) == pytest.approx(WIDTH - LABEL_WIDTH - 10, rel=0.01)
+        assert sum(float(width) for _, width in bars) == pytest.approx(SPAN_WIDTH, rel=0.01)
 
 
 BAD = {

@@ -10,6 +10,7 @@ from .words import seconds
 
 WIDTH = 1160
 LABEL_WIDTH = 190
+SPAN_WIDTH = WIDTH - LABEL_WIDTH - 30
 _ROW, _BAR, _STRIP = 30, 20, 4
 # Anything narrower is drawn together with its neighbour of the same kind, so that a page of any plan stays small.
 _LEAST_WIDTH = 0.6
@@ -29,7 +30,7 @@ def timeline_svg(line: Timeline, labels: Mapping[int, str]) -> str:
     """The picture of `line`. labels: what to write in front of a rank's row, by rank."""
     rows = line.by_rank()
     height = _ROW * len(rows) + 34
-    scale = (WIDTH - LABEL_WIDTH - 10) / line.step_time_s if line.step_time_s > 0 else 0.0
+    scale = SPAN_WIDTH / line.step_time_s if line.step_time_s > 0 else 0.0
     parts = [_axis(line.step_time_s, scale, height)]
     for index, (rank, events) in enumerate(rows.items()):
         y = 4 + index * _ROW
