@@ -7,6 +7,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["autopar", "autopar.*"]),
+    entry_points={"console_scripts": ["autopar=autopar.cli:main"]},
     install_requires=["torch>=2.11", "einops", "highspy", "numpy", "tqdm"],
     extras_require={
         "hf": ["transformers"],

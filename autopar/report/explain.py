@@ -107,18 +107,20 @@ def _layout_words(plan: Plan, stage: Stage) -> str:
 def _layouts(plan: Plan, graph: Graph | None) -> str:
     lines = ["Layouts on the tensor axis:"]
     for index, layout in enumerate(plan.layouts):
-        lines.append(f"- layout {index}: enters {_boundary(layout.inputs)}, leaves {_boundary(layout.outputs)}")
-        block = _first_block(plan, graph, index) if graph is not None else None
+        lines.append(
+            f"- layout {index}: enters {boundary_in_words(layout.inputs)}, leaves {boundary_in_words(layout.outputs)}"
+        )
+        block = first_block(plan, graph, index) if graph is not None else None
         if block is not None:
             shards = plan.stages[0].data * plan.microbatches
-            lines += [f"    {line}" for line in _ops(graph, block, layout, shards)]
+            lines += [f"    {line}" for line in ops_in_words(graph, block, layout, shards)]
         else:
             counts = Counter(layout.strategies)
             lines.append("    op strategies: " + ", ".join(f"{key} x {count}" for key, count in counts.most_common()))
     return "\n".join(lines)
 
 
-def _boundary(tokens: tuple[str, ...]) -> str:
+def boundary_in_words(tokens: tuple[str, ...]) -> str:
     """Placements of a block's boundary in words. Dim 1 of the residual stream is the sequence, its last is hidden."""
     if not tokens:
         return "with the batch"
@@ -132,7 +134,7 @@ def _boundary(tokens: tuple[str, ...]) -> str:
     return " and ".join(words)
 
 
-def _first_block(plan: Plan, graph: Graph, index: int) -> Block | None:
+def first_block(plan: Plan, graph: Graph, index: int) -> Block | None:
     for stage in plan.stages:
         for block, used in zip(graph.blocks[stage.start : stage.stop], stage.layouts, strict=True):
             if used == index:
@@ -140,7 +142,7 @@ def _first_block(plan: Plan, graph: Graph, index: int) -> Block | None:
     return None
 
 
-def _ops(graph: Graph, block: Block, layout: Layout, shards: int) -> list[str]:
+def ops_in_words(graph: Graph, block: Block, layout: Layout, shards: int) -> list[str]:
     """The ops that use parameters, attention and the loss: how each runs, by its common name where it has one."""
     placed = dict(zip(block.parameters, layout.parameters, strict=True))
     lines = []

@@ -21,7 +21,7 @@ MAX_PLANS = 200_000
 
 def exhaustive(problem: Problem, progress: bool = True) -> Plan:
     """The plan of least simulated step time that fits. ValueError when there are too many plans, or none fits."""
-    num_plans = _count(problem)
+    num_plans = count_plans(problem)
     if num_plans > MAX_PLANS:
         raise ValueError(
             f"method='exhaustive' would simulate {num_plans} plans, at most {MAX_PLANS} make sense; use method='auto', "
@@ -60,7 +60,7 @@ def every_plan(problem: Problem) -> Iterator[Plan]:
                     yield assemble(problem, shape, chain, pieces)
 
 
-def _count(problem: Problem) -> int:
+def count_plans(problem: Problem) -> int:
     """Plans of the space, chains of layouts apart."""
     num_blocks, ways = len(problem.graph.blocks), len(problem.recompute_choices)
     return sum(math.comb(num_blocks - 1, shape.pipeline - 1) * ways**shape.pipeline for shape in problem.shapes)
