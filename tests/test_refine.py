@@ -19,12 +19,13 @@ from autopar.cost.collectives import collective_s
 from autopar.cost.corrections import Corrections
 from autopar.cost.model import CostModel
 from autopar.cost.storage import base_name
+from autopar.graph import Graph
 from autopar.refine import Observation, correct
 from autopar.runtime.recorder import CollectiveSample
 from autopar.simulate import simulate
 
 
-def observations(graph: autopar.capture, plan: autopar.Plan, truth: CostModel) -> list[Observation]:
+def observations(graph: Graph, plan: autopar.Plan, truth: CostModel) -> list[Observation]:
     """What ranks would measure if `truth` were the whole truth and the profiler slowed everything down twofold."""
     names = {truth.compute_class(op): base_name(op.target) for op in graph.ops}
     peaks = simulate(graph, plan, truth.cluster, truth).peak_memory_bytes
