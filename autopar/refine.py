@@ -230,17 +230,17 @@ def refine(model: Model, optimizer: torch.optim.Optimizer, remaining_steps: int 
     graph, cluster, plan = model.graph, model.cluster, model.plan
     corrections, learned = correct(graph, plan, cluster, model.corrections, observations)
     costs = CostModel(graph, cluster, corrections)
-    measured_s = measurement.median_step_s()
 
-    def decide() -> tuple[Plan, float, float, float]:
+    def decide() -> tuple[Plan, float, float, float, float]:
         best = search(graph, cluster, model=costs, progress=False, **model.constraints)
         old_s = simulate(graph, plan, cluster, costs).step_time_s
         new_s = simulate(graph, best, cluster, costs).step_time_s
-        # What the model still gets wrong about this plan, it is taken to get wrong about others in proportion.
-        return best, old_s, new_s, measured_s
+        move_s = model.build_s + _state_transfer_s(model, corrections)
+        return best, old_s, new_s, move_s, measurement.median_step_s()
 
-    best, old_s, new_s, measured_s = from_rank_zero(decide)
-    move_s = model.build_s + _state_transfer_s(model, corrections)
+    # Every figure that the decision rests on is rank 0's: ranks that measured for themselves could disagree and part.
+    best, old_s, new_s, move_s, measured_s = from_rank_zero(decide)
+    # What the model still gets wrong about this plan, it is taken to get wrong about others in proportion.
     saving_s = measured_s * (1 - new_s / old_s) * remaining_steps
     same = (best.stages, best.layouts, best.microbatches, best.schedule) == (
         plan.stages,

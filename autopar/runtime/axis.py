@@ -106,17 +106,18 @@ class Axis:
         if self.on_collective is None:
             call()
             return
-        _synchronize(whole)
+        synchronize(whole.device)
         start = time.perf_counter()
         call()
-        _synchronize(whole)
+        synchronize(whole.device)
         size_bytes = whole.numel() * whole.element_size() * parts
         self.on_collective(kind, self.ranks, size_bytes, time.perf_counter() - start)
 
 
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _cut(tensor: Tensor, dim: int, blocks: int, size: int) -> Tensor:

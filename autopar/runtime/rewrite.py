@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,7 +63,6 @@ class Rewriter:
     model_axis: Axis | None
     device: torch.device
     training: bool = True
-    _local: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def sides(
         self, name: str, ops: Sequence[Op], batch: Sequence[str], whole: Sequence[str], outputs: Sequence[str]

@@ -42,8 +42,9 @@ class CompiledStage:
     sides: side tensors that the blocks read, made per microbatch by `side_function(chunk, batch, whole)`.
     whole: values of the prologue; `prologue_function(chunk, batch, ())` gives this rank's summands of them (`pending`:
     which of them are summands over data).
-    batch_inputs, state: tensors that the side functions and blocks read: batch inputs, and buffers and constants.
-    receives, sends: what crosses the stage's boundaries, with local shapes and dtypes, and whether a gradient returns.
+    prologue_batch, side_batch: the batch inputs, buffers and constants that the two functions read.
+    receives, sends: what crosses the stage's boundaries; specs: its local shapes and dtypes.
+    batch_splits: for every batch input, whether its rows are cut over data and time.
     """
 
     index: int

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
+from .axis import synchronize
 from .build import Runtime
 from .recorder import CollectiveSample
 from .replicas import BUCKET_BYTES
@@ -20,16 +22,17 @@ def time_collectives(runtime: Runtime, device: torch.device) -> tuple[Collective
     samples: list[CollectiveSample] = []
     groups, stage = runtime.groups, runtime.plan.stages[runtime.groups.stage]
 
-    def sample(kind: str, ranks: tuple[int, ...], size_bytes: int, call) -> None:
+    def sample(kind: str, ranks: tuple[int, ...], size_bytes: int, call: Callable[[], object], times: int = 1) -> None:
+        """times: how many such collectives one call makes."""
         seconds = []
         for _ in range(_REPEATS + 1):
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             call()
-            _synchronize(device)
+            synchronize(device)
             seconds.append(time.perf_counter() - start)
         # The first one may set up connections.
-        samples.append(CollectiveSample(kind, ranks, size_bytes, statistics.median(seconds[1:])))
+        samples.append(CollectiveSample(kind, ranks, size_bytes, statistics.median(seconds[1:]) / times))
 
     data = groups.data
     if data.size > 1:
@@ -49,7 +52,9 @@ def time_collectives(runtime: Runtime, device: torch.device) -> tuple[Collective
             continue
         peer = boundary + 1 if groups.stage == boundary else boundary
         names = runtime.compiled.sends if groups.stage == boundary else runtime.compiled.receives
-        tensors = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in map(_spec(runtime), names)]
+        tensors = [
+            torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in map(runtime.compiled.specs.get, names)
+        ]
         size_bytes = sum(t.numel() * t.element_size() for t in tensors)
         other = groups.counterpart(peer)
 
@@ -58,14 +63,8 @@ def time_collectives(runtime: Runtime, device: torch.device) -> tuple[Collective
                 for tensor in tensors:
                     (dist.send if sends else dist.recv)(tensor, other, group=groups.forward[peer])
 
-        sample("send", (groups.rank, other), size_bytes, there_and_back)
-        latest = samples.pop()
-        samples.append(CollectiveSample("send", latest.ranks, latest.size_bytes, latest.seconds / 2))
+        sample("send", (groups.rank, other), size_bytes, there_and_back, times=2)
     return tuple(samples)
-
-
-def _spec(runtime: Runtime):
-    return lambda name: runtime.compiled.specs[name]
 
 
 def _local_bytes(runtime: Runtime, tensor: str) -> int:
@@ -75,8 +74,3 @@ def _local_bytes(runtime: Runtime, tensor: str) -> int:
             shape = spec.ownership.tensor_shape(runtime.groups.rank)
             return torch.Size(shape).numel() * spec.dtype.itemsize
     raise AssertionError(fqn)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
