@@ -24,6 +24,7 @@ import logging
 import multiprocessing as mp
 import os
 import platform
+import resource
 import signal
 import sys
 import time
@@ -51,6 +52,9 @@ from autopar.plan import Plan  # noqa: E402
 from autopar.sharding.batch import batch_layout  # noqa: E402
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+MEMORY_BYTES = 8 * 2**30
+"""Address space of each process: a config that stayed large is an error, not the end of the machine."""
+
 COLUMNS = ("tensor=2", "tensor=2 random", "pipeline=2", "data=2", "tensor=2 x pipeline=2")
 
 
@@ -117,6 +121,7 @@ def examine(name: str) -> Iterator[dict[str, Any]]:
 def serve(name: str, pipe: Any) -> None:
     """In a process of its own: send what is known after each step, and at last the error if there was one."""
     os.setsid()  # so that the ranks can be stopped with their parent
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")

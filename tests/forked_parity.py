@@ -63,16 +63,19 @@ def reference(module: nn.Module, example: Mapping[str, Any]) -> Reference:
 
 
 def errors(
-    module: nn.Module, example: Mapping[str, Any], graph: Graph, plan: Plan, expected: Reference, timeout_s: float = 60.0
+    module: nn.Module,
+    example: Mapping[str, Any],
+    graph: Graph,
+    plan: Plan,
+    expected: Reference,
+    timeout_s: float = 60.0,
 ) -> Errors:
     """Run one step of `plan` on all its ranks and compare."""
     total = expected.norm
     cluster = Cluster.preset("cpu", hosts=1, devices_per_host=plan.world_size)
 
     def rank_errors() -> Errors:
-        model = Model(
-            graph, plan, cluster, module, seed=0, device=torch.device("cpu"), initialise=None, constraints={}
-        )
+        model = Model(graph, plan, cluster, module, seed=0, device=torch.device("cpu"), initialise=None, constraints={})
         result = model(**example)
         loss = result if isinstance(result, Tensor) else result.loss
         loss.backward()
