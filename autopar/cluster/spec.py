@@ -112,7 +112,8 @@ class Cluster:
     """`num_hosts` hosts of `devices_per_host` equal devices; ranks are numbered host by host.
 
     intra: the link between two devices of one host; inter: between devices of different hosts, per device.
-    source: where the numbers come from ("probe", "preset h100-80gb", a path).
+    source: where the numbers come from ("probe", "preset h100-80gb", a path). software: the stack that trains, one of
+        cost/constants.py; "" where everything is measured.
     """
 
     device: Device
@@ -121,6 +122,7 @@ class Cluster:
     intra: Link
     inter: Link
     source: str = ""
+    software: str = ""
 
     def __post_init__(self) -> None:
         for name in ("num_hosts", "devices_per_host"):
@@ -189,6 +191,7 @@ class Cluster:
                 intra=_link(data["intra"]),
                 inter=_link(data["inter"]),
                 source=data.get("source", ""),
+                software=data.get("software", ""),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where} is not a complete cluster ({type(error).__name__}: {error})") from None

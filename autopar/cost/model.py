@@ -24,6 +24,7 @@ from ..sharding.strategy import Strategy
 from .block import Both, Pricer, Table, add
 from .collectives import collective_s
 from .compute import kernel_s, optimizer_s
+from .constants import Constants
 from .corrections import Corrections
 from .kernels import Kernel
 from .memory import BlockMemory, BlockView, block_memory
@@ -68,7 +69,14 @@ class _BlockPrice:
 class CostModel:
     """Prices of `graph` on `cluster`. Not thread-safe: answers are remembered."""
 
-    def __init__(self, graph: Graph, cluster: Cluster, corrections: Corrections | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        cluster: Cluster,
+        corrections: Corrections | None = None,
+        *,
+        constants: Constants | None = None,
+    ) -> None:
         self.graph, self.cluster = graph, cluster
         self.corrections = corrections or Corrections()
         self._pricer = Pricer(graph, cluster, self.corrections)

@@ -86,7 +86,9 @@ def _choose(
 def _first(op: Op, found) -> Strategy:
     for strategy in found:
         return strategy
-    raise ValueError(f"op {op.name} ({op.target}) has no strategy that Megatron's layout needs; is the degree too high?")
+    raise ValueError(
+        f"op {op.name} ({op.target}) has no strategy that Megatron's layout needs; is the degree too high?"
+    )
 
 
 def _at_rest(graph: Graph, block: Block, chosen: Sequence[Strategy], parameter: str) -> Placement:
