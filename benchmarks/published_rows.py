@@ -90,7 +90,7 @@ class Row:
     @property
     def software(self) -> str:
         source = self.text("source").lower()
-        for words, name in _SOFTWARE:
+        for words, name in _SOFTWARE:  # noqa: B007
             if words in source:
                 break
         else:
