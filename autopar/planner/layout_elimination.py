@@ -9,9 +9,9 @@ with several sinks, a storage with several holders) becomes a choice of its own,
 
 so that an optimal A holds just what is wanted. Eliminating choice v replaces the tables that know v by
 
-    (3)  t(others) = min over v of their sum                                                        _eliminate
+    (3)  t(others) = min over v of their sum                                                        Elimination.table
 
-and remembers the minimiser, in an order that keeps the tables small (least table first). What is left in the end is a
+and remembers the minimiser, in an order that keeps the tables small (`_order`: least table first). What is left in the end is a
 table over the boundary's choices. A transformer's layer, of some 60 choices, never needs a table of more than a few
 hundred thousand entries, because its ops are nearly a chain.
 
@@ -59,7 +59,7 @@ class Order:
 
 
 class Elimination:
-    """One block's model as tables; `table` answers for one price of memory.
+    """One block's model as tables; `table` answers for one price of memory. Raises `TooWide`.
 
     kept: the choices whose every joint option is answered for, in the order of the answer's axes.
     orders: remembered orders by structure, which blocks of one kind share under all prices.
@@ -80,6 +80,8 @@ class Elimination:
         if structure not in orders:
             orders[structure] = _order(self.sizes, [f.scope for f in self.factors], self.kept)
         self.order = orders[structure]
+        if self.order.largest > MAX_TABLE:
+            raise TooWide
 
     def _add(self, scope: tuple[int, ...], seconds: np.ndarray, size_bytes: np.ndarray | None = None) -> None:
         if size_bytes is not None and not size_bytes.any():
@@ -156,63 +158,57 @@ class Elimination:
                 self._add((variable, choice), np.where(allowed, 0.0, math.inf))
 
     def table(self, memory_weight: float) -> Solved:
-        """All optima for one price of memory, in seconds per byte. Raises `TooWide`."""
-        if self.order.largest > MAX_TABLE:
-            raise TooWide
-        factors: dict[int, list[tuple[tuple[int, ...], np.ndarray]]] = {v: [] for v in range(len(self.sizes))}
-        held = {}
+        """All optima for one price of memory, in seconds per byte."""
+        factors: list[list[_Costs]] = [[] for _ in self.sizes]
         for factor in self.factors:
             costs = factor.seconds
             if memory_weight and factor.size_bytes is not None:
                 costs = costs + memory_weight * factor.size_bytes
-            elif not memory_weight and factor.size_bytes is not None and not factor.seconds.any():
-                continue
-            self._hold(factors, held, factor.scope, costs)
+            _know(factors, _Costs(factor.scope, costs))
         constant = 0.0
         picks = []
         for variable in self.order.variables:
-            mine = factors.pop(variable)
-            scope = tuple(sorted({v for s, _ in mine for v in s if v != variable}))
+            mine = factors[variable]
+            scope = tuple(sorted({v for costs in mine for v in costs.scope if v != variable}))
             table = self._sum(mine, (*scope, variable))
-            for s, costs in mine:
-                for v in s:
-                    if v != variable:
-                        factors[v] = [pair for pair in factors[v] if pair[1] is not costs]
-            if table is None:
-                picks.append((variable, (), np.zeros((), dtype=np.intp)))
-                continue
+            for v in scope:
+                factors[v] = [costs for costs in factors[v] if variable not in costs.scope]
             best = table.argmin(axis=-1)
-            least = np.take_along_axis(table, best[..., None], -1)[..., 0] if scope else table.min()
             picks.append((variable, scope, best))
+            least = np.take_along_axis(table, best[..., None], -1)[..., 0]
             if scope:
-                self._hold(factors, held, scope, least)
+                _know(factors, _Costs(scope, least))
             else:
                 constant += float(least)
-        left = {id(costs): (s, costs) for v in self.kept for s, costs in factors[v]}
+        left = {id(costs): costs for v in self.kept for costs in factors[v]}
         answer = self._sum(list(left.values()), self.kept)
-        shape = tuple(self.sizes[v] for v in self.kept)
-        answer = np.zeros(shape) if answer is None else np.broadcast_to(answer, shape)
         return Solved(self, memory_weight, answer + constant, tuple(picks))
 
-    @staticmethod
-    def _hold(factors, held, scope: tuple[int, ...], costs: np.ndarray) -> None:
-        pair = (scope, costs)
-        for v in scope:
-            factors[v].append(pair)
-
-    def _sum(self, tables, scope: tuple[int, ...]) -> np.ndarray | None:
-        """The sum of tables over the axes of `scope`; None where there are none."""
-        total = None
-        for mine, costs in sorted(tables, key=lambda pair: pair[1].size):
-            order = sorted(range(len(mine)), key=lambda i: scope.index(mine[i]))
+    def _sum(self, tables: Sequence[_Costs], scope: tuple[int, ...]) -> np.ndarray:
+        """The sum of tables over the axes of `scope`, each in full."""
+        place = {v: i for i, v in enumerate(scope)}
+        total = np.zeros((1,) * len(scope))
+        for costs in sorted(tables, key=lambda one: one.values.size):
+            order = sorted(range(len(costs.scope)), key=lambda i: place[costs.scope[i]])
             shape = [1] * len(scope)
             for i in order:
-                shape[scope.index(mine[i])] = costs.shape[i]
-            aligned = costs.transpose(order).reshape(shape)
-            total = aligned if total is None else total + aligned
-        if total is not None and scope and total.shape[-1] == 1 and self.sizes[scope[-1]] > 1:
-            total = np.broadcast_to(total, (*total.shape[:-1], self.sizes[scope[-1]]))
-        return total
+                shape[place[costs.scope[i]]] = costs.values.shape[i]
+            total = total + costs.values.transpose(order).reshape(shape)
+        return np.broadcast_to(total, [self.sizes[v] for v in scope])
+
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """Seconds, weighted bytes among them, over the options of `scope`."""
+
+    scope: tuple[int, ...]
+    values: np.ndarray
+
+
+def _know(factors: list[list[_Costs]], costs: _Costs) -> None:
+    """Let every variable of a table know of it."""
+    for v in costs.scope:
+        factors[v].append(costs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +225,7 @@ class Solved:
         taken = dict(options)
         for variable, scope, best in reversed(self.picks):
             if variable not in taken:
-                # An axis that no table knew has one entry, which stands for all.
-                where = tuple(taken[v] if n > 1 else 0 for v, n in zip(scope, best.shape, strict=True))
-                taken[variable] = int(best[where])
+                taken[variable] = int(best[tuple(taken[v] for v in scope)])
         return tuple(taken[c] for c in range(len(self.problem.model.choices)))
 
 
