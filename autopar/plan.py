@@ -1,11 +1,16 @@
 """A Plan: who computes which part, as frozen plain data that round-trips through JSON.
 
-A plan names blocks, ranks, degrees, strategies and placements; never process groups. Ranks of a stage form a
-(data, tensor) mesh in row-major order: `ranks[d * tensor + t]`.
+A plan names blocks, ranks, degrees, strategies and placements; never process groups. Ranks of a stage form a mesh of
+(data, model axes ...) in row-major order: `ranks[d * tensor + t]`, where t counts through the model axes, the last
+fastest.
+
+Rows. A global batch of B rows is cut first in time: microbatch m of M is rows [m B/M, (m+1) B/M), the same rows on
+every stage. Each stage cuts a microbatch over its own data ranks, in order, equally or by `Stage.shares`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,10 +19,11 @@ if TYPE_CHECKING:
     from .cluster.spec import Cluster
     from .graph import Graph
 
-SCHEMA = 1
+SCHEMA = 2
 
-Recompute = Literal["none", "full"]
-Zero = Literal[0, 3]
+Recompute = Literal["none", "selective", "full"]
+Zero = Literal[0, 1, 2, 3]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,25 +44,54 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Blocks [start, stop) executed by `ranks` as a (data, tensor) mesh.
+    """Blocks [start, stop) executed by `ranks` as a mesh of (data, *axes).
 
-    layouts: per block of the stage, an index into `Plan.layouts`; empty when tensor == 1.
-    recompute: "full" keeps only block inputs of the forward and computes each block again in the backward.
-    zero: 0 replicates parameters, gradients and optimizer state over the data axis; 3 shards all three.
+    axes: degrees of the model axes, outermost first; () where a block runs on one rank of each data replica.
+    layouts: per model axis, for each block of the stage an index into `Plan.layouts`. A tensor that several axes split
+        along one dim is cut by the first axis first.
+    recompute: per block; () is "none" for all. "full" keeps only the block's inputs of the forward and computes the
+        block again in the backward; "selective" keeps the results of its expensive ops and computes the others again.
+    zero: 0 replicates parameters, gradients and optimizer state over the data axis; 1 shards the optimizer state, 2 the
+        gradients too, 3 the parameters too (Rajbhandari et al. 2020, ZeRO, section 5).
+    zero_group: how many consecutive data ranks hold one copy of what ZeRO shards; 0: all of them. Fewer is the hybrid
+        that replicates over the rest.
+    shares: rows of a microbatch per data rank; () where they are equal.
     """
 
     start: int
     stop: int
     ranks: tuple[int, ...]
     data: int
-    tensor: int
-    layouts: tuple[int, ...] = ()
-    recompute: Recompute = "none"
+    axes: tuple[int, ...] = ()
+    layouts: tuple[tuple[int, ...], ...] = ()
+    recompute: tuple[Recompute, ...] = ()
     zero: Zero = 0
+    zero_group: int = 0
+    shares: tuple[int, ...] = ()
 
     @property
     def num_blocks(self) -> int:
         return self.stop - self.start
+
+    @property
+    def tensor(self) -> int:
+        """Ranks of one data replica: the product of the model axes."""
+        return math.prod(self.axes)
+
+    @property
+    def block_recompute(self) -> tuple[Recompute, ...]:
+        """The choice of every block."""
+        return self.recompute or ("none",) * self.num_blocks
+
+
+def same_recompute(choice: Recompute, num_blocks: int) -> tuple[Recompute, ...]:
+    """`Stage.recompute` of a stage whose blocks all do the same."""
+    return () if choice == "none" else (choice,) * num_blocks
+
+
+def tensor_axes(degree: int) -> tuple[int, ...]:
+    """`Stage.axes` of a stage with at most one model axis."""
+    return (degree,) if degree > 1 else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +114,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """model, fingerprint: the graph's name and identity. batch_size: global rows, over data x microbatches.
+    """model, fingerprint: the graph's name and identity. batch_size: global rows, over microbatches x data.
 
-    The batch is cut first over the data axis (rank d owns rows [d B/D, (d+1) B/D)), then in time.
+    stages: in the order of the blocks. The same ranks may run several of them, if the schedule has it so (interleaved,
+    V-shaped). precision: what blocks compute in; parameters at rest and gradients stay as the module has them.
     """
 
     model: str
@@ -94,11 +130,24 @@ class Plan:
     layouts: tuple[Layout, ...] = ()
     prediction: Prediction | None = None
     candidates: tuple[Candidate, ...] = ()
+    precision: Precision = "float32"
     schema: int = SCHEMA
 
     @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The distinct sets of ranks, in the order of the first stage that each runs."""
+        return tuple(dict.fromkeys(stage.ranks for stage in self.stages))
+
+    @property
     def pipeline(self) -> int:
-        return len(self.stages)
+        """How many sets of ranks the blocks are spread over."""
+        return len(self.groups)
+
+    def layouts_of(self, stage: Stage) -> list[tuple[Layout, ...]]:
+        """For every block of a stage of this plan, its layout on each model axis; () where there is no such axis."""
+        if not stage.axes:
+            return [()] * stage.num_blocks
+        return [tuple(self.layouts[i] for i in indices) for indices in zip(*stage.layouts, strict=True)]
 
     def to_json(self) -> str:
         """The plan as JSON text; `Plan.from_json` gives back an equal plan."""

@@ -7,16 +7,18 @@ first error shown is the one that explains the others.
 from __future__ import annotations
 
 import difflib
+from typing import get_args
 
 from .cluster.spec import Cluster
 from .graph import Block, Graph
-from .plan import SCHEMA, Layout, Plan, Stage
+from .plan import SCHEMA, Layout, Plan, Recompute, Stage
 from .schedule.orders import SCHEDULES
 from .sharding.batch import batch_layout
 from .sharding.placement import REPLICATED, Split, parse_placement
 from .sharding.rule import divides
 from .sharding.strategies import strategies
 
+RECOMPUTE = get_args(Recompute)
 _REMAKE = "make the plan again with autopar.search(graph, cluster)"
 
 
@@ -25,6 +27,7 @@ def validate_plan(plan: Plan, graph: Graph, cluster: Cluster) -> None:
     _check_identity(plan, graph, cluster)
     _check_degrees(plan, graph)
     _check_stages(plan, graph)
+    _check_runnable(plan)
     _check_batch(plan, graph)
     _check_layouts(plan, graph)
 
@@ -71,40 +74,76 @@ def _check_degrees(plan: Plan, graph: Graph) -> None:
     if not plan.stages:
         raise ValueError(f"plan.stages is empty, expected stages that cover all {len(graph.blocks)} blocks")
     for s, stage in enumerate(plan.stages):
-        at = f"plan.stages[{s}]"
-        for name in ("data", "tensor"):
-            degree, first = getattr(stage, name), getattr(plan.stages[0], name)
-            if degree < 1:
-                raise ValueError(f"{at}.{name} is {degree}, expected at least 1")
-            if degree != first:
-                raise ValueError(
-                    f"{at}.{name} is {degree}, but plan.stages[0].{name} is {first}; all stages have one {name} degree"
-                )
-        if len(stage.ranks) != stage.data * stage.tensor:
-            raise ValueError(
-                f"{at}.ranks has {len(stage.ranks)} ranks, expected data {stage.data} x tensor {stage.tensor} = "
-                f"{stage.data * stage.tensor}"
-            )
-        if stage.recompute not in ("none", "full"):
-            raise ValueError(f"{at}.recompute is {stage.recompute!r}, expected 'none' or 'full'")
-        if stage.zero not in (0, 3):
-            raise ValueError(f"{at}.zero is {stage.zero!r}, expected 0 or 3")
-        if stage.zero == 3 and stage.data == 1:
-            raise ValueError(f"{at}.zero is 3, which shards over the data axis, but data is 1; set zero to 0")
-    used = [rank for stage in plan.stages for rank in stage.ranks]
+        _check_mesh(stage, f"plan.stages[{s}]")
+    used = [rank for group in plan.groups for rank in group]
     if sorted(used) != list(range(plan.world_size)):
-        first = plan.stages[0]
-        product = len(plan.stages) * first.data * first.tensor
-        if product != plan.world_size:
+        sizes = {len(group) for group in plan.groups}
+        if len(sizes) == 1 and len(used) != plan.world_size:
+            first = plan.stages[0]
             raise ValueError(
-                f"plan.stages: pipeline {len(plan.stages)} x data {first.data} x tensor {first.tensor} = {product}, "
+                f"plan.stages: pipeline {plan.pipeline} x data {first.data} x tensor {first.tensor} = {len(used)}, "
                 f"but plan.world_size is {plan.world_size}; the degrees must multiply to it"
             )
         strange = sorted({r for r in used if not 0 <= r < plan.world_size or used.count(r) > 1})
+        missing = sorted(set(range(plan.world_size)) - set(used))
         raise ValueError(
-            f"plan.stages: each rank of 0..{plan.world_size - 1} must stand in exactly one stage; "
-            f"ranks {', '.join(map(str, strange))} are out of range or stand in two"
+            f"plan.stages: each rank of 0..{plan.world_size - 1} must stand in exactly one set of ranks; "
+            + (f"ranks {', '.join(map(str, strange))} are out of range or stand in two" if strange else "")
+            + (f"ranks {', '.join(map(str, missing))} stand in none" if missing and not strange else "")
         )
+
+
+def _check_mesh(stage: Stage, at: str) -> None:
+    """The fields of a stage that need nothing but the stage."""
+    if stage.data < 1:
+        raise ValueError(f"{at}.data is {stage.data}, expected at least 1")
+    if any(degree < 2 for degree in stage.axes):
+        raise ValueError(f"{at}.axes is {list(stage.axes)}, expected degrees of 2 and more; leave out axes of 1")
+    if len(stage.ranks) != stage.data * stage.tensor:
+        raise ValueError(
+            f"{at}.ranks has {len(stage.ranks)} ranks, expected data {stage.data} x tensor {stage.tensor} = "
+            f"{stage.data * stage.tensor}"
+        )
+    if stage.zero not in (0, 1, 2, 3):
+        raise ValueError(f"{at}.zero is {stage.zero!r}, expected 0, 1, 2 or 3")
+    if stage.zero and stage.data == 1:
+        raise ValueError(f"{at}.zero is {stage.zero}, which shards over the data axis, but data is 1; set zero to 0")
+    if stage.zero_group and (stage.zero == 0 or stage.zero_group < 2 or stage.data % stage.zero_group):
+        raise ValueError(
+            f"{at}.zero_group is {stage.zero_group}, expected 0, or with zero 1 to 3 a divisor of data {stage.data} "
+            "that is at least 2"
+        )
+    if stage.shares and (len(stage.shares) != stage.data or min(stage.shares) < 1):
+        raise ValueError(
+            f"{at}.shares is {list(stage.shares)}, expected at least one row for each of {stage.data} data ranks"
+        )
+
+
+def _check_runnable(plan: Plan) -> None:
+    """What the vocabulary of plans can say and the runtime cannot do yet."""
+    first = plan.stages[0]
+    if plan.pipeline != len(plan.stages):
+        raise ValueError("plan.stages: two stages on the same ranks are not supported; give each stage its own ranks")
+    if plan.precision != "float32":
+        raise ValueError(f"plan.precision is {plan.precision!r}; only 'float32' is supported")
+    for s, stage in enumerate(plan.stages):
+        at = f"plan.stages[{s}]"
+        for name in ("data", "tensor"):
+            degree, other = getattr(stage, name), getattr(first, name)
+            if degree != other:
+                raise ValueError(
+                    f"{at}.{name} is {degree}, but plan.stages[0].{name} is {other}; all stages have one {name} degree"
+                )
+        if len(stage.axes) > 1:
+            raise ValueError(f"{at}.axes is {list(stage.axes)}; only one model axis is supported")
+        if "selective" in stage.recompute or len(set(stage.recompute)) > 1:
+            raise ValueError(f"{at}.recompute: only 'none' or 'full' for all blocks of a stage is supported")
+        if stage.zero not in (0, 3):
+            raise ValueError(f"{at}.zero is {stage.zero}; only 0 and 3 are supported")
+        if stage.zero_group not in (0, stage.data):
+            raise ValueError(f"{at}.zero_group is {stage.zero_group}; only 0 is supported")
+        if len(set(stage.shares)) > 1:
+            raise ValueError(f"{at}.shares is {list(stage.shares)}; only equal shares are supported")
 
 
 def _check_stages(plan: Plan, graph: Graph) -> None:
@@ -123,6 +162,18 @@ def _check_stages(plan: Plan, graph: Graph) -> None:
             f"plan.stages[{len(plan.stages) - 1}].stop is {reached}, expected {len(graph.blocks)}: "
             f"{graph.name} has {len(graph.blocks)} blocks and the stages must cover them all"
         )
+    for s, stage in enumerate(plan.stages):
+        at = f"plan.stages[{s}]"
+        if stage.recompute and len(stage.recompute) != stage.num_blocks:
+            raise ValueError(
+                f"{at}.recompute has {len(stage.recompute)} entries, expected one per block [{stage.start}, {stage.stop}), "
+                "or none at all"
+            )
+        for i, choice in enumerate(stage.recompute):
+            if choice not in RECOMPUTE:
+                raise ValueError(
+                    f"{at}.recompute[{i}] is {choice!r}, expected one of {', '.join(map(repr, RECOMPUTE))}"
+                )
 
 
 def _check_batch(plan: Plan, graph: Graph) -> None:
@@ -154,14 +205,23 @@ def _check_layouts(plan: Plan, graph: Graph) -> None:
     at_rest: dict[str, tuple[str, str]] = {}
     for s, stage in enumerate(plan.stages):
         at = f"plan.stages[{s}]"
-        expected = stage.num_blocks if stage.tensor > 1 else 0
-        if len(stage.layouts) != expected:
-            why = f"one per block [{stage.start}, {stage.stop})" if stage.tensor > 1 else "none, because tensor is 1"
-            raise ValueError(f"{at}.layouts has {len(stage.layouts)} entries, expected {expected}: {why}")
-        for i, (index, block) in enumerate(zip(stage.layouts, graph.blocks[stage.start : stage.stop], strict=False)):
+        if len(stage.layouts) != len(stage.axes):
+            raise ValueError(
+                f"{at}.layouts has {len(stage.layouts)} entries, expected {len(stage.axes)}: one per model axis"
+            )
+        if not stage.axes:
+            leaving = None
+            continue
+        row = stage.layouts[0]
+        if len(row) != stage.num_blocks:
+            raise ValueError(
+                f"{at}.layouts[0] has {len(row)} entries, expected {stage.num_blocks}: one per block "
+                f"[{stage.start}, {stage.stop})"
+            )
+        for i, (index, block) in enumerate(zip(row, graph.blocks[stage.start : stage.stop], strict=True)):
             if not 0 <= index < len(plan.layouts):
                 raise ValueError(
-                    f"{at}.layouts[{i}] is {index}, expected an index into the {len(plan.layouts)} layouts"
+                    f"{at}.layouts[0][{i}] is {index}, expected an index into the {len(plan.layouts)} layouts"
                 )
             layout = plan.layouts[index]
             if (index, block.kind) not in checked:

@@ -6,7 +6,7 @@ import random
 from typing import Literal
 
 from autopar.graph import Graph
-from autopar.plan import Layout, Plan, Stage
+from autopar.plan import Layout, Plan, Stage, same_recompute, tensor_axes
 from autopar.sharding.strategies import strategies
 
 
@@ -34,9 +34,9 @@ def random_plan(
             stop=cuts[s + 1],
             ranks=tuple(range(s * width, (s + 1) * width)),
             data=data,
-            tensor=tensor,
-            layouts=tuple(range(cuts[s], cuts[s + 1])) if tensor > 1 else (),
-            recompute=recompute,
+            axes=tensor_axes(tensor),
+            layouts=(tuple(range(cuts[s], cuts[s + 1])),) if tensor > 1 else (),
+            recompute=same_recompute(recompute, cuts[s + 1] - cuts[s]),
             zero=zero if data > 1 else 0,
         )
         for s in range(pipeline)

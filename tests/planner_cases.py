@@ -116,12 +116,12 @@ class MadeUpCosts:
         if stage.zero == 3:
             gather_s = sum(k["gather"] for k in kinds)
             forward_s, backward_s = forward_s + gather_s, backward_s + 2 * gather_s
-        if stage.recompute == "full":
+        if "full" in stage.recompute:
             backward_s += forward_s
         last = index == len(plan.stages) - 1
         far = 1 if last else 1 + self.cluster.host(plan.stages[index + 1].ranks[0]) - self.cluster.host(stage.ranks[0])
         parameters = sum(k["parameters"] for k in kinds) // stage.tensor // (stage.data if stage.zero == 3 else 1)
-        activations = sum(k["inputs" if stage.recompute == "full" else "activations"] for k in kinds)
+        activations = sum(k["inputs" if "full" in stage.recompute else "activations"] for k in kinds)
         reduce_s = sum(k["reduce"] for k in kinds) / stage.tensor * (1 - 1 / stage.data)
         return StageCost(
             forward_s=forward_s,

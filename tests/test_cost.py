@@ -23,7 +23,7 @@ from autopar.cost.corrections import Corrections
 from autopar.cost.kernels import Kernel, kernels
 from autopar.cost.model import CostModel
 from autopar.graph import Graph
-from autopar.plan import Plan, Stage
+from autopar.plan import Plan, Stage, same_recompute
 from autopar.sharding.placement import PARTIAL, REPLICATED, SHARED, Split
 from autopar.sharding.strategies import strategies
 from autopar.torch_private import allocation_deltas
@@ -38,16 +38,17 @@ def graph_of(name: str) -> Graph:
 
 
 def one_stage(graph: Graph, **changes: Any) -> Plan:
-    stage = Stage(0, len(graph.blocks), (0,), 1, 1)
+    stage = Stage(0, len(graph.blocks), (0,), 1)
     data = changes.pop("data", 1)
     microbatches = changes.pop("microbatches", 1)
+    changes["recompute"] = same_recompute(changes.pop("recompute", "none"), stage.num_blocks)
     stage = replace(stage, data=data, ranks=tuple(range(data)), **changes)
     return Plan(graph.name, graph.fingerprint, data, graph.batch_size, microbatches, "gpipe", (stage,))
 
 
 def pipeline(graph: Graph, cut: int, **changes: Any) -> Plan:
     stages = tuple(
-        replace(Stage(a, b, (i,), 1, 1), **changes) for i, (a, b) in enumerate([(0, cut), (cut, len(graph.blocks))])
+        replace(Stage(a, b, (i,), 1), **changes) for i, (a, b) in enumerate([(0, cut), (cut, len(graph.blocks))])
     )
     return Plan(graph.name, graph.fingerprint, 2, graph.batch_size, 1, "gpipe", stages)
 

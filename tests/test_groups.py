@@ -8,7 +8,7 @@ import torch.distributed as dist
 from loopback import run
 from pool import Pool
 
-from autopar.plan import Plan, Stage
+from autopar.plan import Plan, Stage, tensor_axes
 from autopar.runtime.axis import Axis
 from autopar.runtime.groups import build_groups
 
@@ -31,7 +31,9 @@ def members(axis: Axis) -> list[int]:
 def lines(pipeline: int, data: int, tensor: int) -> dict[str, object]:
     """What each group of this rank reaches."""
     size = data * tensor
-    stages = tuple(Stage(s, s + 1, tuple(range(s * size, (s + 1) * size)), data, tensor) for s in range(pipeline))
+    stages = tuple(
+        Stage(s, s + 1, tuple(range(s * size, (s + 1) * size)), data, tensor_axes(tensor)) for s in range(pipeline)
+    )
     plan = Plan("m", "f", pipeline * size, 8, 1, "1f1b", stages)
     groups = build_groups(plan)
     found: dict[str, object] = {

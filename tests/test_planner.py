@@ -173,7 +173,7 @@ def test_prices_are_those_of_the_whole_plan(seed):
         )
         (chain,) = problem.chains.of(problem, shape)
         for s, stage in enumerate(plan.stages):
-            cost = prices.cost(shape, chain, s, Piece(stage.start, stage.stop, stage.recompute))
+            cost = prices.cost(shape, chain, s, Piece(stage.start, stage.stop, stage.block_recompute[0]))
             assert cost == problem.costs.stage(plan, s)
 
 
@@ -288,7 +288,7 @@ def test_constraints_are_kept(seed):
     assert {name: said[name] for name in pins} == pins
     for choice in ("none", "full"):
         pinned = auto(replace(problem, constraints=Constraints(recompute=choice)), progress=False)
-        assert {stage.recompute for stage in pinned.stages} == {choice}
+        assert {said for stage in pinned.stages for said in stage.block_recompute} == {choice}
 
 
 IMPOSSIBLE = {

@@ -93,7 +93,7 @@ def test_rows_of_all_ranks_make_the_global_batch(shuffle, size):
 def test_loader_says_what_is_wrong():
     data = TensorDataset(torch.arange(10))
     for arguments, message in (
-        ((data, 6, 0, 4), "batch_size=6 does not divide over the 4"),
+        ((data, 6, 0, 4), "batch_size=6 does not divide over 1 microbatches x 4"),
         ((data, 12, 0, 2), "10 rows, fewer than one batch of 12"),
         ((iter([1]), 2, 0, 2), "expected a dataset"),
     ):

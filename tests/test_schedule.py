@@ -214,7 +214,7 @@ def test_one_stage_needs_no_transfers_and_evaluation_no_backward() -> None:
 
 
 def test_program_for_a_plan() -> None:
-    stages = tuple(Stage(s, s + 1, (2 * s, 2 * s + 1), 2, 1) for s in range(3))
+    stages = tuple(Stage(s, s + 1, (2 * s, 2 * s + 1), 2) for s in range(3))
     plan = Plan("m", "f", 6, 8, 4, "1f1b", stages)
     assert program_for(plan) == build_program(3, 4, "1f1b")
     assert program_for(plan, training=False) == build_program(3, 4, "gpipe", training=False)

@@ -195,14 +195,14 @@ class MadeUpCosts:
 def test_sixteen_thousand_ranks_fold_to_their_stages() -> None:
     per_stage = 4096
     stages = tuple(
-        Stage(s, s + 1, tuple(range(s * per_stage, (s + 1) * per_stage)), per_stage // 8, 8) for s in range(4)
+        Stage(s, s + 1, tuple(range(s * per_stage, (s + 1) * per_stage)), per_stage // 8, (8,)) for s in range(4)
     )
     plan = Plan("m", "f", 4 * per_stage, per_stage * 8, 8, "1f1b", stages)
     line = simulate(None, plan, None, model=MadeUpCosts())
     assert len(line.peak_memory_bytes) == 16384 and line.peak_memory_bytes[16383] == 400
     assert set(line.by_rank()) == {0, 4096, 8192, 12288}
 
-    small = Plan("m", "f", 4, 8, 4, "gpipe", tuple(Stage(s, s + 1, (2 * s, 2 * s + 1), 2, 1) for s in range(2)))
+    small = Plan("m", "f", 4, 8, 4, "gpipe", tuple(Stage(s, s + 1, (2 * s, 2 * s + 1), 2) for s in range(2)))
     one = simulate(None, small, None, model=MadeUpCosts())
     every = simulate(None, small, None, model=MadeUpCosts(), all_ranks=True)
     costs = [MadeUpCosts().stage(small, s) for s in range(2)]

@@ -129,10 +129,10 @@ class CostModel:
         stage = plan.stages[index]
         compute: Table = {}
         collectives: Table = {}
-        for _, price in self._prices(plan, stage):
+        for (_, price), recompute in zip(self._prices(plan, stage), stage.block_recompute, strict=True):
             for table, part in ((compute, price.compute), (collectives, price.collectives)):
                 for name, (forward_s, backward_s) in part.items():
-                    add(table, name, forward_s, backward_s + (forward_s if stage.recompute == "full" else 0.0))
+                    add(table, name, forward_s, backward_s + (forward_s if recompute == "full" else 0.0))
         for op in self._sides(stage, stage.data * plan.microbatches)[1]:
             for name, seconds in self._pricer.op_seconds(op, None, stage.data * plan.microbatches)[0].items():
                 add(compute, name, seconds, 0.0)
@@ -188,7 +188,7 @@ class CostModel:
     def _prices(self, plan: Plan, stage: Stage) -> list[tuple[Block, _BlockPrice]]:
         setting = _Setting(stage.data * plan.microbatches, stage.ranks[: stage.tensor], plan.microbatches > 1)
         blocks = self.graph.blocks[stage.start : stage.stop]
-        layouts = [plan.layouts[i] for i in stage.layouts] if stage.tensor > 1 else [None] * len(blocks)
+        layouts = [found[0] if found else None for found in plan.layouts_of(stage)]
         return [(b, self._block(b, layout, setting)) for b, layout in zip(blocks, layouts, strict=True)]
 
     def _block(self, block: Block, layout: Layout | None, setting: _Setting) -> _BlockPrice:
@@ -239,9 +239,9 @@ class CostModel:
         return found[1]
 
     def _key(self, plan: Plan, stage: Stage) -> tuple:
-        layouts = tuple(self._layout_number(plan.layouts[i]) for i in stage.layouts)
+        layouts = tuple(self._layout_number(plan.layouts[i]) for row in stage.layouts for i in row)
         return (
-            stage.start, stage.stop, layouts, stage.data, stage.tensor, plan.microbatches, stage.recompute, stage.zero
+            stage.start, stage.stop, layouts, stage.data, stage.axes, plan.microbatches, stage.recompute, stage.zero
         )  # fmt: skip
 
     # -- communication outside blocks
@@ -321,9 +321,10 @@ class CostModel:
     # -- side ops
 
     def _prologue(self, stage: Stage, microbatches: int) -> float:
-        """Batch-wide values, on the whole local batch, and their all-reduce over data."""
-        ops, _ = self._sides(stage, stage.data * microbatches)
-        seconds = sum(sum(self._pricer.op_seconds(op, None, stage.data)[0].values()) for op in ops)
+        """Batch-wide values, microbatch by microbatch, and their all-reduce over data."""
+        shards = stage.data * microbatches
+        ops, _ = self._sides(stage, shards)
+        seconds = microbatches * sum(sum(self._pricer.op_seconds(op, None, shards)[0].values()) for op in ops)
         if ops:
             seconds += collective_s(self.cluster, "all_reduce", 8, stage.ranks[:: stage.tensor], self.corrections)
         return seconds

@@ -49,8 +49,8 @@ def stage_memory(
     trainable = {name: size for name, size in sizes.items() if graph.tensors[name].requires_grad}
     elements = sum(size // graph.tensors[name].dtype.itemsize for name, size in trainable.items())
     cut = stage.data if stage.zero == 3 else 1
-    activation, forward_peak, backward_peak = _recomputed(memories) if stage.recompute == "full" else _kept(memories)
-    if index > 0 and stage.recompute == "none":  # what arrives is kept, because its gradient travels on
+    activation, forward_peak, backward_peak = _recomputed(memories) if stage.recompute else _kept(memories)
+    if index > 0 and not stage.recompute:  # what arrives is kept, because its gradient travels on
         first = memories[0]
         activation += sum(b for b, saved in zip(first.input_bytes, first.saves_input, strict=True) if not saved)
     # The stage's last output waits for its gradient; a loss is a scalar.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..cost.types import StageCost
-from ..plan import Plan, Recompute, Stage
+from ..plan import Plan, Recompute, Stage, same_recompute, tensor_axes
 from .problem import Chain, Problem, Shape
 
 
@@ -38,8 +38,9 @@ def assemble(problem: Problem, shape: Shape, chain: Chain, pieces: Sequence[Piec
         schedule=shape.schedule,
         stages=tuple(
             Stage(
-                piece.start, piece.stop, shape.ranks(s), shape.data, shape.tensor,
-                chain.index[piece.start : piece.stop], piece.recompute, shape.zero,
+                piece.start, piece.stop, shape.ranks(s), shape.data, tensor_axes(shape.tensor),
+                (chain.index[piece.start : piece.stop],) if shape.tensor > 1 else (),
+                same_recompute(piece.recompute, piece.stop - piece.start), shape.zero,
             )
             for s, piece in enumerate(pieces)
         ),

@@ -11,7 +11,7 @@ from ..sharding.flow import find_strategy
 from ..sharding.placement import Split, parse_placement
 from ..sharding.strategy import Strategy
 from .naming import describe_layouts
-from .words import gib, plan_in_words, ranges, seconds
+from .words import gib, plan_in_words, ranges, recompute_in_words, seconds
 
 _SCHEDULES = {
     "1f1b": "each stage alternates one forward and one backward (1F1B), so that few microbatches are in flight",
@@ -64,7 +64,7 @@ def _degrees(plan: Plan, graph: Graph | None) -> str:
     if first.tensor > 1 and graph is None:
         lines.append(f"- tensor {first.tensor}: each block's ops are shared out over {first.tensor} ranks")
     elif first.tensor > 1:
-        used = [(b, i) for s in plan.stages for b, i in zip(range(s.start, s.stop), s.layouts, strict=True)]
+        used = [(b, i) for s in plan.stages for b, i in zip(range(s.start, s.stop), s.layouts[0], strict=True)]
         blocks, layouts = [graph.blocks[b] for b, _ in used], [plan.layouts[i] for _, i in used]
         lines.append(f"- {describe_layouts(graph, blocks, layouts, first.data * plan.microbatches)}")
     lines.append(
@@ -75,7 +75,7 @@ def _degrees(plan: Plan, graph: Graph | None) -> str:
         lines.append("- ZeRO 3: parameters, gradients and optimizer state are sharded over the data ranks")
     elif first.data > 1:
         lines.append("- ZeRO 0: every data rank holds all parameters, gradients and optimizer state of its stage")
-    if any(stage.recompute == "full" for stage in plan.stages):
+    if any("full" in stage.recompute for stage in plan.stages):
         lines.append(
             "- recompute: a stage marked full keeps only block inputs and computes each block again in the backward"
         )
@@ -88,7 +88,7 @@ def _stages(plan: Plan) -> str:
             str(s),
             f"{stage.start}-{stage.stop - 1}" if stage.num_blocks > 1 else str(stage.start),
             ranges(stage.ranks),
-            stage.recompute,
+            recompute_in_words(stage),
             str(stage.zero),
             _layout_words(plan, stage),
         )
@@ -100,7 +100,7 @@ def _stages(plan: Plan) -> str:
 def _layout_words(plan: Plan, stage: Stage) -> str:
     if stage.tensor == 1:
         return "whole"
-    counts = Counter(stage.layouts)
+    counts = Counter(stage.layouts[0])
     return ", ".join(f"layout {index} x {count}" if count > 1 else f"layout {index}" for index, count in counts.items())
 
 
@@ -136,7 +136,7 @@ def boundary_in_words(tokens: tuple[str, ...]) -> str:
 
 def first_block(plan: Plan, graph: Graph, index: int) -> Block | None:
     for stage in plan.stages:
-        for block, used in zip(graph.blocks[stage.start : stage.stop], stage.layouts, strict=True):
+        for block, used in zip(graph.blocks[stage.start : stage.stop], stage.layouts[0], strict=True):
             if used == index:
                 return block
     return None

@@ -15,7 +15,7 @@ from .explain import boundary_in_words, ops_in_words
 from .naming import describe_layout
 from .prediction import memory_groups
 from .timeline_svg import LABEL_WIDTH, WIDTH, legend, timeline_svg
-from .words import gib, plan_in_words, ranges, seconds
+from .words import gib, plan_in_words, ranges, recompute_in_words, seconds
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -118,7 +118,7 @@ def _layouts(graph: Graph, plan: Plan) -> str:
     rows: list[tuple[int, int, int | None, list[int]]] = []
     for index, stage in enumerate(plan.stages):
         for position, block in enumerate(graph.blocks[stage.start : stage.stop]):
-            layout = stage.layouts[position] if stage.layouts else None
+            layout = stage.layouts[0][position] if stage.layouts else None
             if rows and rows[-1][:3] == (index, block.kind, layout):
                 rows[-1][3].append(block.index)
             else:
@@ -132,7 +132,7 @@ def _layouts(graph: Graph, plan: Plan) -> str:
                 f"{index}",
                 escape(ranges(stage.ranks)),
                 f"data {stage.data} x tensor {stage.tensor}",
-                f"zero {stage.zero}, recompute {stage.recompute}",
+                f"zero {stage.zero}, recompute {recompute_in_words(stage)}",
                 _layout(graph, plan, blocks[0], layout),
             )
         )

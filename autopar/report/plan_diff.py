@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from ..plan import Plan, Stage
-from .words import gib, ranges, seconds
+from .words import gib, ranges, recompute_in_words, seconds
+
+_STAGE_FIELDS = ("data", "tensor", "axes", "zero", "zero_group", "shares", "recompute")
 
 
 def diff_plans(before: Plan, after: Plan) -> str:
     """One line per difference, "" when the plans do the same; predictions are compared, candidates are not."""
     lines = []
-    for name in ("schema", "model", "fingerprint", "world_size", "batch_size", "microbatches", "schedule"):
+    for name in ("schema", "model", "fingerprint", "world_size", "batch_size", "microbatches", "schedule", "precision"):
         was, now = getattr(before, name), getattr(after, name)
         if was != now:
             lines.append(f"{name}: {was} -> {now}")
     if before.pipeline != after.pipeline:
         lines.append(f"pipeline: {before.pipeline} -> {after.pipeline}")
-    for name in ("data", "tensor", "zero", "recompute"):
+    for name in _STAGE_FIELDS:
         was, now = _everywhere(before, name), _everywhere(after, name)
         if was is not None and now is not None and was != now:
             lines.append(f"{name}: {was} -> {now}")
@@ -30,9 +32,13 @@ def diff_plans(before: Plan, after: Plan) -> str:
     return "\n".join(lines)
 
 
+def _said(stage: Stage, name: str):
+    return recompute_in_words(stage) if name == "recompute" else getattr(stage, name)
+
+
 def _everywhere(plan: Plan, name: str):
     """The value that all stages of a plan have, None if they differ."""
-    values = {getattr(stage, name) for stage in plan.stages}
+    values = {_said(stage, name) for stage in plan.stages}
     return values.pop() if len(values) == 1 else None
 
 
@@ -47,10 +53,10 @@ def _stage_lines(s: int, before: Plan, after: Plan) -> list[str]:
         changes.append(f"blocks {was.start}-{was.stop - 1} -> {now.start}-{now.stop - 1}")
     if was.ranks != now.ranks:
         changes.append(f"ranks {ranges(was.ranks)} -> {ranges(now.ranks)}")
-    for name in ("data", "tensor", "zero", "recompute"):
+    for name in _STAGE_FIELDS:
         mixed = _everywhere(before, name) is None or _everywhere(after, name) is None
-        if mixed and getattr(was, name) != getattr(now, name):
-            changes.append(f"{name} {getattr(was, name)} -> {getattr(now, name)}")
+        if mixed and _said(was, name) != _said(now, name):
+            changes.append(f"{name} {_said(was, name)} -> {_said(now, name)}")
     changed = _changed_layouts(before, was, after, now)
     if changed:
         changes.append(f"other layouts in blocks {ranges(changed)}")
@@ -58,11 +64,17 @@ def _stage_lines(s: int, before: Plan, after: Plan) -> list[str]:
 
 
 def _changed_layouts(before: Plan, was: Stage, after: Plan, now: Stage) -> list[int]:
-    """Blocks of both stages that are laid out differently, where both stages have a tensor axis of the same degree."""
-    if was.tensor != now.tensor or was.tensor == 1:
+    """Blocks of both stages that are laid out differently, where both stages have the same model axes."""
+    if was.axes != now.axes or not was.axes:
         return []
-    old = {was.start + i: before.layouts[index] for i, index in enumerate(was.layouts)}
-    new = {now.start + i: after.layouts[index] for i, index in enumerate(now.layouts)}
+    old = {
+        was.start + i: tuple(before.layouts[one] for one in index)
+        for i, index in enumerate(zip(*was.layouts, strict=True))
+    }
+    new = {
+        now.start + i: tuple(after.layouts[one] for one in index)
+        for i, index in enumerate(zip(*now.layouts, strict=True))
+    }
     return [block for block in sorted(old.keys() & new.keys()) if old[block] != new[block]]
 
 

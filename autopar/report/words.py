@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..plan import Plan
+from ..plan import Plan, Stage
 
 
 def gib(size_bytes: float) -> str:
@@ -28,9 +28,20 @@ def plan_in_words(plan: Plan) -> str:
             f"{plan.microbatches} microbatch{'es' if plan.microbatches > 1 else ''}",
             plan.schedule,
             f"zero {_common([stage.zero for stage in plan.stages])}",
-            f"recompute {_common([stage.recompute for stage in plan.stages])}",
+            f"recompute {_common([recompute_in_words(stage) for stage in plan.stages])}",
         )
     )
+
+
+def recompute_in_words(stage: Stage) -> str:
+    """ "full", or "full in blocks 3-5" (counted in the model) where the blocks differ."""
+    choices = {
+        choice: [stage.start + i for i, other in enumerate(stage.block_recompute) if other == choice]
+        for choice in dict.fromkeys(stage.block_recompute)
+    }
+    if len(choices) == 1:
+        return next(iter(choices))
+    return " and ".join(f"{choice} in blocks {ranges(blocks)}" for choice, blocks in choices.items())
 
 
 def ranges(numbers: list[int] | tuple[int, ...]) -> str:

@@ -111,7 +111,7 @@ def build_runtime(
         groups=groups,
         transport=_transport(graph, compiled, groups, device),
         storage=storage,
-        recompute=stage.recompute == "full",
+        recompute=stage.block_recompute[0] == "full",
         recorder=recorder,
         state=state,
         random=random,

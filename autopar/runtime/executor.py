@@ -112,19 +112,22 @@ class Executor:
         if compiled.prologue_function is None:
             return 0
         data = self.groups.data
-        chunk = Chunk(data.rank, data.size, self.random)
         with torch.no_grad():
-            values = compiled.prologue_function(chunk, self._read(step, compiled.prologue_batch), ())
-            step.whole = tuple(
-                data.all_reduce(value.clone()) if pending and data.size > 1 else value
-                for value, pending in zip(values, compiled.pending, strict=True)
-            )
+            parts = [
+                compiled.prologue_function(self._chunk(m), self._read(step, compiled.prologue_batch, m), ())
+                for m in range(self.microbatches)
+            ]
+            for values, pending in zip(zip(*parts, strict=True), compiled.pending, strict=True):
+                value = values[0]
+                if pending:
+                    value = torch.stack(values).sum(0)
+                    value = data.all_reduce(value) if data.size > 1 else value
+                step.whole += (value,)
         return sum(value.numel() * value.element_size() for value in step.whole)
 
     def _forward(self, step: _Step, action: Forward) -> int:
         compiled, m = self.compiled, action.microbatch
-        data = self.groups.data
-        chunk = Chunk(data.rank * self.microbatches + m, data.size * self.microbatches, self.random)
+        chunk = self._chunk(m)
         with torch.no_grad():
             made = compiled.side_function(chunk, self._read(step, compiled.side_batch, m), step.whole)
         sides = dict(zip(compiled.sides, made, strict=True))
@@ -189,15 +192,20 @@ class Executor:
             return 0
         return sum_tied(step.parameter_gradients, self.tied, self.tied_dtypes, self.groups.rank, self.recorder.device)
 
-    def _read(self, step: _Step, names: Sequence[str], microbatch: int | None = None) -> list[Tensor]:
-        """Batch inputs (one microbatch of them, or all), buffers and constants by name."""
+    def _chunk(self, microbatch: int) -> Chunk:
+        """Which part of the batch this rank computes: the batch is cut in time first, then over data."""
+        data = self.groups.data
+        return Chunk(microbatch * data.size + data.rank, data.size * self.microbatches, self.random)
+
+    def _read(self, step: _Step, names: Sequence[str], microbatch: int) -> list[Tensor]:
+        """This rank's rows of one microbatch of the batch inputs, buffers and constants, by name."""
         found = []
         for name in names:
             if name in self.state:
                 found.append(self.state[name])
                 continue
             tensor = step.batch[name]
-            if microbatch is not None and self.compiled.batch_splits[name]:
+            if self.compiled.batch_splits[name]:
                 rows = tensor.shape[0] // self.microbatches
                 tensor = tensor.narrow(0, microbatch * rows, rows)
             found.append(tensor)

@@ -1,4 +1,4 @@
-"""Batches of one rank's rows: data rank d of D gets rows [d B/D, (d+1) B/D) of every global batch of B rows."""
+"""Batches of one rank's rows: of every microbatch of a global batch, the part that this rank's data rank computes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 class RankRows(Sampler[list[int]]):
     """Indices of this rank's rows, batch by batch; their order depends on (seed, epoch) alone, alike on all ranks."""
 
-    def __init__(self, num_rows: int, batch_size: int, rank: int, size: int, shuffle: bool, seed: int):
+    def __init__(
+        self, num_rows: int, batch_size: int, rank: int, size: int, microbatches: int, shuffle: bool, seed: int
+    ):
         self.num_rows, self.batch_size, self.rank, self.size = num_rows, batch_size, rank, size
+        self.microbatches = microbatches
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
 
     def __len__(self) -> int:
@@ -24,10 +27,9 @@ class RankRows(Sampler[list[int]]):
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.num_rows, generator=generator)
-        rows = self.batch_size // self.size
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            first = start + self.rank * rows
-            yield order[first : first + rows].tolist()
+            batch = order[start : start + self.batch_size].view(self.microbatches, self.size, -1)
+            yield batch[:, self.rank].flatten().tolist()
 
 
 class RankLoader:
@@ -46,6 +48,7 @@ class RankLoader:
         batch_size: int,
         rank: int,
         size: int,
+        microbatches: int = 1,
         *,
         shuffle: bool = False,
         seed: int = 0,
@@ -53,14 +56,16 @@ class RankLoader:
     ):
         if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
             raise ValueError(f"loader: got {type(dataset).__name__}; expected a dataset with a length and indices")
-        if batch_size < 1 or batch_size % size:
-            raise ValueError(f"loader: batch_size={batch_size} does not divide over the {size} data ranks")
+        if batch_size < 1 or batch_size % (size * microbatches):
+            raise ValueError(
+                f"loader: batch_size={batch_size} does not divide over {microbatches} microbatches x {size} data ranks"
+            )
         if len(dataset) < batch_size:
             raise ValueError(f"loader: the dataset has {len(dataset)} rows, fewer than one batch of {batch_size}")
         excluded = {"sampler", "batch_sampler", "drop_last"} & set(options)
         if excluded:
             raise ValueError(f"loader: {sorted(excluded)} cannot be set, because the plan decides on the rows")
-        self._rows = RankRows(len(dataset), batch_size, rank, size, shuffle, seed)
+        self._rows = RankRows(len(dataset), batch_size, rank, size, microbatches, shuffle, seed)
         self._loader = DataLoader(dataset, batch_sampler=self._rows, **options)
         self._epoch = 0
 

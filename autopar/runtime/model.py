@@ -138,7 +138,8 @@ class ParallelModule(nn.Module):
                     "(model.loader yields them); for another shape call autopar.parallelize again with such an example"
                 )
             if splits and data.size > 1 and tuple(value.shape) == expected.shape:
-                value = value.narrow(0, data.rank * local[0], local[0])
+                # a microbatch is cut over the data ranks, so that each has a slice of every microbatch
+                value = value.unflatten(0, (self.plan.microbatches, data.size, -1))[:, data.rank].flatten(0, 1)
             rows[name] = value.to(self.device, non_blocking=True)
         return rows
 

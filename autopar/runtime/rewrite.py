@@ -1,7 +1,7 @@
 """Captured ops rewritten to local shapes, with the plan's conversions between them, as generated functions.
 
 A value is known by (tensor, placement on the batch axis, placement on the model axis). The batch axis is data times time:
-chunk c of `shards` is microbatch c % microbatches of data rank c // microbatches. Conversions on it are local (a slice of
+chunk c of `shards` is data rank c % data of microbatch c // data. Conversions on it are local (a slice of
 something whole, a summand's scale) because everything else was settled when the batch layout was made.
 """
 

@@ -40,8 +40,8 @@ class CompiledStage:
     """blocks, in order; `reduced` of a block are the parameters whose gradient is a summand per rank of the model axis.
 
     sides: side tensors that the blocks read, made per microbatch by `side_function(chunk, batch, whole)`.
-    whole: values of the prologue; `prologue_function(chunk, batch, ())` gives this rank's summands of them (`pending`:
-    which of them are summands over data).
+    whole: values of the prologue; `prologue_function(chunk, batch, ())` gives one microbatch's summands of them
+    (`pending`: which of them are summands over microbatches and data).
     prologue_batch, side_batch: the batch inputs, buffers and constants that the two functions read.
     receives, sends: what crosses the stage's boundaries; specs: its local shapes and dtypes.
     batch_splits: for every batch input, whether its rows are cut over data and time.
@@ -88,11 +88,8 @@ def compile_stage(graph: Graph, plan: Plan, index: int, tensor_axis: Axis, devic
     prologue_function = None
     pending: tuple[bool, ...] = ()
     if whole:
-        local = batch_layout(graph, stage.data)
-        pending = tuple(local.placements[t] == PARTIAL for t in whole)
-        prologue_function = Rewriter(graph, local, stage.data, None, device).sides(
-            "prologue", prologue_ops, prologue_batch, (), whole
-        )
+        pending = tuple(batch.placements[t] == PARTIAL for t in whole)
+        prologue_function = rewriter.sides("prologue", prologue_ops, prologue_batch, (), whole)
     first, last = blocks[0], blocks[-1]
     receives = first.inputs if index > 0 else ()
     sends = last.outputs if index < len(plan.stages) - 1 else ()
@@ -125,10 +122,8 @@ def compile_stage(graph: Graph, plan: Plan, index: int, tensor_axis: Axis, devic
 
 
 def stage_layouts(plan: Plan, stage: Stage) -> list[Layout | None]:
-    """The layout of every block of a stage; None where there is no model axis."""
-    if stage.tensor == 1:
-        return [None] * (stage.stop - stage.start)
-    return [plan.layouts[i] for i in stage.layouts]
+    """The layout of every block of a stage on its one model axis; None where there is no such axis."""
+    return [layouts[0] if layouts else None for layouts in plan.layouts_of(stage)]
 
 
 def _compile_block(
