@@ -64,12 +64,16 @@ class DagPlan:
     time_s: float
 
 
-def piper_dag(dag: LayerDag, machine: LayerMachine) -> DagPlan | None:
+def piper_dag(
+    dag: LayerDag, machine: LayerMachine, data: Sequence[int] | None = None, all_devices: bool = False
+) -> DagPlan | None:
     """The plan of least time per sample that fits in memory; None if there is none.
 
+    data: the data degrees that stages may have, by default anything that divides the samples. all_devices: use every
+    device, also where fewer would do.
     ValueError: a graph with too many tails, or layers with more than two choices (as in Piper's own program).
     """
-    pieces = _Pieces(dag, machine, tails(dag))
+    pieces = _Pieces(dag, machine, tails(dag), data, all_devices)
     if not pieces.num_candidates:
         return None
     least_s, cap_s = pieces.least_time_s(), pieces.least_time_s() * 1.02
@@ -162,8 +166,15 @@ def tails(dag: LayerDag) -> np.ndarray:
 class _Pieces:
     """All stages that a plan may have, as arrays: pieces (pairs of tails) x tensor degree x data degree."""
 
-    def __init__(self, dag: LayerDag, machine: LayerMachine, members: np.ndarray) -> None:
-        self.dag, self.machine, self.members = dag, machine, members
+    def __init__(
+        self,
+        dag: LayerDag,
+        machine: LayerMachine,
+        members: np.ndarray,
+        data: Sequence[int] | None,
+        all_devices: bool,
+    ) -> None:
+        self.dag, self.machine, self.members, self.all_devices = dag, machine, members, all_devices
         self.most_behind = min(machine.samples, machine.num_devices)
         self.degrees = sorted({t for layer in dag.layers for t in layer.at if t <= machine.num_devices})
         outer, inner = _pairs(members)
@@ -174,7 +185,7 @@ class _Pieces:
             np.stack([table[i] for table in tables], axis=1) for i in range(4)
         )
         self._tabulate_extra()
-        self._list_candidates()
+        self._list_candidates(data)
 
     # -- one degree: time and memory of every piece
 
@@ -201,7 +212,7 @@ class _Pieces:
         resync_s = 4 * (self.inside @ weight) / machine.samples / machine.bandwidth_bytes_per_s
         each, rest = self.inside @ fast[1], self.inside @ fast[2]
         most = np.full(len(base_s), self.most_behind, np.int64)
-        fits_fast = np.clip(_floor((machine.memory_bytes - rest) / np.maximum(each, 1e-300)), 0, most)
+        fits_fast = np.clip(_floor((machine.memory_bytes - rest) / np.maximum(each, 1e-30)), 0, most)
         fits_fast = np.where(rest > machine.memory_bytes, 0, fits_fast).astype(np.int32)
         # a choice that frees no memory at any y is never swapped in
         fits = fits_fast.copy()
@@ -274,15 +285,15 @@ class _Pieces:
 
     # -- candidates
 
-    def _list_candidates(self) -> None:
+    def _list_candidates(self, data: Sequence[int] | None) -> None:
         devices = self.machine.num_devices
-        divisors = [d for d in range(1, devices + 1) if self.machine.samples % d == 0]
-        pairs = np.array([(i, d) for i, t in enumerate(self.degrees) for d in divisors if t * d <= devices], np.int32)
-        degree, data = pairs[:, 0], pairs[:, 1]
+        divisors = [d for d in data or range(1, devices + 1) if self.machine.samples % d == 0]
+        pairs = [(i, d) for i, t in enumerate(self.degrees) for d in divisors if t * d <= devices]
+        degree, replicas = np.array(pairs, np.int32).reshape(-1, 2).T
         grid = self.fits[:, degree] >= 1
         piece, which = np.nonzero(grid)
         self.num_candidates = len(piece)
-        self.c_piece, self.c_degree, self.c_data = piece.astype(np.int32), degree[which], data[which]
+        self.c_piece, self.c_degree, self.c_data = piece.astype(np.int32), degree[which], replicas[which]
         self.c_devices = np.array(self.degrees, np.int32)[self.c_degree] * self.c_data
         self.c_outer, self.c_inner = self.outer[piece].astype(np.int32), self.inner[piece].astype(np.int32)
         share = (self.c_data - 1) / self.c_data
@@ -402,7 +413,7 @@ class _Caps:
         width = int((self.num_devices - self.front[self.lo < _NEVER] - self.lo[self.lo < _NEVER]).max()) + 1
         # column 0 stands for too few devices, column j + 1 for lo + j of them
         table = np.full((num_tails, width + 1), _NEVER, np.int32)
-        table[0, 1:] = 0
+        table[0, 1 : 2 if self.pieces.all_devices else None] = 0
         columns = np.arange(1, width + 1, dtype=np.int32)
         shift = self.lo[self.outer] - self.devices - self.lo[self.inner]
         for begin, end, starts, owners in self._levels():
