@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,9 @@ def small_problem(seed: int, world_size: int = 4, num_blocks: int = 6, batch_siz
     cluster = small_cluster(world_size, per_host)
     costs = MadeUpCosts(graph, cluster, seed, slow_network=draw.choice([0.1, 1, 10]))
     return Problem(graph, cluster, costs, WholeLayouts(), Constraints(**pinned))
+
+
+def ungated(problem: Problem, monkeypatch) -> Problem:
+    """The problem as it is when the runtime executes all that a plan can say."""
+    monkeypatch.setattr("autopar.plan_validate._check_runnable", lambda *_: None, raising=False)
+    return replace(problem, unequal_stages=True)

@@ -237,7 +237,11 @@ def test_foreign_files_are_one_clear_error(tmp_path, change, message):
 
 def test_truncated_and_binary_files_are_one_clear_error(tmp_path):
     path = tmp_path / "in.json"
-    for content, message in ((json.dumps(SMALL).encode()[:-40], "truncated"), (b"", "empty"), (b"\x80\x04\x95", "not text")):
+    for content, message in (
+        (json.dumps(SMALL).encode()[:-40], "truncated"),
+        (b"", "empty"),
+        (b"\x80\x04\x95", "not text"),
+    ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_piper(path)

@@ -239,7 +239,11 @@ class Bench:
                 continue
             seen.add(name)
             step_s, peak_bytes = plan.prediction.step_time_s, plan.prediction.peak_memory_bytes
-            over = f"needs {gib(peak_bytes - limit_bytes)} more than {gib(limit_bytes)}" if peak_bytes > limit_bytes else ""
+            over = (
+                f"needs {gib(peak_bytes - limit_bytes)} more than {gib(limit_bytes)}"
+                if peak_bytes > limit_bytes
+                else ""
+            )
             if plan == chosen:
                 verdict = "chosen" if not over else f"the smallest of what {self.name} finds, but {over}"
             else:

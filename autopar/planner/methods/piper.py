@@ -61,7 +61,9 @@ def layers_of(bench: Bench, shapes: Sequence[Shape]) -> tuple[LayerDag, float]:
             joined = {e: 0.0 for e in (b - 1, b) if 0 <= e < bench.num_blocks - 1}
             at[b][shape.tensor] = LayerAt(ways, costs[0][b].gradient_bytes, joined)
             sizes[b] = max(sizes[b], costs[0][b].boundary_bytes)
-            transient_bytes = max(transient_bytes, *(max(c[b].forward_peak_bytes, c[b].backward_peak_bytes) for c in costs))
+            transient_bytes = max(
+                transient_bytes, *(max(c[b].forward_peak_bytes, c[b].backward_peak_bytes) for c in costs)
+            )
     layers = tuple(Layer(str(b), found) for b, found in enumerate(at))
     edges = tuple(Edge(b, b + 1, sizes[b]) for b in range(bench.num_blocks - 1))
     return LayerDag(layers, edges), transient_bytes

@@ -112,7 +112,7 @@ def dag_plan_time_s(dag: LayerDag, machine: LayerMachine, stages: Sequence[DagSt
     slowest_s, behind = 0.0, sum(stage.data for stage in stages)
     if behind > machine.samples:
         raise ValueError(f"data degrees sum to {behind}, the batch has {machine.samples} samples")
-    for s, stage in enumerate(stages):
+    for stage in stages:
         in_flight = math.ceil(behind / stage.data)
         behind -= stage.data
         compute_s = edge_bytes = resync_bytes = memory_bytes = 0.0
@@ -467,8 +467,7 @@ class _Caps:
         ends = np.r_[cuts[1:], len(heads)]
         stops = np.r_[heads, len(self.outer)]
         return [
-            (int(heads[a]), int(stops[b]), heads[a:b] - heads[a], owners[a:b])
-            for a, b in zip(cuts, ends, strict=True)
+            (int(heads[a]), int(stops[b]), heads[a:b] - heads[a], owners[a:b]) for a, b in zip(cuts, ends, strict=True)
         ]
 
     def _trace(self, table: np.ndarray, shift: np.ndarray) -> DagPlan:
