@@ -61,7 +61,7 @@ def assign_stages(
     num_layers = costs_s.shape[0]
     caps = np.unique(costs_s[np.isfinite(costs_s)])
     best: Assignment | None = None
-    most = num_stages or min(num_layers, num_devices // min(sizes))
+    most = num_stages or max(1, min(num_layers, num_devices // min(sizes)))
     next_cap = 0
     while next_cap < len(caps):
         least_t = caps[next_cap]
