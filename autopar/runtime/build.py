@@ -75,6 +75,11 @@ def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, 
     return {s: tuple(specs) for s, specs in found.items()}
 
 
+def ownerships(graph: Graph, plan: Plan) -> dict[str, Ownership]:
+    """Where every parameter of the model lies under `plan`, by original name, in one order on all ranks."""
+    return {spec.fqn: spec.ownership for specs in parameter_specs(graph, plan).values() for spec in specs}
+
+
 def build_runtime(
     graph: Graph,
     plan: Plan,
