@@ -16,7 +16,7 @@ from autopar.capture.export import capture
 from autopar.graph import DEVICE, Graph, Op, map_refs
 from autopar.sharding.batch import BatchLayout, batch_layout
 from autopar.sharding.emulate import EmulatedAxis, convert, hand_out, on_every_rank
-from autopar.sharding.local import localize
+from autopar.sharding.local import BATCH, localize
 from autopar.sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split
 from autopar.sharding.strategies import strategies
 from autopar.sharding.strategy import Strategy
@@ -100,18 +100,18 @@ class _Chunk:
         batch = self.layout.strategies[op.name]
         model = self.chosen.get(op.name) or strategies(self.graph, op, self.degree, self.shards)[0]
         operands = [self.value(t, b, m) for t, b, m in zip(op.inputs, batch.inputs, model.inputs, strict=True)]
-        call = localize(self.graph, op, batch, self.shards, model, self.degree)
+        call = localize(self.graph, op, batch, self.shards, [model], [self.degree])
 
         def on_rank(axis: EmulatedAxis) -> list[torch.Tensor]:
             named = iter(operands)
             args, kwargs = map_refs((call.args, tuple(v for _, v in call.kwargs)), lambda _: next(named)[axis.rank])
-            axes = [EmulatedAxis(self.chunk, self.shards) if a == "batch" else axis for a in call.axes]
+            axes = [EmulatedAxis(self.chunk, self.shards) if a == BATCH else axis for a in call.axes]
             with torch.set_grad_enabled(not op.no_grad):
                 named_kwargs = {key: _real(v) for (key, _), v in zip(call.kwargs, kwargs, strict=True)}
                 out = call.function(*axes, *map(_real, args), **named_kwargs)
             return list(out) if isinstance(out, tuple | list) else [out]
 
-        results = on_every_rank(self.degree, on_rank, "model" in call.axes)
+        results = on_every_rank(self.degree, on_rank, any(a != BATCH for a in call.axes))
         for i, name in enumerate(op.outputs):
             self.lists[name] = [r[i] for r in results]
             self.placed[name] = model.outputs[i]
