@@ -244,7 +244,7 @@ class CostModel:
         return self._blocks[key]
 
     def _price_block(self, block: Block, layout: Layout | None, setting: _Setting) -> _BlockPrice:
-        steps = block_flow(self.graph, block, layout, setting.shards)
+        steps = block_flow(self.graph, block, (layout,) if layout else (), setting.shards)
         places = [[None] * len(block.inputs), [None] * len(block.parameters)]
         if layout is not None:
             places = [[parse_placement(t) for t in tokens] for tokens in (layout.inputs, layout.parameters)]

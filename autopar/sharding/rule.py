@@ -142,6 +142,8 @@ def split_strategy(rule: Rule, name: str, outer: int, degree: int, gradient: Seq
     if name not in rule.splits or rule.sizes[name] % (outer * degree):
         return None
     special = rule.specials.get(name)
+    if special and special.name and outer > 1:
+        return None  # the local algorithms count on a contiguous part
     placements: list[Placement] = []
     pending = name in rule.sums and not (special and special.output != PARTIAL)
     for index, (dims, shape) in enumerate(rule.tensors):
