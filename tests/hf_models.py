@@ -198,7 +198,9 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-EXTRA_INPUTS: Mapping[str, Mapping[str, Callable[[Tensor], Tensor]]] = {
+EXTRA_INPUTS: Mapping[str, Mapping[str, Callable[[Tensor], Any]]] = {
+    # Attention that is kept whole cannot take a cache.
+    "jetmoe": {"use_cache": lambda ids: False},
     "git": {"pixel_values": lambda ids: torch.linspace(-1, 1, len(ids) * 192).view(len(ids), 3, 8, 8)},
 }
 LABELS_BY_CODEBOOK = ("musicgen", "musicgen_melody")

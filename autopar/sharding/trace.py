@@ -1,4 +1,4 @@
-"""What is known of an index tensor's values: whether it merely counts the rows of a dim."""
+"""What is known of a tensor from how it was made: whether it merely counts the rows of a dim, whether it has rows."""
 
 from __future__ import annotations
 
@@ -41,3 +41,18 @@ def counts_rows(graph: Graph, name: str, size: int) -> int | None:
             return None
         name = op.inputs[0]
     return None
+
+
+def derives_from_batch(graph: Graph, name: str) -> bool:
+    """Whether any input of the graph that has the batch's rows takes part in making the tensor."""
+    seen, todo = {name}, [name]
+    while todo:
+        tensor = graph.tensors[todo.pop()]
+        if tensor.role == "input" and tensor.shape[:1] == (graph.batch_size,):
+            return True
+        op = graph.producer.get(tensor.name)
+        for source in op.inputs if op else ():
+            if source not in seen:
+                seen.add(source)
+                todo.append(source)
+    return False
