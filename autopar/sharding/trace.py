@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..graph import Graph
+from ..ops import resolve
 from .call import Call
 
 KEEPS_VALUES = (
@@ -56,3 +59,31 @@ def derives_from_batch(graph: Graph, name: str) -> bool:
                 seen.add(source)
                 todo.append(source)
     return False
+
+
+_UNIFORM = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "scalar_tensor")
+
+
+def repeats_rows(graph: Graph, name: str) -> bool:
+    """Whether the tensor is known to be the same in every place of its first dim (an expanded mask)."""
+    shape = graph.tensors[name].shape
+    if not shape or shape[0] == 1:
+        return True
+    op = graph.producer.get(name)
+    if op is None or op.random or op.target.startswith("autopar."):
+        return False
+    kind = op.target.split(".")[1]
+    if kind in _UNIFORM:
+        return True
+    if (
+        kind not in ("expand", "__and__", "__or__", *KEEPS_VALUES)
+        and torch.Tag.pointwise not in resolve(op.target).tags
+    ):
+        return False
+    for source in op.inputs:
+        given = graph.tensors[source].shape
+        if kind != "unsqueeze" and len(given) < len(shape):
+            continue  # broadcast along the first dim
+        if given[:1] != shape[:1] and given[:1] != (1,) or not repeats_rows(graph, source):
+            return False
+    return True
