@@ -277,7 +277,7 @@ class CostModel:
         self, block: Block, layout: Layout | None, setting: _Setting, pricer: Pricer
     ) -> tuple[tuple[Step, ...], BlockMemory, float]:
         """The steps of a block, its memory, and the bytes of gradients that are summed over the model axis."""
-        steps = block_flow(self.graph, block, layout, setting.shards)
+        steps = block_flow(self.graph, block, (layout,) if layout else (), setting.shards)
         places = [[None] * len(block.inputs), [None] * len(block.parameters)]
         if layout is not None:
             places = [[parse_placement(t) for t in tokens] for tokens in (layout.inputs, layout.parameters)]
