@@ -15,8 +15,8 @@ import torch
 
 from autopar.capture.export import capture
 from autopar.graph import DEVICE, Graph, Op, map_refs
-from autopar.sharding.batch import BatchLayout, batch_layout
 from autopar.sharding.axes import Places
+from autopar.sharding.batch import BatchLayout, batch_layout
 from autopar.sharding.emulate import AxisOf, EmulatedAxis, convert, hand_out, hand_out_all, on_every_rank_of
 from autopar.sharding.flow import Run
 from autopar.sharding.local import BATCH, localize

@@ -10,7 +10,6 @@ import torch
 from emulated_graph import reference, run_emulated
 from plan_cases import random_strategies
 
-
 EXACT = ("build_llama", "build_gpt2", "build_mlp", "build_conv_net", "build_tied_lm", "build_two_inputs")
 
 

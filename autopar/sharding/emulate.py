@@ -20,7 +20,6 @@ from torch import Tensor
 from .axes import Places
 from .placement import PARTIAL, REPLICATED, SHARED, Placement, Split
 
-
 Placed = Sequence[tuple[Placement, int]]
 
 
@@ -92,9 +91,7 @@ def _left(placed: Placed, axis: int) -> Placement:
     place = placed[axis][0]
     if not isinstance(place, Split):
         return place
-    cut = math.prod(
-        n for p, n in placed if isinstance(p, Split) and p.dim == place.dim and p.blocks < place.blocks
-    )
+    cut = math.prod(n for p, n in placed if isinstance(p, Split) and p.dim == place.dim and p.blocks < place.blocks)
     assert place.blocks % cut == 0, placed
     return Split(place.dim, place.blocks // cut)
 

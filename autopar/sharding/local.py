@@ -273,6 +273,7 @@ _SPECIALS: Mapping[str, Callable[[Local, tuple[Axes, ...], list[int]], LocalCall
     {
         "arange": _arange,
         "index_rows": _index_rows,
+        "inverse_order": _as_is(algorithms.inverse_order),
         "sdpa_rows": _as_is(algorithms.causal_rows),
         "vocab_embedding": _as_is(algorithms.vocab_embedding),
         "vocab_cross_entropy": _as_is(algorithms.vocab_cross_entropy),
