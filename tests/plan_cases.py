@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
 from typing import Literal
 
 from autopar.graph import Graph
@@ -24,32 +26,67 @@ def random_plan(
 ) -> Plan:
     """A plan of these degrees with random stage cuts, a random strategy per op, and random placements at rest and between
     blocks."""
-    rng = random.Random(f"{seed}/{data}/{tensor}/{pipeline}/{microbatches}")
-    cuts = [0, *sorted(rng.sample(range(1, len(graph.blocks)), pipeline - 1)), len(graph.blocks)]
-    layouts = random_layouts(graph, tensor, data * microbatches, rng) if tensor > 1 else ()
-    width = data * tensor
-    stages = tuple(
-        Stage(
+    return unequal_plan(
+        graph,
+        [(data, tensor)] * pipeline,
+        microbatches,
+        schedule=schedule,
+        zero=zero,
+        recompute=recompute,
+        seed=seed,
+    )
+
+
+def unequal_plan(
+    graph: Graph,
+    meshes: Sequence[tuple[int, int]],
+    microbatches: int,
+    *,
+    shares: Sequence[tuple[int, ...]] | Literal["random"] = (),
+    schedule: str = "1f1b",
+    zero: Literal[0, 3] = 0,
+    recompute: Literal["none", "full"] = "none",
+    seed: int = 0,
+) -> Plan:
+    """As `random_plan`, with a (data, tensor) mesh per stage, and shares per stage or random ones."""
+    rng = random.Random(f"{seed}/{meshes}/{microbatches}/{shares}")
+    cuts = [0, *sorted(rng.sample(range(1, len(graph.blocks)), len(meshes) - 1)), len(graph.blocks)]
+    stages: list[Stage] = []
+    layouts: list[Layout] = []
+    first_rank = 0
+    for s, (data, tensor) in enumerate(meshes):
+        rows = graph.batch_size // microbatches
+        own: tuple[int, ...] = ()
+        if shares == "random" and data > 1:
+            inner = sorted(rng.sample(range(1, rows), data - 1))
+            own = tuple(b - a for a, b in zip([0, *inner], [*inner, rows], strict=True))
+        elif shares and shares != "random":
+            own = tuple(shares[s])
+        stage = Stage(
             start=cuts[s],
             stop=cuts[s + 1],
-            ranks=tuple(range(s * width, (s + 1) * width)),
+            ranks=tuple(range(first_rank, first_rank + data * tensor)),
             data=data,
             axes=tensor_axes(tensor),
-            layouts=(tuple(range(cuts[s], cuts[s + 1])),) if tensor > 1 else (),
+            layouts=(tuple(range(len(layouts), len(layouts) + cuts[s + 1] - cuts[s])),) if tensor > 1 else (),
             recompute=same_recompute(recompute, cuts[s + 1] - cuts[s]),
             zero=zero if data > 1 else 0,
+            shares=own,
         )
-        for s in range(pipeline)
-    )
+        first_rank += data * tensor
+        stages.append(stage)
+        if tensor > 1:
+            units = microbatches * (rows // math.gcd(*own) if own else data)
+            layouts += random_layouts(graph, tensor, units, rng)[stage.start : stage.stop]
     return Plan(
         model=graph.name,
         fingerprint=graph.fingerprint,
-        world_size=width * pipeline,
+        world_size=first_rank,
         batch_size=graph.batch_size,
         microbatches=microbatches,
         schedule=schedule,
-        stages=stages,
-        layouts=layouts,
+        stages=tuple(stages),
+        layouts=tuple(layouts),
     )
 
 

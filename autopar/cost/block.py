@@ -10,6 +10,7 @@ from ..graph import Block, Graph, Op
 from ..sharding.batch import batch_layout
 from ..sharding.flow import Run, Step
 from ..sharding.placement import Action, Placement, Split, conversion
+from ..sharding.rows import Parts
 from ..sharding.strategy import Strategy
 from .collectives import collective_s
 from .compute import seconds_by_class
@@ -59,9 +60,9 @@ class Pricer:
             model = first.setdefault(block.kind, block)
             self._representative.update(zip(block.ops, model.ops, strict=True))
 
-    def local(self, shards: int) -> LocalShapes:
+    def local(self, shards: Parts) -> LocalShapes:
         if shards not in self._local:
-            placements = batch_layout(self.graph, shards).placements if shards > 1 else {}
+            placements = batch_layout(self.graph, shards.numerator).placements if shards > 1 else {}
             self._local[shards] = LocalShapes(self.graph, shards, placements)
         return self._local[shards]
 

@@ -20,6 +20,7 @@ from ..plan import Layout, Plan, Stage
 from ..sharding.batch import batch_layout
 from ..sharding.flow import Step, block_flow
 from ..sharding.placement import SHARED, Placement, conversion, parse_placement
+from ..sharding.rows import Parts, stage_parts
 from ..sharding.strategy import Strategy
 from .block import Both, Pricer, Table, add
 from .collectives import collective_s
@@ -47,9 +48,12 @@ class Breakdown:
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """What a block's price depends on besides the block: the cut of the batch, and the ranks of its axes."""
+    """What a block's price depends on besides the block: the cut of the batch, and the ranks of its axes.
 
-    shards: int
+    shards: into how many parts such as the fullest data rank's the batch is cut (`stage_parts`).
+    """
+
+    shards: Parts
     tensor_ranks: tuple[int, ...]
     accumulate: bool
 
@@ -133,8 +137,9 @@ class CostModel:
             for table, part in ((compute, price.compute), (collectives, price.collectives)):
                 for name, (forward_s, backward_s) in part.items():
                     add(table, name, forward_s, backward_s + (forward_s if recompute == "full" else 0.0))
-        for op in self._sides(stage, stage.data * plan.microbatches)[1]:
-            for name, seconds in self._pricer.op_seconds(op, None, stage.data * plan.microbatches)[0].items():
+        parts = stage_parts(stage, plan.microbatches)
+        for op in self._sides(stage, parts)[1]:
+            for name, seconds in self._pricer.op_seconds(op, None, parts)[0].items():
                 add(compute, name, seconds, 0.0)
         return Breakdown(compute, collectives)
 
@@ -186,7 +191,7 @@ class CostModel:
     # -- blocks
 
     def _prices(self, plan: Plan, stage: Stage) -> list[tuple[Block, _BlockPrice]]:
-        setting = _Setting(stage.data * plan.microbatches, stage.ranks[: stage.tensor], plan.microbatches > 1)
+        setting = _Setting(stage_parts(stage, plan.microbatches), stage.ranks[: stage.tensor], plan.microbatches > 1)
         blocks = self.graph.blocks[stage.start : stage.stop]
         layouts = [found[0] if found else None for found in plan.layouts_of(stage)]
         return [(b, self._block(b, layout, setting)) for b, layout in zip(blocks, layouts, strict=True)]
@@ -198,7 +203,7 @@ class CostModel:
         return self._blocks[key]
 
     def _price_block(self, block: Block, layout: Layout | None, setting: _Setting) -> _BlockPrice:
-        steps = block_flow(self.graph, block, layout, setting.shards)
+        steps = block_flow(self.graph, block, layout, setting.shards.numerator)
         places = [[None] * len(block.inputs), [None] * len(block.parameters)]
         if layout is not None:
             places = [[parse_placement(t) for t in tokens] for tokens in (layout.inputs, layout.parameters)]
@@ -241,7 +246,8 @@ class CostModel:
     def _key(self, plan: Plan, stage: Stage) -> tuple:
         layouts = tuple(self._layout_number(plan.layouts[i]) for row in stage.layouts for i in row)
         return (
-            stage.start, stage.stop, layouts, stage.data, stage.axes, plan.microbatches, stage.recompute, stage.zero
+            stage.start, stage.stop, layouts, stage.data, stage.axes, plan.microbatches, stage.recompute, stage.zero,
+            stage.shares,
         )  # fmt: skip
 
     # -- communication outside blocks
@@ -322,20 +328,20 @@ class CostModel:
 
     def _prologue(self, stage: Stage, microbatches: int) -> float:
         """Batch-wide values, microbatch by microbatch, and their all-reduce over data."""
-        shards = stage.data * microbatches
+        shards = stage_parts(stage, microbatches)
         ops, _ = self._sides(stage, shards)
         seconds = microbatches * sum(sum(self._pricer.op_seconds(op, None, shards)[0].values()) for op in ops)
         if ops:
             seconds += collective_s(self.cluster, "all_reduce", 8, stage.ranks[:: stage.tensor], self.corrections)
         return seconds
 
-    def _sides(self, stage: Stage, shards: int) -> tuple[list[Op], list[Op]]:
+    def _sides(self, stage: Stage, shards: Parts) -> tuple[list[Op], list[Op]]:
         """(prologue ops, side ops per microbatch) that the stage's blocks need."""
         key = (stage.start, stage.stop, shards)
         if key not in self._side_ops:
             blocks = self.graph.blocks[stage.start : stage.stop]
             read = set().union(*(self._read_by(block) for block in blocks))
-            whole = set(batch_layout(self.graph, shards).prologue)
+            whole = set(batch_layout(self.graph, shards.numerator).prologue)
             every = self._ancestors(read, frozenset())
             prologue = self._ancestors({t for op in every for t in op.outputs if t in whole}, frozenset())
             self._side_ops[key] = (prologue, self._ancestors(read - whole, frozenset(whole)))

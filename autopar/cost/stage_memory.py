@@ -8,6 +8,7 @@ from typing import Protocol
 
 from ..graph import Block, Graph
 from ..plan import Plan
+from ..sharding.rows import stage_parts
 from .local import LocalShapes
 from .memory import BlockMemory
 
@@ -57,7 +58,7 @@ def stage_memory(
     if index + 1 < len(plan.stages):
         last = memories[-1]
         activation += sum(b for b, saved in zip(last.output_bytes, last.saves_output, strict=True) if not saved)
-    inputs = _batch_inputs(graph, prices, local(stage.data))
+    inputs = _batch_inputs(graph, prices, local(stage_parts(stage, 1)))
     return StageMemory(
         parameter_bytes=-(-sum(sizes.values()) // cut) + inputs,
         gradient_bytes=-(-sum(trainable.values()) // cut),

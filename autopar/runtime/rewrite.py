@@ -1,8 +1,8 @@
 """Captured ops rewritten to local shapes, with the plan's conversions between them, as generated functions.
 
-A value is known by (tensor, placement on the batch axis, placement on the model axis). The batch axis is data times time:
-chunk c of `shards` is data rank c % data of microbatch c // data. Conversions on it are local (a slice of
-something whole, a summand's scale) because everything else was settled when the batch layout was made.
+A value is known by (tensor, placement on the batch axis, placement on the model axis). The batch axis is data times time,
+as sharding/rows.py counts it. Conversions on it are local (a slice of something whole, a summand's scale) because
+everything else was settled when the batch layout was made.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..sharding.batch import BatchLayout
 from ..sharding.flow import Run, Step
 from ..sharding.local import local_blocks, localize
 from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split
+from ..sharding.rows import Parts, Rows
 from .axis import Axis
 from .collectives import convert
 from .emit import Call, compile_calls
@@ -34,13 +35,15 @@ _VIEWS = ("reshape", "view", "unsqueeze", "squeeze", "transpose", "permute", "_u
 class Chunk:
     """Where a generated function runs: which part of the batch, and the source of its random numbers.
 
-    Serves as the batch axis of ops that need to know their offset (`rank`, `size`).
+    The part is `length` of the batch's `size` units from unit `rank` on (`Rows`). Serves as the batch axis of ops that
+    need to know their offset (`rank`, `size`).
     draw(name, on_batch, on_model, function, args, kwargs) runs a random op under its own key.
     """
 
     rank: int
     size: int
     random: Callable[[str], contextlib.AbstractContextManager[Any]]
+    length: int = 1
 
     def draw(self, key: str, split_by_batch: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.random(f"{key}/{self.rank}" if split_by_batch else key):
@@ -59,7 +62,7 @@ class Rewriter:
 
     graph: Graph
     batch: BatchLayout
-    shards: int
+    rows: Rows
     model_axis: Axis | None
     device: torch.device
     training: bool = True
@@ -112,6 +115,14 @@ class Rewriter:
         return compile_calls(name, emitter.calls, arguments, results)
 
     @property
+    def shards(self) -> int:
+        return self.rows.units
+
+    @property
+    def parts(self) -> Parts:
+        return self.rows.parts
+
+    @property
     def degree(self) -> int:
         return self.model_axis.size if self.model_axis else 1
 
@@ -144,7 +155,7 @@ class _Emitter:
             want = strategy.inputs[i] if strategy else REPLICATED
             operands.append(self.value(tensor, on_batch.inputs[i], want))
         rewriter = self.rewriter
-        local = localize(self.graph, op, on_batch, rewriter.shards, strategy, rewriter.degree)
+        local = localize(self.graph, op, on_batch, rewriter.shards, strategy, rewriter.degree, rewriter.rows.length)
         named = iter(operands)
         args, kwargs = map_refs((tuple(local.args), tuple(v for _, v in local.kwargs)), lambda _: Ref(next(named)))
         assert next(named, None) is None, f"localize dropped an operand of {op.name}"
@@ -178,7 +189,7 @@ class _Emitter:
         if on_model == placed:
             return self._convert_batch(tensor, on_batch, placed)
         source = self.value(tensor, on_batch, placed)
-        splits = [(on_batch, self.rewriter.shards)]
+        splits = [(on_batch, self.rewriter.parts)]
         shape = self.graph.tensors[tensor].shape
 
         def blocks(place: Placement) -> int:
@@ -196,16 +207,16 @@ class _Emitter:
     def _convert_batch(self, tensor: str, want: Placement, placed: Placement) -> str:
         have = self.batch.placements[tensor]
         source = self.values[(tensor, have, placed)]
-        shards = self.rewriter.shards
+        parts = self.rewriter.parts
         name = self._define((tensor, want, placed))
-        if shards == 1 or (have in (REPLICATED, SHARED) and want in (REPLICATED, SHARED)):
+        if parts == 1 or (have in (REPLICATED, SHARED) and want in (REPLICATED, SHARED)):
             self.values[(tensor, want, placed)] = source
             return source
         if isinstance(want, Split) and not isinstance(have, Split):
-            local = local_blocks(self.graph.tensors[tensor].shape, [(placed, self.rewriter.degree), (want, shards)], 1)
+            local = local_blocks(self.graph.tensors[tensor].shape, [(placed, self.rewriter.degree), (want, parts)], 1)
             self.calls.append(Call(_slice_chunk, (Ref(source), Ref("chunk"), want.dim, local), (), (name,)))
         elif want == PARTIAL and not isinstance(have, Split):
-            self.calls.append(Call(torch.mul, (Ref(source), 1.0 / shards), (), (name,)))
+            self.calls.append(Call(torch.mul, (Ref(source), float(1 / parts)), (), (name,)))
         else:
             raise AssertionError(f"{tensor} lies as {have} on the batch axis and is wanted as {want}")
         return name
@@ -232,7 +243,12 @@ class _Emitter:
 
 
 def _slice_chunk(tensor: torch.Tensor, chunk: Chunk, dim: int, blocks: int) -> torch.Tensor:
-    return Axis("batch", chunk.rank, chunk.size, (), None).slice(tensor, dim, blocks)
+    """The chunk's part of `dim` seen as (blocks, units, rest); a view where blocks == 1."""
+    rest = tensor.shape[dim] // (blocks * chunk.size)
+    if blocks == 1:
+        return tensor.narrow(dim, chunk.rank * rest, chunk.length * rest)
+    viewed = tensor.unflatten(dim, (blocks, chunk.size, rest)).narrow(dim + 1, chunk.rank, chunk.length)
+    return viewed.flatten(dim, dim + 2)
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

@@ -12,11 +12,11 @@ from ..graph import Block, Graph, Op
 from ..plan import Layout, Plan, Stage
 from ..sharding.batch import BatchLayout, batch_layout
 from ..sharding.flow import Convert, block_flow
-from ..sharding.local import local_shape
 from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split, parse_placement
+from ..sharding.rows import Rows, rows_of, stage_units
 from .axis import Axis
+from .boundary import Handover, Spread
 from .rewrite import Rewriter
-from .transport import TensorSpec
 
 BlockFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -43,8 +43,8 @@ class CompiledStage:
     whole: values of the prologue; `prologue_function(chunk, batch, ())` gives one microbatch's summands of them
     (`pending`: which of them are summands over microbatches and data).
     prologue_batch, side_batch: the batch inputs, buffers and constants that the two functions read.
-    receives, sends: what crosses the stage's boundaries; specs: its local shapes and dtypes.
-    batch_splits: for every batch input, whether its rows are cut over data and time.
+    receives, sends: what crosses the stage's boundaries.
+    rows: what this rank has of the batch. batch_splits: for every batch input, whether its rows are cut over data and time.
     """
 
     index: int
@@ -58,17 +58,20 @@ class CompiledStage:
     side_function: BlockFunction
     receives: tuple[str, ...]
     sends: tuple[str, ...]
-    specs: Mapping[str, TensorSpec]
+    rows: Rows
     batch_splits: Mapping[str, bool]
 
 
-def compile_stage(graph: Graph, plan: Plan, index: int, tensor_axis: Axis, device: torch.device) -> CompiledStage:
-    """Rewrite the blocks of stage `index` for the rank whose model axis is `tensor_axis`."""
+def compile_stage(
+    graph: Graph, plan: Plan, index: int, data_rank: int, tensor_axis: Axis, device: torch.device
+) -> CompiledStage:
+    """Rewrite the blocks of stage `index` for the rank at `data_rank` of its data axis and on the model axis given."""
     stage = plan.stages[index]
-    shards = stage.data * plan.microbatches
+    rows = rows_of(plan, stage, data_rank)
+    shards = rows.units
     batch = batch_layout(graph, shards)
-    rewriter = Rewriter(graph, batch, shards, tensor_axis if stage.tensor > 1 else None, device)
-    evaluation = Rewriter(graph, batch, shards, rewriter.model_axis, device, training=False)
+    rewriter = Rewriter(graph, batch, rows, tensor_axis if stage.tensor > 1 else None, device)
+    evaluation = Rewriter(graph, batch, rows, rewriter.model_axis, device, training=False)
     layouts = stage_layouts(plan, stage)
     members = graph.blocks[stage.start : stage.stop]
     # A replicated parameter used by a split op gets one summand of its gradient per rank. The reduction is linear in
@@ -90,20 +93,6 @@ def compile_stage(graph: Graph, plan: Plan, index: int, tensor_axis: Axis, devic
     if whole:
         pending = tuple(batch.placements[t] == PARTIAL for t in whole)
         prologue_function = rewriter.sides("prologue", prologue_ops, prologue_batch, (), whole)
-    first, last = blocks[0], blocks[-1]
-    receives = first.inputs if index > 0 else ()
-    sends = last.outputs if index < len(plan.stages) - 1 else ()
-    tokens: dict[str, Placement] = {}
-    for names, layout, side in ((receives, layouts[0], "inputs"), (sends, layouts[-1], "outputs")):
-        places = getattr(layout, side) if layout else ["R"] * len(names)
-        tokens.update(zip(names, map(parse_placement, places), strict=False))
-    specs = {
-        name: (
-            local_shape(graph.tensors[name].shape, [(batch.placements[name], shards), (place, stage.tensor)]),
-            graph.tensors[name].dtype,
-        )
-        for name, place in tokens.items()
-    }
     return CompiledStage(
         index=index,
         blocks=tuple(blocks),
@@ -114,11 +103,35 @@ def compile_stage(graph: Graph, plan: Plan, index: int, tensor_axis: Axis, devic
         side_batch=side_batch,
         sides=sides,
         side_function=rewriter.sides("sides", side_ops, side_batch, whole, sides),
-        receives=receives,
-        sends=sends,
-        specs=specs,
+        receives=blocks[0].inputs if index > 0 else (),
+        sends=blocks[-1].outputs if index < len(plan.stages) - 1 else (),
+        rows=rows,
         batch_splits={t: isinstance(batch.placements[t], Split) for t in graph.inputs},
     )
+
+
+def handovers(graph: Graph, plan: Plan, first: int) -> dict[str, Handover]:
+    """What stage `first` hands to the one behind it, by tensor, in the order of `CompiledStage.sends`."""
+    names = graph.blocks[plan.stages[first].stop - 1].outputs
+    assert names == graph.blocks[plan.stages[first + 1].start].inputs
+    sides = []
+    for stage, block, field in ((plan.stages[first], -1, "outputs"), (plan.stages[first + 1], 0, "inputs")):
+        placements = batch_layout(graph, stage_units(plan, stage)).placements
+        tokens = [getattr(layout, field) for layout in plan.layouts_of(stage)[block]]
+        sides.append(
+            [
+                Spread(
+                    shape=graph.tensors[name].shape,
+                    microbatches=plan.microbatches,
+                    ranks=stage.ranks,
+                    degrees=(stage.data, *stage.axes),
+                    placements=(placements[name], *(parse_placement(token[i]) for token in tokens)),
+                    shares=stage.shares,
+                )
+                for i, name in enumerate(names)
+            ]
+        )
+    return {name: Handover(*pair) for name, *pair in zip(names, *sides, strict=True)}
 
 
 def stage_layouts(plan: Plan, stage: Stage) -> list[Layout | None]:

@@ -19,12 +19,13 @@ from . import algorithms
 from .analysis import analysis
 from .call import Call, schema
 from .placement import Placement, Split
+from .rows import Parts, parts_of
 from .rules_loss import MEAN
 from .rules_pointwise import CREATIONS
 from .rules_views import CUTS
 from .strategy import Strategy
 
-Placed = Sequence[tuple[Placement, int]]
+Placed = Sequence[tuple[Placement, Parts]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ class LocalCall:
     """`function(*axes, *args, **kwargs)` runs an op on local tensors.
 
     args, kwargs: as in `Op`, the `Ref`s in the same order. axes: which axis contexts the function takes first,
-    "batch" or "model"; for the batch axis it reads `rank` and `size` only.
+    "batch" or "model"; for the batch axis it reads `rank` and `size` only, which count the chunks that `localize` was
+    told of.
     """
 
     function: Callable[..., Any]
@@ -44,14 +46,14 @@ class LocalCall:
 def local_shape(shape: Shape, placements: Placed) -> Shape:
     """The shape of one rank's part of a tensor that lies by `placements`, (placement, degree) by axis.
 
-    Raises ValueError where a degree does not divide.
+    A degree is a Fraction where the rank has more than one of the parts. ValueError where a degree does not divide.
     """
     local = list(shape)
     for placement, degree in placements:
         if isinstance(placement, Split) and degree > 1:
             if local[placement.dim] % degree:
                 raise ValueError(f"dim {placement.dim} of {shape} does not split as {placement} into {degree} parts")
-            local[placement.dim] //= degree
+            local[placement.dim] = int(local[placement.dim] // degree)
     return tuple(local)
 
 
@@ -69,17 +71,18 @@ def local_blocks(shape: Shape, placements: Placed, index: int) -> int:
     )
     if split.blocks % cut:
         raise ValueError(f"{split} of {shape} does not lie inside the splits of the other axes, {cut} parts together")
-    return split.blocks // cut
+    return int(split.blocks // cut)
 
 
 def localize(
-    graph: Graph, op: Op, batch: Strategy, shards: int, model: Strategy | None = None, degree: int = 1
+    graph: Graph, op: Op, batch: Strategy, shards: int, model: Strategy | None = None, degree: int = 1, length: int = 1
 ) -> LocalCall:
-    """The call that runs `op` on a chunk of the batch (one of `shards`) and a part of the model (one of `degree`).
+    """The call that runs `op` on `length` chunks of the batch, of `shards`, and on a part of the model, of `degree`.
 
     The operands must lie as the strategies say on both axes. Raises ValueError where the degrees do not divide.
     """
-    sides = [(batch, shards)] + ([(model, degree)] if model else [])
+    sides: list[tuple[Strategy, Parts]] = [(batch, parts_of(shards, length))]
+    sides += [(model, degree)] if model else []
     placed = [
         [(side.inputs[i] if i < len(op.inputs) else side.outputs[i - len(op.inputs)], n) for side, n in sides]
         for i in range(len(op.inputs) + len(op.outputs))
@@ -93,7 +96,8 @@ def localize(
         axes = tuple(
             axis for axis, (side, n) in zip(("batch", "model"), sides, strict=False) if side.special == name and n > 1
         )
-        return _SPECIALS[name](local, axes, [n for side, n in sides if side.special == name and n > 1])
+        cuts = [n for side, n in sides if side.special == name and n > 1]
+        return _SPECIALS[name](local, axes, _Cuts(tuple(cuts), shards if axes[0] == "batch" else cuts[0]))
     changed = _ADAPT[call.packet](local) if call.packet in _ADAPT and local.is_smaller else {}
     function: Callable[..., Any] = resolve(op.target, graph.opaque_modules)
     args, kwargs = _arguments(op, changed)
@@ -229,26 +233,34 @@ def _mean_share(local: Local) -> float:
     return 1.0
 
 
-def _arange(local: Local, axes: tuple[str, ...], degrees: list[int]) -> LocalCall:
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """Of the axes that an algorithm asks about: their degrees, and how many ranks the first one counts."""
+
+    degrees: tuple[Parts, ...]
+    first_size: Parts
+
+    def strides(self, size: int) -> tuple[int, ...]:
+        """Elements between the parts of neighbouring ranks of a dim of `size`, by axis, outermost first."""
+        inner = (int(size // math.prod(self.degrees[: i + 1])) for i in range(1, len(self.degrees)))
+        return (int(size // self.first_size), *inner)
+
+
+def _arange(local: Local, axes: tuple[str, ...], cuts: _Cuts) -> LocalCall:
     call = local.call
     start, step = call.get("start", 0) or 0, call.get("step", 1) or 1
     kwargs = {key: value for key, value in call.op.kwargs if key in ("device", "layout", "pin_memory")}
     kwargs["dtype"] = call.outputs[0].dtype
-    function = algorithms.ArangeRows(_strides(local.call.out[0], degrees))
+    function = algorithms.ArangeRows(cuts.strides(local.call.out[0]))
     return LocalCall(function, (start, step, local.outputs[0][0]), tuple(kwargs.items()), axes)
 
 
-def _strides(size: int, degrees: list[int]) -> tuple[int, ...]:
-    """Elements between the parts of neighbouring ranks, by axis, outermost first."""
-    return tuple(size // math.prod(degrees[: i + 1]) for i in range(len(degrees)))
-
-
-def _index_rows(local: Local, axes: tuple[str, ...], degrees: list[int]) -> LocalCall:
+def _index_rows(local: Local, axes: tuple[str, ...], cuts: _Cuts) -> LocalCall:
     call = local.call
     rule = analysis(call.graph).rule(call.op)
     (name,) = {n for n in rule.specials if local.shape("self") != call.shape("self") and _is_cut(local, n)}
     row = next(i for i, dim in enumerate(rule.inputs[0]) if dim == (name,))
-    function = algorithms.IndexRows(row, _strides(call.shape("self")[row], degrees))
+    function = algorithms.IndexRows(row, cuts.strides(call.shape("self")[row]))
     return LocalCall(function, call.op.args, call.op.kwargs, axes)
 
 
@@ -259,12 +271,12 @@ def _is_cut(local: Local, name: str) -> bool:
     )
 
 
-def _as_is(function: Callable[..., Any]) -> Callable[[Local, tuple[str, ...], list[int]], LocalCall]:
+def _as_is(function: Callable[..., Any]) -> Callable[[Local, tuple[str, ...], _Cuts], LocalCall]:
     """An algorithm that takes the arguments of the op itself."""
     return lambda local, axes, _: LocalCall(function, local.call.op.args, local.call.op.kwargs, axes)
 
 
-_SPECIALS: Mapping[str, Callable[[Local, tuple[str, ...], list[int]], LocalCall]] = MappingProxyType(
+_SPECIALS: Mapping[str, Callable[[Local, tuple[str, ...], _Cuts], LocalCall]] = MappingProxyType(
     {
         "arange": _arange,
         "index_rows": _index_rows,
