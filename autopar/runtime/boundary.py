@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from ..graph import Shape
+from ..sharding.axes import Places, absolute
 from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split
-from ..sharding.rows import Parts
 from .ownership import Overlap, Segment, Segments, overlaps
 
 
@@ -38,14 +38,14 @@ class Spread:
     """How one microbatch of a tensor lies on `ranks`, a row-major mesh of `degrees`, by a placement per axis.
 
     shape: of the whole tensor. microbatches: into how many the batch is cut, by placements[0], before the data axis.
-    shares: units of a microbatch per rank of the data axis (the first); () where they are equal.
+    shares: units of a microbatch per rank of the data axis, the first one (sharding/rows.py); () where they are equal.
     """
 
     shape: Shape
     microbatches: int
     ranks: tuple[int, ...]
     degrees: tuple[int, ...]
-    placements: tuple[Placement, ...]
+    placements: Places
     shares: tuple[int, ...] = ()
 
     def of_gradient(self) -> Spread:
@@ -69,21 +69,19 @@ class Spread:
 
     def segments(self, rank: int) -> Segments:
         """Per dim, the runs of the whole tensor that the rank has of the first microbatch."""
-        cuts = [(self.placements[0], 0, 1, self.microbatches)]
-        for axis, place in enumerate(self.coordinates(rank)):
-            if axis == 0 and self.shares:
-                cuts.append((self.placements[0], sum(self.shares[:place]), self.shares[place], sum(self.shares)))
-            else:
-                cuts.append((self.placements[axis], place, 1, self.degrees[axis]))
+        data, *model = self.coordinates(rank)
+        shares = self.shares or (1,) * self.degrees[0]
+        # Units of the first microbatch, and of the whole batch.
+        counts = [(sum(shares[:data]), shares[data], self.microbatches * sum(shares))]
+        counts += [(place, 1, degree) for place, degree in zip(model, self.degrees[1:], strict=True)]
+        places = absolute(self.placements, [units for _, _, units in counts])
+        cuts = [(p.blocks, p.dim, count) for p, count in zip(places, counts, strict=True) if isinstance(p, Split)]
         dims = [(Segment(0, 0, size),) if size else () for size in self.shape]
-        parts: dict[int, list[tuple[int, Parts]]] = {}
-        # Of several splits of one dim the coarser ones lie outside, and cut the blocks of the finer ones.
-        for split, start, length, units in sorted(cuts, key=lambda cut: getattr(cut[0], "blocks", 0)):
-            if isinstance(split, Split):
-                before = parts.setdefault(split.dim, [])
-                outside = math.prod(p for blocks, p in before if blocks < split.blocks)
-                dims[split.dim] = _cut(dims[split.dim], split.blocks / Fraction(outside), start, length, units)
-                before.append((split.blocks, Fraction(units, length)))
+        outside = [Fraction(1)] * len(dims)
+        # Of several cuts of one dim the coarser ones lie outside, and cut the blocks of the finer ones.
+        for blocks, dim, (start, length, units) in sorted(cuts):
+            dims[dim] = _cut(dims[dim], blocks / outside[dim], start, length, units)
+            outside[dim] *= Fraction(units, length)
         return tuple(dims)
 
     def local_shape(self, rank: int) -> Shape:
@@ -148,14 +146,14 @@ def _index(place: tuple[int, ...], spread: Spread) -> tuple[int, int]:
     return index, count
 
 
-def _cut(segments: tuple[Segment, ...], blocks: Parts, start: int, length: int, units: int) -> tuple[Segment, ...]:
+def _cut(segments: tuple[Segment, ...], blocks: Fraction, start: int, length: int, units: int) -> tuple[Segment, ...]:
     """The part [:, start : start + length] of the covered positions seen as (blocks, units, rest), renumbered from 0."""
     if length == units:
         return segments
     size = sum(s.length for s in segments)
-    rest = size / (Fraction(blocks) * units)
-    assert rest.denominator == 1 and Fraction(blocks).denominator == 1, (size, blocks, units)
-    rest, wanted = int(rest), length * int(rest)
+    assert blocks.denominator == 1 and size % (blocks * units) == 0, (size, blocks, units)
+    rest = size // (int(blocks) * units)
+    wanted = length * rest
     kept: list[Segment] = []
     for block in range(int(blocks)):
         low = (block * units + start) * rest

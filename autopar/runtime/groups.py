@@ -7,9 +7,12 @@ and a plan needs as many of these groups as it has boundaries, however many pair
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 
 from ..plan import Plan, Stage
@@ -18,19 +21,31 @@ from .axis import Axis
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    """This rank's place in the (data, model) mesh of one stage: its axes, and the axis of all ranks of the stage.
+    """This rank's place in the (data, *model axes) mesh of one stage.
 
-    hybrid: the data axis as (copies, shards) where ZeRO shards over fewer than all data ranks, else None.
+    lines: its axes, by the dims of the mesh that they run along: 0 is data, i + 1 the model axis i, and several dims
+    together are one axis of all the ranks along them. data, tensor: the first dim, all the others; all_of_stage: all.
     """
 
-    data: Axis
-    tensor: Axis
-    all_of_stage: Axis
-    hybrid: tuple[Axis, Axis] | None = None
+    lines: Mapping[tuple[int, ...], Axis]
 
     @property
-    def axes(self) -> tuple[Axis, ...]:
-        return self.data, self.tensor, self.all_of_stage, *(self.hybrid or ())
+    def data(self) -> Axis:
+        return self.lines[0,]
+
+    @property
+    def tensor(self) -> Axis:
+        dims = max(self.lines, key=len)
+        return self.lines[dims[1:] or (1,)]
+
+    @property
+    def all_of_stage(self) -> Axis:
+        return self.lines[max(self.lines, key=len)]
+
+    @property
+    def model(self) -> dict[tuple[int, ...], Axis]:
+        """The model axes by their numbers, alone and several as one."""
+        return {tuple(i - 1 for i in dims): axis for dims, axis in self.lines.items() if 0 not in dims}
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +54,7 @@ class Groups:
 
     meshes: by each stage that this rank runs, in order; lines of the same ranks share their group.
     boundaries: by (sending stage, receiving stage), the group of all ranks of both, if this rank is one of them.
+    stage, lines, data, tensor, all_of_stage, model: the first stage of this rank, and its mesh.
     """
 
     plan: Plan
@@ -49,8 +65,11 @@ class Groups:
 
     @property
     def stage(self) -> int:
-        """The first stage of this rank."""
         return next(iter(self.meshes))
+
+    @property
+    def lines(self) -> Mapping[tuple[int, ...], Axis]:
+        return self.meshes[self.stage].lines
 
     @property
     def data(self) -> Axis:
@@ -65,13 +84,13 @@ class Groups:
         return self.meshes[self.stage].all_of_stage
 
     @property
-    def hybrid(self) -> tuple[Axis, Axis] | None:
-        return self.meshes[self.stage].hybrid
+    def model(self) -> dict[tuple[int, ...], Axis]:
+        return self.meshes[self.stage].model
 
     def abandon(self) -> None:
         """Let go of every group after a failure; gloo closes a group's connections with the last reference to it."""
         for mesh in self.meshes.values():
-            for axis in mesh.axes:
+            for axis in mesh.lines.values():
                 axis.group = None
         self.boundaries.clear()
         self._made.clear()
@@ -110,42 +129,44 @@ def build_groups(plan: Plan) -> Groups:
 
     meshes: dict[int, Mesh] = {}
     for index, stage in enumerate(plan.stages):
-        axes: dict[str, Axis] = {}
-        for name, lines in _mesh_lines(stage).items():
-            for ranks in lines:
+        found: dict[tuple[int, ...], Axis] = {}
+        for dims in mesh_dims(stage):
+            for ranks in mesh_lines(stage, dims):
                 group = group_of(ranks)
                 if rank in ranks:
-                    axes[name] = Axis(name, ranks.index(rank), len(ranks), tuple(ranks), group)
-        if axes:
-            hybrid = (axes["copies"], axes["shards"]) if "copies" in axes else None
-            meshes[index] = Mesh(axes["data"], axes["tensor"], axes["stage"], hybrid)
+                    found[dims] = Axis(_name(stage, dims), ranks.index(rank), len(ranks), tuple(ranks), group)
+        if found:
+            meshes[index] = Mesh(found)
     boundaries: dict[tuple[int, int], dist.ProcessGroup] = {}
-    for first, second in neighbours(plan):
-        members = sorted({*plan.stages[first].ranks, *plan.stages[second].ranks})
-        for direction in ((first, second), (second, first)):
+    for first in range(len(plan.stages) - 1):
+        members = sorted({*plan.stages[first].ranks, *plan.stages[first + 1].ranks})
+        if len(members) == 1:
+            continue
+        for way in ((first, first + 1), (first + 1, first)):
             group = dist.new_group(members)
             if rank in members:
-                boundaries[direction] = group
+                boundaries[way] = group
                 made.append(group)
     return Groups(plan, rank, meshes, boundaries, made)
 
 
-def neighbours(plan: Plan) -> Iterator[tuple[int, int]]:
-    """Consecutive stages with a message to exchange: all but those that lie on one and the same rank."""
-    for first in range(len(plan.stages) - 1):
-        if len({*plan.stages[first].ranks, *plan.stages[first + 1].ranks}) > 1:
-            yield first, first + 1
+def mesh_dims(stage: Stage) -> Iterator[tuple[int, ...]]:
+    """Every choice of dims of the stage's (data, *axes) mesh; a stage without model axes counts as one of degree 1."""
+    count = 1 + max(1, len(stage.axes))
+    for length in range(1, count + 1):
+        yield from itertools.combinations(range(count), length)
 
 
-def _mesh_lines(stage: Stage) -> dict[str, list[list[int]]]:
-    """The ranks of every line of each axis, in the axis's order."""
-    grid = [list(stage.ranks[d * stage.tensor : (d + 1) * stage.tensor]) for d in range(stage.data)]
-    columns = [list(column) for column in zip(*grid, strict=True)]
-    lines = {"data": columns, "tensor": grid, "stage": [list(stage.ranks)]}
-    if 0 < stage.zero_group < stage.data:
-        # Each data axis in runs of ranks that hold one copy together, and the ranks at one place of these runs.
-        size = stage.zero_group
-        runs = [[column[i : i + size] for i in range(0, stage.data, size)] for column in columns]
-        lines["shards"] = [run for of_column in runs for run in of_column]
-        lines["copies"] = [list(line) for of_column in runs for line in zip(*of_column, strict=True)]
-    return lines
+def mesh_lines(stage: Stage, dims: Sequence[int]) -> list[list[int]]:
+    """The sets of ranks that differ in their coordinates on these dims only, in row-major order."""
+    mesh = torch.tensor(stage.ranks).view(stage.data, *(stage.axes or (1,)))
+    others = [i for i in range(mesh.dim()) if i not in dims]
+    return mesh.permute(*others, *dims).reshape(-1, math.prod(mesh.shape[i] for i in dims)).tolist()
+
+
+def _name(stage: Stage, dims: tuple[int, ...]) -> str:
+    if dims == (0,):
+        return "data"
+    if 0 in dims:
+        return "stage" if len(dims) == 1 + max(1, len(stage.axes)) else "data x " + _name(stage, dims[1:])
+    return "tensor" if len(dims) == max(1, len(stage.axes)) else " x ".join(f"tensor{i - 1}" for i in dims)

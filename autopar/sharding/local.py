@@ -26,21 +26,22 @@ from .rules_views import CUTS
 from .strategy import Strategy
 
 Placed = Sequence[tuple[Placement, Parts]]
+Axes = tuple[int, ...]
+BATCH: Axes = ()
 
 
 @dataclass(frozen=True, slots=True)
 class LocalCall:
     """`function(*axes, *args, **kwargs)` runs an op on local tensors.
 
-    args, kwargs: as in `Op`, the `Ref`s in the same order. axes: which axis contexts the function takes first,
-    "batch" or "model"; for the batch axis it reads `rank` and `size` only, which count the chunks that `localize` was
-    told of.
+    args, kwargs: as in `Op`, the `Ref`s in the same order. axes: which axis contexts the function takes first: BATCH,
+    of which it reads `rank` and `size` only, or model axes by their numbers, of which several count as one.
     """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
-    axes: tuple[str, ...] = ()
+    axes: tuple[Axes, ...] = ()
 
 
 def local_shape(shape: Shape, placements: Placed) -> Shape:
@@ -60,7 +61,8 @@ def local_shape(shape: Shape, placements: Placed) -> Shape:
 def local_blocks(shape: Shape, placements: Placed, index: int) -> int:
     """In how many blocks the split of axis `index` lies in what the other axes leave of the tensor.
 
-    A split with more blocks lies inside one with fewer, which therefore cuts its blocks.
+    A split with more blocks lies inside one with fewer, which therefore cuts its blocks. Blocks of equal splits on a
+    later axis are relative (see sharding/axes.py).
     """
     split, _ = placements[index]
     assert isinstance(split, Split)
@@ -71,18 +73,24 @@ def local_blocks(shape: Shape, placements: Placed, index: int) -> int:
     )
     if split.blocks % cut:
         raise ValueError(f"{split} of {shape} does not lie inside the splits of the other axes, {cut} parts together")
-    return int(split.blocks // cut)
+    return split.blocks // cut
 
 
 def localize(
-    graph: Graph, op: Op, batch: Strategy, shards: int, model: Strategy | None = None, degree: int = 1, length: int = 1
+    graph: Graph,
+    op: Op,
+    batch: Strategy,
+    shards: int,
+    model: Sequence[Strategy] = (),
+    degrees: Sequence[int] = (),
+    length: int = 1,
 ) -> LocalCall:
-    """The call that runs `op` on `length` chunks of the batch, of `shards`, and on a part of the model, of `degree`.
+    """The call that runs `op` on `length` consecutive chunks of the batch, of `shards`, and one rank's part of the model.
 
-    The operands must lie as the strategies say on both axes. Raises ValueError where the degrees do not divide.
+    model, degrees: per model axis, which cuts each chunk. The operands must lie as the strategies say on all axes. Raises
+    ValueError where the degrees do not divide.
     """
-    sides: list[tuple[Strategy, Parts]] = [(batch, parts_of(shards, length))]
-    sides += [(model, degree)] if model else []
+    sides: list[tuple[Strategy, Parts]] = [(batch, parts_of(shards, length)), *zip(model, degrees, strict=True)]
     placed = [
         [(side.inputs[i] if i < len(op.inputs) else side.outputs[i - len(op.inputs)], n) for side, n in sides]
         for i in range(len(op.inputs) + len(op.outputs))
@@ -93,11 +101,12 @@ def localize(
     special = {side.special: None for side, n in sides if side.special and n > 1}
     if special:
         (name,) = special
-        axes = tuple(
-            axis for axis, (side, n) in zip(("batch", "model"), sides, strict=False) if side.special == name and n > 1
-        )
-        cuts = [n for side, n in sides if side.special == name and n > 1]
-        return _SPECIALS[name](local, axes, _Cuts(tuple(cuts), shards if axes[0] == "batch" else cuts[0]))
+        on_batch = [BATCH] if batch.special == name and sides[0][1] > 1 else []
+        # Model axes that run one algorithm cut its dim one inside the other, and so count as one axis.
+        on_model = tuple(i for i, (side, n) in enumerate(sides[1:]) if side.special == name and n > 1)
+        counts = [shards] * len(on_batch) + ([math.prod(degrees[i] for i in on_model)] if on_model else [])
+        cuts = _Cuts(tuple(counts), length if on_batch else 1)
+        return _SPECIALS[name](local, (*on_batch, *([on_model] if on_model else [])), cuts)
     changed = _ADAPT[call.packet](local) if call.packet in _ADAPT and local.is_smaller else {}
     function: Callable[..., Any] = resolve(op.target, graph.opaque_modules)
     args, kwargs = _arguments(op, changed)
@@ -235,32 +244,32 @@ def _mean_share(local: Local) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Cuts:
-    """Of the axes that an algorithm asks about: their degrees, and how many ranks the first one counts."""
+    """counts: ranks of the axes that an algorithm asks about, outermost first. length: how many parts of the first axis
+    are this rank's, each of which the second axis cuts."""
 
-    degrees: tuple[Parts, ...]
-    first_size: Parts
+    counts: tuple[int, ...]
+    length: int
 
     def strides(self, size: int) -> tuple[int, ...]:
-        """Elements between the parts of neighbouring ranks of a dim of `size`, by axis, outermost first."""
-        inner = (int(size // math.prod(self.degrees[: i + 1])) for i in range(1, len(self.degrees)))
-        return (int(size // self.first_size), *inner)
+        """Elements of a dim of `size` between the parts of neighbouring ranks, by axis."""
+        return tuple(size // math.prod(self.counts[: i + 1]) for i in range(len(self.counts)))
 
 
-def _arange(local: Local, axes: tuple[str, ...], cuts: _Cuts) -> LocalCall:
+def _arange(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
     call = local.call
     start, step = call.get("start", 0) or 0, call.get("step", 1) or 1
     kwargs = {key: value for key, value in call.op.kwargs if key in ("device", "layout", "pin_memory")}
     kwargs["dtype"] = call.outputs[0].dtype
-    function = algorithms.ArangeRows(cuts.strides(local.call.out[0]))
+    function = algorithms.ArangeRows(cuts.strides(local.call.out[0]), cuts.length)
     return LocalCall(function, (start, step, local.outputs[0][0]), tuple(kwargs.items()), axes)
 
 
-def _index_rows(local: Local, axes: tuple[str, ...], cuts: _Cuts) -> LocalCall:
+def _index_rows(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
     call = local.call
     rule = analysis(call.graph).rule(call.op)
     (name,) = {n for n in rule.specials if local.shape("self") != call.shape("self") and _is_cut(local, n)}
     row = next(i for i, dim in enumerate(rule.inputs[0]) if dim == (name,))
-    function = algorithms.IndexRows(row, cuts.strides(call.shape("self")[row]))
+    function = algorithms.IndexRows(row, cuts.strides(call.shape("self")[row]), cuts.length)
     return LocalCall(function, call.op.args, call.op.kwargs, axes)
 
 
@@ -271,15 +280,16 @@ def _is_cut(local: Local, name: str) -> bool:
     )
 
 
-def _as_is(function: Callable[..., Any]) -> Callable[[Local, tuple[str, ...], _Cuts], LocalCall]:
+def _as_is(function: Callable[..., Any]) -> Callable[[Local, tuple[Axes, ...], _Cuts], LocalCall]:
     """An algorithm that takes the arguments of the op itself."""
     return lambda local, axes, _: LocalCall(function, local.call.op.args, local.call.op.kwargs, axes)
 
 
-_SPECIALS: Mapping[str, Callable[[Local, tuple[str, ...], _Cuts], LocalCall]] = MappingProxyType(
+_SPECIALS: Mapping[str, Callable[[Local, tuple[Axes, ...], _Cuts], LocalCall]] = MappingProxyType(
     {
         "arange": _arange,
         "index_rows": _index_rows,
+        "inverse_order": _as_is(algorithms.inverse_order),
         "sdpa_rows": _as_is(algorithms.causal_rows),
         "vocab_embedding": _as_is(algorithms.vocab_embedding),
         "vocab_cross_entropy": _as_is(algorithms.vocab_cross_entropy),

@@ -46,11 +46,14 @@ class Rows:
 
 def rows_of(plan: Plan, stage: Stage, data_rank: int) -> Rows:
     """The rows of one data rank of a stage."""
-    if not stage.shares:
-        return Rows(plan.microbatches, stage.data, data_rank, 1)
-    unit = math.gcd(*stage.shares)
-    shares = [share // unit for share in stage.shares]
+    shares = stage_shares(stage) or (1,) * stage.data
     return Rows(plan.microbatches, sum(shares), sum(shares[:data_rank]), shares[data_rank])
+
+
+def stage_shares(stage: Stage) -> tuple[int, ...]:
+    """Units of a microbatch per data rank; () where they are equal."""
+    unit = math.gcd(*stage.shares)
+    return tuple(share // unit for share in stage.shares)
 
 
 def stage_units(plan: Plan, stage: Stage) -> int:
