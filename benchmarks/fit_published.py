@@ -123,9 +123,7 @@ def parameters(data: Sequence[Sample]) -> list[Parameter]:
 def constants_for(sample: Sample, chosen: Sequence[Parameter], x: np.ndarray) -> Constants:
     base = named_constants(sample.case.cluster.device.kind, sample.software)
     changes = {
-        p.name: float(np.exp(value))
-        for p, value in zip(chosen, x, strict=True)
-        if getattr(sample, p.table) == p.key
+        p.name: float(np.exp(value)) for p, value in zip(chosen, x, strict=True) if getattr(sample, p.table) == p.key
     }
     return replace(base, **changes)
 
@@ -172,8 +170,10 @@ def report(title: str, data: Sequence[Sample], predicted: Sequence[float]) -> No
         sizes = [abs(p / m - 1) for p, m in pairs]
         tau = f"{kendalltau(*zip(*pairs, strict=True)).statistic:5.2f}" if len(pairs) > 2 and name != "all" else "     "
         bias = statistics.median(p / m - 1 for p, m in pairs)
-        print(f"  {name:42s} {len(pairs):4d} rows  mean {statistics.mean(sizes):6.1%}  median "
-              f"{statistics.median(sizes):6.1%}  worst {max(sizes):7.1%}  tau {tau}  bias {bias:+6.1%}")
+        print(
+            f"  {name:42s} {len(pairs):4d} rows  mean {statistics.mean(sizes):6.1%}  median "
+            f"{statistics.median(sizes):6.1%}  worst {max(sizes):7.1%}  tau {tau}  bias {bias:+6.1%}"
+        )
 
 
 def predictions(data: Sequence[Sample], chosen: Sequence[Parameter], x: np.ndarray) -> list[float]:
