@@ -77,7 +77,7 @@ def errors(
     graph: Graph,
     plan: Plan,
     expected: Reference,
-    timeout_s: float = 60.0,
+    timeout_s: float = 120.0,
 ) -> Errors:
     """Run one step of `plan` on all its ranks and compare."""
     total = expected.norm
