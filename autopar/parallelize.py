@@ -98,6 +98,7 @@ class Model(ParallelModule):
         All ranks must call it. `optimizer` keeps its identity, its options and its state.
         """
         start_s = time.perf_counter()
+        self.share_buffers()
         old, rank = self.runtime, dist.get_rank()
         before, after = (ownerships(self.graph, p) for p in (old.plan, plan))
         dtypes = {t.fqn: t.dtype for t in self.graph.parameters}

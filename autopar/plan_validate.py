@@ -206,7 +206,8 @@ def _check_batch(plan: Plan, graph: Graph) -> None:
                 + (f", or {at}.shares {uneven}" if uneven else "")
             )
         units = stage_units(plan, stage)
-        conflict = batch_layout(graph, units).conflict if units > 1 else None
+        layout = batch_layout(graph, units) if units > 1 else None
+        conflict = layout and (layout.time_conflict if plan.microbatches > 1 else layout.conflict)
         if conflict:
             field, value = ("microbatches", plan.microbatches) if plan.microbatches > 1 else ("data", stage.data)
             where = "plan" if plan.microbatches > 1 else at

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..graph import Graph
+from ..ops import mutated_inputs
 from ..plan import Plan, Stage
 from ..schedule.build import program_for
 from ..schedule.instructions import Instruction
@@ -81,6 +82,19 @@ def _holder(stage: Stage, places: Places) -> Holder:
 def ownerships(graph: Graph, plan: Plan) -> dict[str, Ownership]:
     """Where every parameter of the model lies under `plan`, by original name, in one order on all ranks."""
     return {spec.fqn: spec.ownership for specs in parameter_specs(graph, plan).values() for spec in specs}
+
+
+def updated_buffers(graph: Graph, plan: Plan) -> dict[str, int]:
+    """The buffers that a step writes, by original name, each with a rank whose copy is up to date."""
+    found = {}
+    for stage in plan.stages:
+        for block in graph.blocks[stage.start : stage.stop]:
+            for op in graph.block_ops(block):
+                for name in mutated_inputs(op):
+                    tensor = graph.tensors[graph.tensors[name].base or name]
+                    if tensor.role == "buffer":
+                        found[tensor.fqn] = stage.ranks[0]
+    return found
 
 
 def build_runtime(

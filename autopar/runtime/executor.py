@@ -41,6 +41,7 @@ class _Step:
     batch: Mapping[str, Tensor]
     training: bool
     whole: tuple[Tensor, ...] = ()
+    found: dict[str, list[Tensor]] = field(default_factory=dict)
     arrived: dict[int, list[Tensor]] = field(default_factory=dict)
     inputs: dict[int, list[Tensor]] = field(default_factory=dict)
     outputs: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -114,7 +115,7 @@ class Executor:
         data = self.groups.data
         with torch.no_grad():
             parts = [
-                compiled.prologue_function(self._chunk(m), self._read(step, compiled.prologue_batch, m), ())
+                compiled.prologue_function(self._chunk(step, m), self._read(step, compiled.prologue_batch, m), ())
                 for m in range(self.microbatches)
             ]
             for values, pending in zip(zip(*parts, strict=True), compiled.pending, strict=True):
@@ -127,7 +128,7 @@ class Executor:
 
     def _forward(self, step: _Step, action: Forward) -> int:
         compiled, m = self.compiled, action.microbatch
-        chunk = self._chunk(m)
+        chunk = self._chunk(step, m)
         with torch.no_grad():
             made = compiled.side_function(chunk, self._read(step, compiled.side_batch, m), step.whole)
         sides = dict(zip(compiled.sides, made, strict=True))
@@ -192,10 +193,10 @@ class Executor:
             return 0
         return sum_tied(step.parameter_gradients, self.tied, self.tied_dtypes, self.groups.rank, self.recorder.device)
 
-    def _chunk(self, microbatch: int) -> Chunk:
+    def _chunk(self, step: _Step, microbatch: int) -> Chunk:
         """Which part of the batch this rank computes: the batch is cut in time first, then over data."""
         rows = self.compiled.rows
-        return Chunk(rows.first(microbatch), rows.units, self.random, rows.length)
+        return Chunk(rows.first(microbatch), rows.units, self.random, rows.length, self.groups.data, step.found)
 
     def _read(self, step: _Step, names: Sequence[str], microbatch: int) -> list[Tensor]:
         """This rank's rows of one microbatch of the batch inputs, buffers and constants, by name."""

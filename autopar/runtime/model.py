@@ -15,7 +15,7 @@ from ..graph import Graph
 from ..plan import Plan
 from ..schedule.instructions import Instruction
 from ..timeline import Timeline
-from .build import Runtime
+from .build import Runtime, updated_buffers
 from .failure import publish, stop_everyone
 from .measure import Measurement
 from .storage import deliver
@@ -100,6 +100,14 @@ class ParallelModule(nn.Module):
         for tensor in self.graph.tensors.values():
             if tensor.role == "buffer":
                 yield (f"{prefix}.{tensor.fqn}" if prefix else tensor.fqn), self.runtime.executor.state[tensor.name]
+
+    def share_buffers(self) -> None:
+        """Bring every rank's buffers to what the ranks that run the ops that write them have. All ranks call it.
+
+        A buffer is written on the ranks of one stage alone, which are the only ones that read it in a step.
+        """
+        for fqn, source in updated_buffers(self.graph, self.plan).items():
+            dist.broadcast(dict(self.named_buffers())[fqn], src=source)
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> dict[str, Tensor]:
         """This rank's parameters (DTensors where the plan shards) and buffers by original name."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
 from ..graph import DEVICE, Graph, Op, Ref, map_refs
-from ..ops import evaluation_form
+from ..ops import evaluation_form, mutated_inputs
 from ..sharding.axes import Change, Places, absolute, changes
 from ..sharding.batch import BatchLayout
 from ..sharding.flow import Run, Step
@@ -40,16 +40,38 @@ class Chunk:
     The part is `length` of the batch's `size` units from unit `rank` on (`Rows`). Serves as the batch axis of ops that
     need to know their offset (`rank`, `size`).
     draw(name, on_batch, on_model, function, args, kwargs) runs a random op under its own key.
+
+    data: the axis of the ranks that share a microbatch, for ops whose rows meet. found: by op, the buffers as its first
+    run of the step found them, shared by all chunks of a step.
     """
 
     rank: int
     size: int
     random: Callable[[str], contextlib.AbstractContextManager[Any]]
     length: int = 1
+    data: Axis | None = None
+    found: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     def draw(self, key: str, split_by_batch: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.random(f"{key}/{self.rank}" if split_by_batch else key):
             return function(*args, **kwargs)
+
+    def all_reduce(self, tensor: torch.Tensor, op: Literal["sum", "max"] = "sum") -> torch.Tensor:
+        """Over the data ranks of the microbatch."""
+        assert self.data is not None, "this chunk stands alone"
+        return self.data.all_reduce(tensor, op) if self.data.size > 1 else tensor
+
+    def update(
+        self, key: str, function: Callable[..., Any], written: Sequence[torch.Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run an op that writes buffers, once per step: run again (recomputed, in a later microbatch) it gets copies of
+        what it found the first time, so that it gives the same and leaves the buffers alone."""
+        if key not in self.found:
+            self.found[key] = [buffer.detach().clone() for buffer in written]
+            return function(*args, **kwargs)
+        copies = {id(w): f.clone() for w, f in zip(written, self.found[key], strict=True)}
+        again = [copies.get(id(value), value) for value in args]
+        return function(*again, **{name: copies.get(id(value), value) for name, value in kwargs.items()})
 
 
 _Value = tuple[str, Places]
@@ -181,6 +203,10 @@ class _Emitter:
             splits_batch = any(isinstance(p, Split) for p in on_batch.outputs)
             args = (Ref("chunk"), key, splits_batch, function, *args)
             function = Chunk.draw
+        written = [operand for name, operand in zip(op.inputs, operands, strict=True) if name in mutated_inputs(op)]
+        if written:
+            args = (Ref("chunk"), op.name, function, tuple(map(Ref, written)), *args)
+            function = Chunk.update
         self.calls.append(Call(function, args, kwargs, outputs, op.returns_sequence))
 
     def value(self, tensor: str, on_batch: Placement, on_model: Places) -> str:

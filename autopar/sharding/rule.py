@@ -25,12 +25,15 @@ class Special:
     output: placement of the outputs that lack the dim, where it is not PARTIAL (SHARED: where a
         gradient flows, else REPLICATED).
     work: factor on the share of the op's compute. collective_bytes: see `Strategy`.
+    meets: why rows of the batch meet there, where the algorithm communicates over data and so cannot run in time; "" where
+        it needs no more than its place.
     """
 
     name: str
     output: Placement = PARTIAL
     work: float = 1.0
     collective_bytes: int = 0
+    meets: str = ""
 
 
 @dataclass(frozen=True)
