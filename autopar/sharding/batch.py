@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from ..graph import Graph, Op
 from .analysis import Analysis, analysis
-from .order import PLAIN, Disordered, Rows, follow, reorder, sorts_rows
+from .order import PLAIN, Disordered, Ordering, follow, reorder, sorts_rows
 from .placement import PARTIAL, REPLICATED, SHARED, Placement, Split
 from .rule import Rule, name_of, partial_strategy, split_strategy, whole_strategies
 from .strategy import Strategy
@@ -89,7 +89,7 @@ class _BatchAxis:
         self.found, self.graph, self.shards = found, found.graph, shards
         self.chosen: dict[str, Strategy] = {}
         self.produced: dict[str, Placement] = {}
-        self.rows: dict[str, Rows] = {}
+        self.rows: dict[str, Ordering] = {}
         self.memo: dict[tuple[str, tuple[Placement, ...]], Strategy] = {}
         self.conflict: BatchConflict | None = None
         self.prologue: set[str] = set()
