@@ -2,10 +2,11 @@
 
     python benchmarks/fit_published.py --data ../shared/published [--folds 5] [--source vtrain]
 
-minimises sum of w rho(log(predicted / measured)) + sum of ((log x - log x0) / spread)^2 over the constants below, where rho
-is the soft L1 loss (rows that something odd happened to count little), w weighs a source by the square root of its
-number of rows, and x0 are the values that constants.py holds now: what no row speaks of stays as it is. Prints the tables to put there, and
-with --folds the error on rows that a fit has not seen: random folds of all rows, and one source at a time left out.
+minimises sum of w rho(log(predicted / measured)) + sum of ((log x - log x0) / spread)^2 over the constants below. rho is
+the soft L1 loss (rows that something odd happened to count little), w weighs a source by the square root of its number
+of rows, and x0 are the values that constants.py holds now: what no row speaks of stays as it is. Prints the tables to
+put there, and with --folds the error on rows that a fit has not seen: random folds of all rows, and one source at a
+time left out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from scipy.optimize import least_squares
 from scipy.stats import kendalltau
 from tqdm import tqdm
 
-from autopar.cost.constants import HARDWARE, SOFTWARE, Constants, named_constants
+from autopar.cost.constants import HARDWARE, Constants, named_constants
 from autopar.cost.model import CostModel
 from autopar.schedule.step_time import step_time_s
 
@@ -47,6 +48,7 @@ _SOFTWARE = {
     "backward_launch_s": (2e-6, 1e-4, 0.7),
     "collective_launch_s": (5e-6, 3e-4, 0.7),
     "fusion": (0.1, 3.0, 0.4),
+    "attention_scale": (0.2, 2.0, 0.4),
     "microbatch_s": (1e-5, 5e-2, 1.0),
     "step_s": (1e-5, 2e-1, 1.0),
     "optimizer_passes": (4.0, 40.0, 0.5),
@@ -82,7 +84,7 @@ class Sample:
         plan = self.case.plan
         model = self.model.with_constants(constants)
         costs = [model.stage(plan, i) for i in range(len(plan.stages))]
-        return step_time_s(len(costs), plan.microbatches, plan.schedule, costs)
+        return step_time_s(plan.pipeline, plan.microbatches, plan.schedule, costs)
 
     @property
     def measured_s(self) -> float:
@@ -97,8 +99,6 @@ def samples(folder: Path, source: str) -> list[Sample]:
         try:
             case = rebuild(row)
         except Unsupported:
-            continue
-        if case.plan.pipeline != len(case.plan.stages):
             continue
         kind = case.cluster.device.kind
         hardware = next((name for name in sorted(HARDWARE, key=len, reverse=True) if kind.startswith(name)), "")
@@ -123,9 +123,7 @@ def parameters(data: Sequence[Sample]) -> list[Parameter]:
 def constants_for(sample: Sample, chosen: Sequence[Parameter], x: np.ndarray) -> Constants:
     base = named_constants(sample.case.cluster.device.kind, sample.software)
     changes = {
-        p.name: float(np.exp(value))
-        for p, value in zip(chosen, x, strict=True)
-        if getattr(sample, p.table) == p.key
+        p.name: float(np.exp(value)) for p, value in zip(chosen, x, strict=True) if getattr(sample, p.table) == p.key
     }
     return replace(base, **changes)
 
@@ -172,8 +170,10 @@ def report(title: str, data: Sequence[Sample], predicted: Sequence[float]) -> No
         sizes = [abs(p / m - 1) for p, m in pairs]
         tau = f"{kendalltau(*zip(*pairs, strict=True)).statistic:5.2f}" if len(pairs) > 2 and name != "all" else "     "
         bias = statistics.median(p / m - 1 for p, m in pairs)
-        print(f"  {name:42s} {len(pairs):4d} rows  mean {statistics.mean(sizes):6.1%}  median "
-              f"{statistics.median(sizes):6.1%}  worst {max(sizes):7.1%}  tau {tau}  bias {bias:+6.1%}")
+        print(
+            f"  {name:42s} {len(pairs):4d} rows  mean {statistics.mean(sizes):6.1%}  median "
+            f"{statistics.median(sizes):6.1%}  worst {max(sizes):7.1%}  tau {tau}  bias {bias:+6.1%}"
+        )
 
 
 def predictions(data: Sequence[Sample], chosen: Sequence[Parameter], x: np.ndarray) -> list[float]:

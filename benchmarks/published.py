@@ -27,9 +27,6 @@ from autopar.cost.model import CostModel
 from autopar.schedule.step_time import step_time_s
 from autopar.simulate import simulate, stage_peak_bytes
 
-# Above this many microbatch passes a step time comes from the recurrences, which give what the walk gives.
-_WALKED = 4000
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -62,8 +59,9 @@ def predict(case: Case, constants: Constants | None = None) -> tuple[float, int]
     model = CostModel(case.graph, case.cluster, constants=constants)
     plan = case.plan
     costs = [model.stage(plan, i) for i in range(len(plan.stages))]
-    if plan.schedule == "1f1b" and len(plan.stages) * plan.microbatches > _WALKED or plan.pipeline == 1:
-        step_s = step_time_s(len(plan.stages), plan.microbatches, plan.schedule, costs)
+    if len(plan.stages) == plan.pipeline and plan.schedule == "1f1b":
+        # Equal to the walk, and as fast for 2,048 microbatches as for two.
+        step_s = step_time_s(plan.pipeline, plan.microbatches, plan.schedule, costs)
         peaks = [
             stage_peak_bytes(cost, plan.schedule, i, len(costs), plan.microbatches) for i, cost in enumerate(costs)
         ]

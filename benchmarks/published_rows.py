@@ -171,6 +171,8 @@ def device_of(gpu: str) -> str:
     ):  # fmt: skip
         if family in text:
             memory = _MEMORY.search(text.split(family, 1)[1])
+            if family == "h100" and memory and memory.group(1) == "96":
+                return "h100hbm2e-96gb"
             return f"{family}-{memory.group(1)}gb" if memory else f"{family}-{usual}"
     raise Unsupported(f"no preset for gpu {gpu!r}")
 

@@ -33,6 +33,7 @@ class Constants:
 
     launch_s, backward_launch_s: host time per kernel, forward and backward; 0: the device's own. collective_launch_s:
         host time of a collective. fusion: share of the elementwise traffic that is left after kernels are fused.
+    attention_scale: factor on the hardware's attention shares, for slower or faster kernels.
     overlap, gather_overlap, tensor_overlap: share of a gradient reduction, of a ZeRO gather and of a model-axis
         collective that hides behind compute; the rest is what the transfer costs the compute beside it.
     update_overlap: share of ZeRO 1's and 2's gather of updated parameters that hides.
@@ -67,6 +68,7 @@ class Constants:
     backward_launch_s: float = 0.0
     collective_launch_s: float = 20e-6
     fusion: float = 1.0
+    attention_scale: float = 1.0
     overlap: float = 1.0
     gather_overlap: float = 1.0
     tensor_overlap: float = 0.0
@@ -88,11 +90,17 @@ class Constants:
 # Kinds are matched by the beginning of their name.
 HARDWARE: Mapping[str, Mapping[str, float]] = {
     "v100": {"multiprocessors": 80, "matmul_share": 0.75, "stream_share": 0.8},
-    "a100": {"multiprocessors": 108, "matmul_share": 0.85},
-    "a800": {"multiprocessors": 108, "matmul_share": 0.85},
-    "h100": {"multiprocessors": 132, "matmul_share": 0.7},
-    "h800": {"multiprocessors": 132, "matmul_share": 0.7},
-    "h200": {"multiprocessors": 132, "matmul_share": 0.7},
+    "a100": {"multiprocessors": 108, "matmul_share": 0.8, "attention_share": 0.7, "attention_backward_share": 0.5},
+    "a800": {"multiprocessors": 108, "matmul_share": 0.8, "attention_share": 0.7, "attention_backward_share": 0.5},
+    "h100": {"multiprocessors": 132, "matmul_share": 0.64, "attention_share": 0.5, "attention_backward_share": 0.35},
+    "h100hbm2e": {
+        "multiprocessors": 132,
+        "matmul_share": 0.6,
+        "attention_share": 0.5,
+        "attention_backward_share": 0.35,
+    },
+    "h800": {"multiprocessors": 132, "matmul_share": 0.64, "attention_share": 0.5, "attention_backward_share": 0.35},
+    "h200": {"multiprocessors": 132, "matmul_share": 0.64, "attention_share": 0.5, "attention_backward_share": 0.35},
 }
 
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
