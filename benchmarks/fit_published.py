@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from published_rows import Case, Unsupported, read_rows, rebuild
+from published_rows import Case, Row, Unsupported, read_rows, rebuild
 from scipy.optimize import least_squares
 from scipy.stats import kendalltau
 from tqdm import tqdm
@@ -91,11 +91,15 @@ class Sample:
         return self.case.row.step_time_s
 
 
-def samples(folder: Path, source: str) -> list[Sample]:
+def samples(folder: Path, source: str, most: int) -> list[Sample]:
+    """At most `most` rows of each source, spread evenly."""
+    rows: dict[str, list[Row]] = {}
+    for row in read_rows(folder, source):
+        if row.step_time_s is not None:
+            rows.setdefault(row.source, []).append(row)
+    chosen = [row for members in rows.values() for row in members[:: -(-len(members) // most)]]
     found = []
-    for row in tqdm(read_rows(folder, source), unit="row", desc="rebuild"):
-        if row.step_time_s is None:
-            continue
+    for row in tqdm(chosen, unit="row", desc="rebuild"):
         try:
             case = rebuild(row)
         except Unsupported:
@@ -185,9 +189,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--source", default="")
     parser.add_argument("--folds", type=int, default=0, help="also cross-validate with this many random folds")
+    parser.add_argument("--most", type=int, default=10_000, help="rows per source, spread evenly")
     parser.add_argument("--steps", type=int, default=12, help="evaluations of the least squares")
     args = parser.parse_args()
-    data = samples(args.data, args.source)
+    data = samples(args.data, args.source, args.most)
     chosen = parameters(data)
     start = np.log([p.start for p in chosen])
     report("as constants.py is", data, predictions(data, chosen, start))
