@@ -239,7 +239,7 @@ def _precision(dtype: str) -> str:
 
 def _zero(mode: str, data: int, tensor: int, per_host: int) -> tuple[int, int]:
     """(ZeRO level, group) of a row's dp_mode."""
-    found = re.match(r"(zero|fsdp)-?(\d?)", mode.lower())
+    found = re.search(r"(zero|fsdp)-?(\d?)", mode.lower())  # "ddp/zero1?" too
     if found is None or data == 1:
         return 0, 0
     level = int(found.group(2) or 3)
@@ -260,10 +260,10 @@ def _cuts(row: Row, graph: Graph, pipeline: int, schedule: str) -> Iterator[tupl
     if schedule == "zb-v":
         chunks = 2
     count = pipeline * (chunks if schedule in ("interleaved", "zb-v") else 1)
-    if count > layers:
-        raise Unsupported(f"{count} stages of {layers} layers")
     # Where the outer stages have a layer fewer, the cut is made as if there were two layers more.
     pad = 1 if spared else 0
+    if count > layers + 2 * pad:
+        raise Unsupported(f"{count} stages of {layers} layers")
     edges = [min(max(round(i * (layers + 2 * pad) / count) - pad, 0), layers) for i in range(count + 1)]
     for s in range(count):
         start = 0 if s == 0 else first + edges[s]

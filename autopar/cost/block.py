@@ -59,11 +59,12 @@ class BlockSeconds:
     cheap_host_s: float
     tensor_overlap: float
     weight_s: float
+    selective_kept: float
 
     def passes(self, recompute: Recompute) -> tuple[Mapping[str, Both], Mapping[str, Both]]:
         """(compute, collectives) with what is computed again in the backward, exposed communication alone, and
         the class "launch" for the time that the device waits for the host."""
-        again = {name: forward for name, (forward, _) in self.compute.items() if _again(name, recompute)}
+        again = {name: forward * self._again(name, recompute) for name, (forward, _) in self.compute.items()}
         compute = {name: (f, b + again.get(name, 0.0)) for name, (f, b) in self.compute.items()}
         # What is sent is as expensive as a product: selective recomputation keeps it.
         whole = recompute == "full"
@@ -84,9 +85,13 @@ class BlockSeconds:
                 compute["launch"] = (waits[0], waits[1])
         return compute, collectives
 
-
-def _again(compute_class: str, recompute: Recompute) -> bool:
-    return recompute == "full" or (recompute == "selective" and compute_class not in FLOP_CLASSES)
+    def _again(self, compute_class: str, recompute: Recompute) -> float:
+        """The share of a class's forward that the backward does again."""
+        if recompute == "selective":
+            if compute_class == "matmul":
+                return 1.0 - self.selective_kept
+            return 0.0 if compute_class in FLOP_CLASSES else 1.0
+        return 1.0 if recompute == "full" else 0.0
 
 
 def add(table: Table, name: str, forward_s: float, backward_s: float) -> None:
@@ -257,7 +262,13 @@ class Pricer:
                 add(compute, "copy", 0.0, copy_s)
                 host[1] += launch_s if wire_s else 0.0
         return BlockSeconds(
-            compute, collectives, (host[0], host[1]), cheap_host_s, self.constants.tensor_overlap, weight_s
+            compute,
+            collectives,
+            (host[0], host[1]),
+            cheap_host_s,
+            self.constants.tensor_overlap,
+            weight_s,
+            self.constants.selective_kept,
         )
 
     def _link(self, ranks: tuple[int, ...]) -> str:

@@ -38,6 +38,7 @@ class Constants:
         collective that hides behind compute; the rest is what the transfer costs the compute beside it.
     update_overlap: share of ZeRO 1's and 2's gather of updated parameters that hides.
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
+    selective_kept: share of products whose results selective recomputation keeps (torchtitan: every other one).
     microbatch_s, step_s: host time per microbatch, and per step: data loading, logging, zeroing of gradients.
     optimizer_passes: reads and writes of a float32 parameter by the optimizer step; AdamW needs 7.
     parameter_bytes, gradient_bytes, optimizer_bytes: at rest per parameter where blocks compute in a narrow type.
@@ -74,6 +75,7 @@ class Constants:
     tensor_overlap: float = 0.0
     update_overlap: float = 0.0
     scatter_each: bool = False
+    selective_kept: float = 1.0
     microbatch_s: float = 0.0
     step_s: float = 0.0
     optimizer_passes: float = 7.5
@@ -107,16 +109,20 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     "": {},
     # autopar's own runtime: eager torch, fully_shard.
     "torch": {"launch_s": 10e-6, "backward_launch_s": 8e-6},
-    "torch-compile": {"launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.5, "scatter_each": True},
-    "composer": {"launch_s": 12e-6, "backward_launch_s": 8e-6, "scatter_each": True},
-    "internevo": {"launch_s": 12e-6, "backward_launch_s": 8e-6},
+    "torch-compile": {"launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.5, "scatter_each": True, "selective_kept": 0.5},
+    "composer": {"launch_s": 12e-6, "backward_launch_s": 8e-6, "scatter_each": True, "context_bytes": 2e9},
+    "internevo": {
+        "launch_s": 12e-6, "backward_launch_s": 8e-6, "scatter_each": True, "context_bytes": 15e9,
+        "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
+    },
     "megatron": {
         "launch_s": 10e-6, "backward_launch_s": 8e-6, "overlap": 0.0,
-        "parameter_bytes": 2.0, "gradient_bytes": 4.0, "optimizer_bytes": 12.0, "narrow_copy": False,
+        "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
     "megatron-deepspeed": {
         "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "overlap": 0.0,
-        "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
+        "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 16.0, "narrow_copy": False,
+        "context_bytes": 4e9, "allocator_share": 0.1,
     },
     "alpa": {
         "launch_s": 5e-6, "backward_launch_s": 5e-6, "overlap": 0.0, "fusion": 0.6,

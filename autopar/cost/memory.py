@@ -120,15 +120,17 @@ def _is_side(graph: Graph, name: str) -> bool:
     return producer is not None and producer.name in graph.side_ops
 
 
-def scratch_bytes(op: Op, sizes: Sequence[int], out_bytes: int) -> tuple[int, int]:
+def scratch_bytes(op: Op, sizes: Sequence[int], out_bytes: int, logit_bytes: int = 4) -> tuple[int, int]:
     """(forward, backward) bytes that an op needs besides its inputs, outputs and what it saves.
 
-    sizes: of its inputs. A loss's backward makes the gradient of the log-softmax besides that of the logits; a power's
+    sizes: of its inputs. A loss's backward makes the gradient of the log-softmax besides that of the logits, and both,
+    like a copy of the logits in its forward, are float32 where the logits (of logit_bytes each) are narrower; a power's
     and a root's take an intermediate result; convolution libraries copy input and result into layouts of their own.
     """
     name = base_name(op.target)
     if name in ("cross_entropy_sum", "cross_entropy_loss"):
-        return 0, sizes[0]
+        wide = sizes[0] * 4 // logit_bytes
+        return (wide, 2 * wide) if logit_bytes < 4 else (0, sizes[0])
     if name in ("conv1d", "conv2d", "conv3d", "convolution"):
         return 0, sizes[0] + out_bytes
     if name in ("pow", "rsqrt", "square", "sqrt"):
@@ -241,7 +243,8 @@ class _Walk:
                 share = self.view.size(*largest) / max(1, self.view.graph.tensors[largest[0]].size_bytes)
                 self.extra[index] = int(op.saved_extra_bytes * share)
             sizes = [self.view.size(n, p) for n, p in zip(op.inputs, in_places, strict=True)]
-            self.scratch[index] = scratch_bytes(op, sizes, mine)
+            width = self.view.local.tensors[op.inputs[0]].dtype.itemsize if op.inputs else 4
+            self.scratch[index] = scratch_bytes(op, sizes, mine, width)
 
     def forward_peak(self, saving: bool) -> int:
         live = {(name, ""): self.sizes[name, ""] for name in self.view.block.inputs if (name, "") not in self.saved}
