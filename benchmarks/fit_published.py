@@ -106,7 +106,7 @@ def samples(folder: Path, source: str, most: int) -> list[Sample]:
             continue
         kind = case.cluster.device.kind
         hardware = next((name for name in sorted(HARDWARE, key=len, reverse=True) if kind.startswith(name)), "")
-        found.append(Sample(case, CostModel(case.graph, case.cluster), hardware, case.cluster.software))
+        found.append(Sample(case, CostModel(case.graph, case.cluster), hardware, case.row.software))
     counts = Counter(s.case.row.source for s in found)
     for s in found:
         s.weight = counts[s.case.row.source] ** -0.25
@@ -125,7 +125,7 @@ def parameters(data: Sequence[Sample]) -> list[Parameter]:
 
 
 def constants_for(sample: Sample, chosen: Sequence[Parameter], x: np.ndarray) -> Constants:
-    base = named_constants(sample.case.cluster.device.kind, sample.software)
+    base = sample.model.constants
     changes = {
         p.name: float(np.exp(value)) for p, value in zip(chosen, x, strict=True) if getattr(sample, p.table) == p.key
     }

@@ -17,6 +17,7 @@ from published_models import Decoder, graph_of
 
 from autopar.cluster.presets import preset
 from autopar.cluster.spec import Cluster
+from autopar.cost.constants import FLOAT8
 from autopar.graph import Graph
 from autopar.plan import Plan, Stage, same_recompute, tensor_axes
 from autopar.schedule.orders import SCHEDULES
@@ -186,7 +187,7 @@ def cluster_of(row: Row) -> Cluster:
         device_of(row.text("gpu")),
         hosts,
         min(per_host, num) if hosts == 1 else per_host,
-        software=row.software,
+        software=row.software + (FLOAT8 if "fp8" in row.text("dtype").lower() else ""),
         intra_bytes_per_s=bandwidths[0] and bandwidths[0] * 1e9,
         inter_bytes_per_s=bandwidths[1] and bandwidths[1] * 1e9,
     )

@@ -17,6 +17,7 @@ from ..plan import Recompute
 from ..sharding.batch import batch_layout
 from ..sharding.flow import Run, Step
 from ..sharding.placement import Action, Placement, Split, conversion
+from ..sharding.rows import Parts
 from ..sharding.strategy import Strategy
 from .collectives import collective_s
 from .compute import host_s, kernel_s, seconds_by_class
@@ -146,10 +147,10 @@ class Pricer:
     def storages(self) -> Storages:
         return self.structure.storages
 
-    def local(self, shards: int) -> LocalShapes:
+    def local(self, shards: Parts) -> LocalShapes:
         found = self.structure.local
         if shards not in found:
-            placements = batch_layout(self.graph, shards).placements if shards > 1 else {}
+            placements = batch_layout(self.graph, shards.numerator).placements if shards > 1 else {}
             found[shards] = LocalShapes(self.graph, shards, placements, self.tensors)
         return found[shards]
 

@@ -131,18 +131,26 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
 }  # fmt: skip
 
 
+# The same stacks with linear layers in float8 (torchao, Transformer Engine): a suffix of their names.
+FLOAT8 = "+float8"
+
+
 def constants_of(cluster: Cluster) -> Constants:
     """What holds for the cluster's kind of device and its software. ValueError for software that is not known."""
-    return named_constants(cluster.device.kind if cluster.device.asynchronous else "", cluster.software)
+    if not cluster.device.asynchronous:
+        return Constants()
+    return named_constants(cluster.device.kind, cluster.software)
 
 
 @lru_cache(maxsize=256)
 def named_constants(kind: str, software: str) -> Constants:
-    if software not in SOFTWARE:
+    base = software.removesuffix(FLOAT8)
+    if base not in SOFTWARE:
         near = difflib.get_close_matches(software, SOFTWARE, 1, 0.3)
         raise ValueError(
             f"software={software!r} is not known; {f'did you mean {near[0]!r}? ' if near else ''}"
             f"Known: {', '.join(map(repr, SOFTWARE))}"
         )
     hardware = next((HARDWARE[name] for name in sorted(HARDWARE, key=len, reverse=True) if kind.startswith(name)), {})
-    return replace(Constants(), **hardware, **SOFTWARE[software])
+    products_in = {"products_in": "float8"} if base != software else {}
+    return replace(Constants(), **hardware, **SOFTWARE[base], **products_in)

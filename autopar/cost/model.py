@@ -20,6 +20,7 @@ from ..plan import Layout, Plan, Recompute, Stage
 from ..sharding.axes import Places, absolute
 from ..sharding.flow import Convert, Step, block_flow, layout_places
 from ..sharding.placement import SHARED, Placement, conversion
+from ..sharding.rows import Parts, stage_parts
 from ..sharding.strategy import Strategy
 from .block import BlockSeconds, Both, ModelAxes, Pricer, Structure, Table, add
 from .collectives import collective_s
@@ -48,9 +49,12 @@ class Breakdown:
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """What a block's price depends on besides the block: the cut of the batch, and the model axes."""
+    """What a block's price depends on besides the block: the cut of the batch, and the model axes.
 
-    shards: int
+    shards: into how many parts such as the fullest data rank's the batch is cut (`stage_parts`).
+    """
+
+    shards: Parts
     axes: ModelAxes
     accumulate: bool
     precision: str
@@ -193,7 +197,7 @@ class CostModel:
             for table, part in ((compute, parts[0]), (collectives, parts[1])):
                 for name, (forward_s, backward_s) in part.items():
                     add(table, name, forward_s, backward_s)
-        shards = stage.data * plan.microbatches
+        shards = stage_parts(stage, plan.microbatches)
         for op in self._sides.of(stage.start, stage.stop, shards)[1]:
             for name, seconds in self._pricer(plan.precision).op_seconds(op, (), shards).forward.items():
                 add(compute, name, seconds, 0.0)
@@ -256,7 +260,7 @@ class CostModel:
 
     def _prices(self, plan: Plan, stage: Stage) -> list[tuple[Block, _BlockPrice]]:
         axes = ModelAxes(stage.axes, stage.ranks[: stage.tensor])
-        setting = _Setting(stage.data * plan.microbatches, axes, plan.microbatches > 1, plan.precision)
+        setting = _Setting(stage_parts(stage, plan.microbatches), axes, plan.microbatches > 1, plan.precision)
         where = setting.key(self.cluster)
         blocks = self.graph.blocks[stage.start : stage.stop]
         return [
@@ -284,7 +288,7 @@ class CostModel:
         self, block: Block, layouts: tuple[Layout, ...], setting: _Setting, pricer: Pricer
     ) -> tuple[tuple[Step, ...], BlockMemory, _Summed]:
         """The steps of a block, its memory, and the bytes of gradients that are summed over model axes."""
-        steps = block_flow(self.graph, block, layouts, setting.shards)
+        steps = block_flow(self.graph, block, layouts, setting.shards.numerator)
         degrees = setting.axes.degrees
         edges: list[list[Places]] = [[()] * len(block.inputs), [()] * len(block.parameters)]
         if layouts:
@@ -327,7 +331,7 @@ class CostModel:
         layouts = tuple(self._layout_number(plan.layouts[i]) for row in stage.layouts for i in row)
         return (
             stage.start, stage.stop, layouts, stage.data, stage.axes, plan.microbatches, stage.recompute, stage.zero,
-            stage.zero_group, plan.precision,
+            stage.zero_group, stage.shares, plan.precision,
         )  # fmt: skip
 
     # -- communication outside blocks
@@ -397,7 +401,7 @@ class CostModel:
 
     def _prologue(self, stage: Stage, microbatches: int, precision: str) -> float:
         """Batch-wide values, microbatch by microbatch, and their all-reduce over data."""
-        shards = stage.data * microbatches
+        shards = stage_parts(stage, microbatches)
         ops, _ = self._sides.of(stage.start, stage.stop, shards)
         pricer = self._pricer(precision)
         seconds = microbatches * sum(sum(pricer.op_seconds(op, (), shards).forward.values()) for op in ops)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..graph import Block, Graph, Op
 from ..sharding.batch import batch_layout
+from ..sharding.rows import Parts
 
 
 class SideOps:
@@ -12,15 +13,15 @@ class SideOps:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._order = tuple(op for op in graph.ops if op.name in graph.side_ops)
-        self._found: dict[tuple[int, int, int], tuple[list[Op], list[Op]]] = {}
+        self._found: dict[tuple[int, int, Parts], tuple[list[Op], list[Op]]] = {}
         self._reads: dict[int, frozenset[str]] = {}
 
-    def of(self, start: int, stop: int, shards: int) -> tuple[list[Op], list[Op]]:
+    def of(self, start: int, stop: int, shards: Parts) -> tuple[list[Op], list[Op]]:
         """(prologue ops, side ops per microbatch) that blocks [start, stop) need."""
         key = (start, stop, shards)
         if key not in self._found:
             read = set().union(*(self._read_by(block) for block in self.graph.blocks[start:stop]))
-            whole = set(batch_layout(self.graph, shards).prologue)
+            whole = set(batch_layout(self.graph, shards.numerator).prologue)
             every = self._ancestors(read, frozenset())
             prologue = self._ancestors({t for op in every for t in op.outputs if t in whole}, frozenset())
             self._found[key] = (prologue, self._ancestors(read - whole, frozenset(whole)))
