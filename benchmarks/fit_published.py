@@ -48,6 +48,7 @@ _SOFTWARE = {
     "backward_launch_s": (2e-6, 1e-4, 0.7),
     "collective_launch_s": (5e-6, 3e-4, 0.7),
     "fusion": (0.1, 3.0, 0.4),
+    "product_scale": (0.7, 1.4, 0.1),
     "attention_scale": (0.2, 2.0, 0.4),
     "microbatch_s": (1e-5, 5e-2, 1.0),
     "step_s": (1e-5, 2e-1, 1.0),
