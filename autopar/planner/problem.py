@@ -129,8 +129,11 @@ class ChainSource(Protocol):
         """The chains that the shape may use, the fastest first."""
         ...
 
-    def pass_s(self, problem: Problem, tensor: int) -> float:
-        """Forward and backward of the whole model and batch on `tensor` ranks: no layout is faster."""
+    def pass_s(self, problem: Problem, tensor: int, shards: int) -> Sequence[float]:
+        """Per block, forward and backward on `tensor` ranks of one of `shards` shares of the batch.
+
+        No layout is faster; what happens once per step apart.
+        """
         ...
 
 
