@@ -21,16 +21,18 @@ from .plan import Plan
 from .planner.search import search
 from .refine import Refinement, refine
 from .runtime.agree import from_rank_zero
-from .runtime.build import build_runtime, parameter_specs
+from .runtime.background import Saving
+from .runtime.build import build_runtime, ownerships
 from .runtime.initialise import Initialise, local_state, local_values
 from .runtime.loader import RankLoader
 from .runtime.model import ParallelModule
 from .runtime.optimizer_state import move_optimizer
-from .runtime.ownership import Ownership
 from .runtime.random import Seeds
 from .runtime.reshard import reshard
 from .runtime.storage import ParameterSpec
 from .runtime.torch_private import local_tensor
+from .runtime.watchdog import TIMEOUT_S
+from .runtime.weights import state_names
 from .simulate import simulate
 
 
@@ -38,6 +40,7 @@ class Model(ParallelModule):
     """A parallel module that can also feed itself and change its plan; what `parallelize` returns.
 
     cluster: the hardware as probed or given. corrections: what measured steps have taught since.
+    saving: the latest checkpoint that was saved. state_names: the names in the module's state dict of what it holds.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Model(ParallelModule):
         device: torch.device,
         initialise: Initialise | None,
         constraints: Mapping[str, Any],
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.cluster = cluster
         self.corrections = Corrections()
@@ -63,8 +67,10 @@ class Model(ParallelModule):
             return local_values(specs, module, dist.get_rank(), seed, device, initialise)
 
         runtime = build_runtime(graph, plan, values, state, device, self._stream(device))
-        super().__init__(graph, runtime, simulate(graph, plan, cluster), device)
+        super().__init__(graph, runtime, simulate(graph, plan, cluster), device, timeout_s)
         self.build_s = time.perf_counter() - start_s
+        self.saving = Saving()
+        self.state_names = state_names(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of the batch; see `ParallelModule`."""
@@ -76,8 +82,7 @@ class Model(ParallelModule):
 
     def loader(self, dataset: Any, batch_size: int, shuffle: bool = False, **options: Any) -> RankLoader:
         """Batches of just this rank's rows, `batch_size` being global; see runtime/loader.py."""
-        data = self.runtime.groups.data
-        return RankLoader(dataset, batch_size, data.rank, data.size, self.plan.microbatches, shuffle=shuffle, **options)
+        return RankLoader(dataset, batch_size, self.runtime.compiled.rows, shuffle=shuffle, **options)
 
     def refine(self, optimizer: torch.optim.Optimizer, remaining_steps: int | None = None) -> Refinement:
         """Hold the measured timeline against the predicted one, correct the cost model, search again, and move to the new
@@ -94,7 +99,7 @@ class Model(ParallelModule):
         """
         start_s = time.perf_counter()
         old, rank = self.runtime, dist.get_rank()
-        before, after = (_ownerships(self.graph, p) for p in (old.plan, plan))
+        before, after = (ownerships(self.graph, p) for p in (old.plan, plan))
         dtypes = {t.fqn: t.dtype for t in self.graph.parameters}
         held = {fqn: local_tensor(p.detach()) for fqn, p in old.storage.parameters.items()}
 
@@ -106,6 +111,7 @@ class Model(ParallelModule):
         move_optimizer(optimizer, old.storage.parameters, runtime.storage.parameters, before, after, rank, self.device)
         self.measurement.close()
         self.install(runtime)
+        old.close()
         self.prediction = simulate(self.graph, plan, self.cluster, costs)
         return time.perf_counter() - start_s
 
@@ -118,6 +124,7 @@ def parallelize(
     cluster: Cluster | None = None,
     *,
     initialise: Initialise | None = None,
+    timeout_s: float = TIMEOUT_S,
     **constraints: Any,
 ) -> Model:
     """Make `module` train on the whole world, by the plan expected to be fastest among those that fit in memory.
@@ -128,6 +135,8 @@ def parallelize(
         targets being the example entries that `module.forward` does not take.
     plan: a Plan or a plan file to use instead of a search. cluster: hardware, probed if None.
     initialise: for modules on the meta device, how to fill a submodule; see runtime/initialise.py.
+    timeout_s: how long one instruction of a step may take before the run is ended on all ranks, with the rank that hangs or
+        has died named.
     constraints: data=, tensor=, pipeline=, microbatches=, schedule=, zero=, recompute=, memory_limit_bytes= pin a choice
         of the search each.
     Under torchrun all ranks must call it alike; without a launcher the world is this process. ValueError for what cannot
@@ -162,9 +171,5 @@ def parallelize(
         device=device,
         initialise=initialise,
         constraints=constraints,
+        timeout_s=timeout_s,
     )
-
-
-def _ownerships(graph: Graph, plan: Plan) -> dict[str, Ownership]:
-    """Where every parameter of the model lies under `plan`, in one order on all ranks."""
-    return {spec.fqn: spec.ownership for specs in parameter_specs(graph, plan).values() for spec in specs}

@@ -12,17 +12,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..graph import Graph
-from ..plan import Plan
+from ..plan import Plan, Stage
 from ..schedule.build import program_for
 from ..schedule.instructions import Instruction
-from ..sharding.placement import REPLICATED, SHARED, Placement, parse_placement
+from ..sharding.axes import Places
+from ..sharding.placement import REPLICATED
 from .executor import Executor, block_function
 from .groups import Groups, build_groups
 from .ownership import Holder, Ownership
 from .recorder import Recorder
 from .replicas import Replicas
+from .routes import route
 from .shards import Shards
-from .stage import CompiledStage, compile_stage, stage_layouts
+from .stage import CompiledStage, compile_stage, handovers, placed
 from .storage import ParameterSpec, StageAxes, Storage
 from .transport import Transport
 
@@ -47,32 +49,38 @@ class Runtime:
         Gloo closes a group's connections when the last reference to it goes, and only then do ranks that wait fail.
         """
         self.executor.transport.abandon()
-        for axis in (self.groups.data, self.groups.tensor, self.groups.all_of_stage):
-            axis.group = None
-        self.groups.forward.clear()
-        self.groups.backward.clear()
+        self.groups.abandon()
+
+    def close(self) -> None:
+        """Close the groups once another runtime has taken over. All ranks of the world call it."""
+        self.groups.destroy()
 
 
 def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, ...]]:
     """Per stage, its parameters in order of first use, and where every rank of every stage holds them."""
-    placed: dict[str, dict[int, Placement]] = {}
+    at_rest: dict[str, dict[int, Places]] = {}
     for s, stage in enumerate(plan.stages):
-        layouts = stage_layouts(plan, stage)
-        for block, layout in zip(graph.blocks[stage.start : stage.stop], layouts, strict=True):
-            tokens = layout.parameters if layout else ("R",) * len(block.parameters)
-            for name, token in zip(block.parameters, tokens, strict=True):
-                placed.setdefault(name, {}).setdefault(s, parse_placement(token))
+        for block, layouts in zip(graph.blocks[stage.start : stage.stop], plan.layouts_of(stage), strict=True):
+            for name, places in zip(block.parameters, placed(layouts, "parameters", block.parameters), strict=True):
+                at_rest.setdefault(name, {}).setdefault(s, places)
     found: dict[int, list[ParameterSpec]] = {s: [] for s in range(len(plan.stages))}
-    for name, places in placed.items():
+    for name, by_stage in at_rest.items():
         tensor = graph.tensors[name]
-        holders = tuple(
-            Holder(plan.stages[s].ranks, plan.stages[s].data, plan.stages[s].tensor, place, plan.stages[s].zero == 3)
-            for s, place in places.items()
-        )
+        holders = tuple(_holder(plan.stages[s], places) for s, places in by_stage.items())
         spec = ParameterSpec(tensor.fqn, tensor.dtype, Ownership(tensor.shape, holders), tensor.requires_grad)
-        for s in places:
+        for s in by_stage:
             found[s].append(spec)
     return {s: tuple(specs) for s, specs in found.items()}
+
+
+def _holder(stage: Stage, places: Places) -> Holder:
+    first, *inner = zip(places, stage.axes, strict=True) if places else [(REPLICATED, 1)]
+    return Holder(stage.ranks, stage.data, stage.tensor, first[0], stage.zero == 3, tuple(inner))
+
+
+def ownerships(graph: Graph, plan: Plan) -> dict[str, Ownership]:
+    """Where every parameter of the model lies under `plan`, by original name, in one order on all ranks."""
+    return {spec.fqn: spec.ownership for specs in parameter_specs(graph, plan).values() for spec in specs}
 
 
 def build_runtime(
@@ -91,13 +99,15 @@ def build_runtime(
     rank = dist.get_rank()
     groups = build_groups(plan)
     stage = plan.stages[groups.stage]
-    compiled = compile_stage(graph, plan, groups.stage, groups.tensor, device)
+    compiled = compile_stage(graph, plan, groups.stage, groups.data.rank, groups.model, device)
     by_stage = parameter_specs(graph, plan)
     specs = _with_reductions(graph, compiled, by_stage[groups.stage], rank)
     tied = {s.fqn: s for specs in by_stage.values() for s in specs if len(s.ownership.holders) > 1 and s.requires_grad}
     if not any(rank in s.ownership.ranks for s in tied.values()):
         tied = {}
-    axes = StageAxes(groups.data, groups.tensor, groups.all_of_stage, rank, device)
+    axes = StageAxes(
+        groups.data, groups.tensor, groups.all_of_stage, rank, device, groups.lines if len(stage.axes) > 1 else {}
+    )
     blocks = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled.blocks)}
     kind = Shards if stage.zero == 3 and stage.data > 1 else Replicas
     storage: Storage = kind(specs, blocks, values(specs), axes)
@@ -109,7 +119,7 @@ def build_runtime(
         compiled=compiled,
         microbatches=plan.microbatches,
         groups=groups,
-        transport=_transport(graph, compiled, groups, device),
+        transport=_transport(graph, plan, groups, device),
         storage=storage,
         recompute=stage.block_recompute[0] == "full",
         recorder=recorder,
@@ -134,26 +144,28 @@ def build_runtime(
 def _with_reductions(
     graph: Graph, compiled: CompiledStage, specs: Sequence[ParameterSpec], rank: int
 ) -> tuple[ParameterSpec, ...]:
-    """The specs with SHARED in place of REPLICATED on this stage where gradients are summands per tensor rank."""
-    reduced = {graph.tensors[t].fqn for block in compiled.blocks for t in block.reduced}
+    """The specs with SHARED in place of REPLICATED on this stage where gradients are summands per rank of a model axis."""
+    reduced = {graph.tensors[t].fqn: numbers for block in compiled.blocks for t, numbers in block.reduced.items()}
     found = []
     for spec in specs:
         if spec.fqn in reduced:
-            holders = tuple(
-                Holder(h.ranks, h.data, h.tensor, SHARED, h.sharded)
-                if rank in h.ranks and h.placement == REPLICATED
-                else h
-                for h in spec.ownership.holders
-            )
+            holders = tuple(h.with_sums(reduced[spec.fqn]) if rank in h.ranks else h for h in spec.ownership.holders)
             spec = ParameterSpec(spec.fqn, spec.dtype, Ownership(spec.ownership.shape, holders), spec.requires_grad)
         found.append(spec)
     return tuple(found)
 
 
-def _transport(graph: Graph, compiled: CompiledStage, groups: Groups, device: torch.device) -> Transport:
-    s = groups.stage
-    activations = {s - 1: [compiled.specs[t] for t in compiled.receives]} if compiled.receives else {}
-    gradients = {}
-    if compiled.sends:
-        gradients[s + 1] = [compiled.specs[t] for t in compiled.sends if graph.tensors[t].requires_grad]
-    return Transport(groups, device, activations, gradients)
+def _transport(graph: Graph, plan: Plan, groups: Groups, device: torch.device) -> Transport:
+    """With the routes of activations and gradients over every boundary of this rank's stages."""
+    routes = {}
+    for first, second in zip(range(len(plan.stages) - 1), range(1, len(plan.stages)), strict=True):
+        if groups.rank not in (*plan.stages[first].ranks, *plan.stages[second].ranks):
+            continue
+        crossing = handovers(graph, plan, first)
+        dtypes = {name: graph.tensors[name].dtype for name in crossing}
+        routes[first, second] = route(list(crossing.values()), list(dtypes.values()), groups.rank)
+        returning = {name: h.of_gradient() for name, h in crossing.items() if graph.tensors[name].requires_grad}
+        routes[second, first] = route(list(returning.values()), [dtypes[name] for name in returning], groups.rank)
+    transport = Transport(groups, device, routes)
+    transport.connect()
+    return transport

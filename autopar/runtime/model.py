@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from .build import Runtime
 from .failure import publish, stop_everyone
 from .measure import Measurement
 from .storage import deliver
+from .watchdog import TIMEOUT_S, Watchdog, ring
 
 
 class Output(SimpleNamespace):
@@ -41,13 +43,16 @@ class ParallelModule(nn.Module):
     plan: what runs. prediction: the simulator's Timeline for it. timeline: the latest measured one.
     """
 
-    def __init__(self, graph: Graph, runtime: Runtime, prediction: Timeline, device: torch.device) -> None:
+    def __init__(
+        self, graph: Graph, runtime: Runtime, prediction: Timeline, device: torch.device, timeout_s: float = TIMEOUT_S
+    ) -> None:
         super().__init__()
         self.graph = graph
         self.prediction = prediction
         self.device = device
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self.install(runtime)
+        self.watchdog = Watchdog(_instruction_of(weakref.ref(self)), timeout_s, device)
 
     def install(self, runtime: Runtime) -> None:
         """Run by `runtime` from now on."""
@@ -73,7 +78,7 @@ class ParallelModule(nn.Module):
         differentiable = torch.is_grad_enabled()
         actions = runtime.training_actions if differentiable else runtime.evaluation_actions
         try:
-            with self.measurement.step():
+            with self.watchdog.step(), self.measurement.step():
                 summand, gradients = runtime.executor.run(actions, batch, self.training)
                 loss = self._whole_loss(summand)
         except Exception as error:
@@ -122,7 +127,8 @@ class ParallelModule(nn.Module):
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """This data rank's rows of every batch input; ValueError where the batch is not like the example."""
-        data = self.runtime.groups.data
+        mine = self.runtime.compiled.rows
+        every, start, count = mine.of_global(self.graph.batch_size)
         rows: dict[str, Tensor] = {}
         for name, key in zip(self.graph.inputs, self.graph.input_keys, strict=True):
             expected = self.graph.tensors[name]
@@ -130,16 +136,16 @@ class ParallelModule(nn.Module):
             if not isinstance(value, Tensor):
                 raise ValueError(f"batch entry {key!r}: expected a tensor of shape {expected.shape}, got {value!r}")
             splits = self.runtime.compiled.batch_splits[name]
-            local = (expected.shape[0] // data.size, *expected.shape[1:]) if splits else expected.shape
+            local = (count * mine.microbatches, *expected.shape[1:]) if splits else expected.shape
             if value.dtype != expected.dtype or tuple(value.shape) not in (expected.shape, local):
                 raise ValueError(
                     f"batch entry {key!r}: got {tuple(value.shape)} {value.dtype}, but the example had {expected.shape} "
                     f"{expected.dtype}; pass the global batch of that shape, or this rank's rows of shape {local} "
                     "(model.loader yields them); for another shape call autopar.parallelize again with such an example"
                 )
-            if splits and data.size > 1 and tuple(value.shape) == expected.shape:
+            if splits and count < every and tuple(value.shape) == expected.shape:
                 # a microbatch is cut over the data ranks, so that each has a slice of every microbatch
-                value = value.unflatten(0, (self.plan.microbatches, data.size, -1))[:, data.rank].flatten(0, 1)
+                value = value.unflatten(0, (mine.microbatches, every))[:, start : start + count].flatten(0, 1)
             rows[name] = value.to(self.device, non_blocking=True)
         return rows
 
@@ -189,6 +195,21 @@ def _find(key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return value
 
 
+def _instruction_of(model: weakref.ref[ParallelModule]) -> Callable[[], tuple[Any, int] | None]:
+    """What the model executes, for its watchdog; None once the model is gone."""
+
+    def current() -> tuple[Any, int] | None:
+        alive = model()
+        if alive is None:
+            return None
+        runtime = alive.runtime
+        return getattr(runtime.executor, "current", None), runtime.groups.stage
+
+    return current
+
+
 def _explained(error: Exception, runtime: Runtime) -> BaseException:
     action: Instruction | None = runtime.executor.current
-    return stop_everyone(error, f"in {action} of stage {runtime.groups.stage}" if action else "between instructions")
+    return stop_everyone(
+        error, f"in {action} of stage {runtime.groups.stage}" if action else "between instructions", ring
+    )
