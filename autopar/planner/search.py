@@ -17,6 +17,7 @@ from .methods.alpa import alpa
 from .methods.dapple import dapple
 from .methods.exhaustive import exhaustive
 from .methods.flexflow import flexflow
+from .methods.metis import metis
 from .methods.pipedream import pipedream
 from .methods.piper import piper
 from .methods.tofu import tofu
@@ -35,6 +36,7 @@ METHODS: dict[str, Callable[[Problem, bool], Plan]] = {
     "alpa": alpa,
     "whale": whale,
     "aceso": aceso,
+    "metis": metis,
     "uniap": uniap,
 }
 

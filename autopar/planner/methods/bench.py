@@ -82,6 +82,16 @@ class Bench:
     # -- the space
 
     @property
+    def unequal(self) -> bool:
+        """Whether stages may differ in their meshes: not where the constraints ask for one."""
+        pinned = self.problem.constraints
+        free = all(value is None for value in (pinned.data, pinned.tensor, pinned.pipeline)) and pinned.zero in (
+            None,
+            0,
+        )
+        return self.problem.unequal_stages and free and not self.problem.batch_conflict
+
+    @property
     def num_blocks(self) -> int:
         return len(self.problem.graph.blocks)
 
@@ -130,11 +140,8 @@ class Bench:
     def plan(self, parts: Sequence[Part], microbatches: int, schedule: str = "1f1b") -> Plan:
         """The plan of these parts, each with the fastest layouts of its mesh."""
         stages, layouts = [], {}
-        chains: dict[int, Chain] = {}
         for part in parts:
-            shape = Shape(len(parts), part.data, part.tensor, microbatches, schedule, part.zero)
-            # one chain per degree, so that neighbours of one degree agree at their boundary
-            chain = chains.setdefault(part.tensor, self.fastest(shape))
+            chain = self.fastest(Shape(len(parts), part.data, part.tensor, microbatches, schedule, part.zero))
             rows = ()
             if part.tensor > 1:
                 used = [chain.unique[i] for i in chain.index[part.start : part.stop]]
@@ -167,6 +174,18 @@ class Bench:
             for s, (start, stop) in enumerate(edges)
         ]  # fmt: skip
         return self.plan(parts, shape.microbatches, shape.schedule)
+
+    def uniform(self, plan: Plan) -> Plan:
+        """The plan with all blocks of a stage recomputed where any is: not every runtime mixes within a stage."""
+        return replace(
+            plan,
+            stages=tuple(
+                replace(stage, recompute=same_recompute("full", stage.num_blocks))
+                if "full" in stage.recompute
+                else stage
+                for stage in plan.stages
+            ),
+        )
 
     def relieved(self, plan: Plan) -> Plan:
         """The plan with recomputation in the stages that do not fit without, where the constraints allow a choice."""
