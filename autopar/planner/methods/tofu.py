@@ -65,10 +65,11 @@ class BytePrices(AxisPrices):
 
     def strategies(self, op: Op) -> tuple[Strategy, ...]:
         found = strategies(self.problem.graph, op, self.shape.tensor, self.shape.shards)
-        if id(found) not in self._kept:
+        kept = self.answers.strategies
+        if id(found) not in kept:
             shared = tuple(s for s in found if s.work < 1 and not self._cuts_batch(op, s))
-            self._kept[id(found)] = shared or found
-        return self._kept[id(found)]
+            kept[id(found)] = shared or found
+        return kept[id(found)]
 
     def op_s(self, op: Op, strategy: Strategy) -> tuple[float, float]:
         n = self.shape.tensor
