@@ -22,6 +22,7 @@ from .methods.pipedream import pipedream
 from .methods.piper import piper
 from .methods.tofu import tofu
 from .methods.uniap import uniap
+from .methods.unity import unity
 from .methods.whale import whale
 from .problem import Constraints, Costs, Problem
 
@@ -33,6 +34,7 @@ METHODS: dict[str, Callable[[Problem, bool], Plan]] = {
     "piper": piper,
     "flexflow": flexflow,
     "tofu": tofu,
+    "unity": unity,
     "alpa": alpa,
     "whale": whale,
     "aceso": aceso,

@@ -20,7 +20,7 @@ from ...plan import Candidate, Plan, Prediction, Recompute, Stage, same_recomput
 from ...report.words import gib, plan_in_words
 from ...simulate import simulate
 from ..pricing import Piece, StagePrices
-from ..problem import Chain, Problem, Shape
+from ..problem import Chain, Costs, Problem, Shape
 
 # Rows of the table of candidates that a method's plan carries.
 MAX_CANDIDATES = 8
@@ -203,8 +203,11 @@ class Bench:
 
     # -- the judge
 
-    def offer(self, plan: Plan | None) -> float:
-        """Simulate a plan and keep it if it is the best; its step time, infinite where it is refused or does not fit."""
+    def offer(self, plan: Plan | None, costs: Costs | None = None) -> float:
+        """Simulate a plan and keep it if it is the best; its step time, infinite where it is refused or does not fit.
+
+        costs: of the plan's own graph, where it rewrites the problem's.
+        """
         if plan is None:
             return math.inf
         try:
@@ -212,7 +215,7 @@ class Bench:
         except ValueError as error:
             self._refusal = self._refusal or str(error)
             return math.inf
-        line = simulate(self.problem.graph, plan, self.problem.cluster, model=self.problem.costs)
+        line = simulate(self.problem.graph, plan, self.problem.cluster, model=costs or self.problem.costs)
         peak_bytes = max(line.peak_memory_bytes.values())
         plan = replace(plan, prediction=Prediction(line.step_time_s, peak_bytes))
         self._bar.update()
