@@ -162,6 +162,7 @@ def parallelize(
 
     chosen = from_rank_zero(decide)
     chosen.validate(graph, cluster)
+    graph = chosen.graph_of(graph)
     seed = from_rank_zero(torch.initial_seed)
     return Model(
         graph,

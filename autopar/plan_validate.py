@@ -27,6 +27,7 @@ _REMAKE = "make the plan again with autopar.search(graph, cluster)"
 
 def validate_plan(plan: Plan, graph: Graph, cluster: Cluster) -> None:
     """ValueError unless `plan` can run `graph` on `cluster`."""
+    graph = plan.graph_of(graph)
     _check_identity(plan, graph, cluster)
     _check_degrees(plan, graph)
     _check_stages(plan, graph)

@@ -26,7 +26,10 @@ _WEIGHT_SPLITS = {
 
 def explain_plan(plan: Plan, graph: Graph | None = None) -> str:
     """Some tens of lines of plain text; with the graph, also what the layouts amount to and do to each op."""
+    graph = plan.graph_of(graph) if graph is not None else None
     parts = [_degrees(plan, graph), _stages(plan)]
+    if plan.rewrites:
+        parts.append("Rewritten first: " + ", ".join(plan.rewrites) + ".")
     if plan.layouts:
         parts.append(_layouts(plan, graph))
     if plan.prediction:
