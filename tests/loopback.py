@@ -86,6 +86,7 @@ class Loopback:
         "barrier",
         "batch_isend_irecv",
         "broadcast",
+        "destroy_process_group",
         "get_rank",
         "get_world_size",
         "irecv",
@@ -226,6 +227,9 @@ class Loopback:
 
     def batch_isend_irecv(self, operations: Sequence[Any]) -> list[Any]:
         return [operation() for operation in operations]
+
+    def destroy_process_group(self, group: Group) -> None:
+        """Groups are names, so that nothing is left to close."""
 
     # The names since torch 2.13.
     all_gather_single = all_gather_into_tensor

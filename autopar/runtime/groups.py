@@ -1,11 +1,16 @@
-"""Process groups from a plan: where this rank stands, and whom it talks to."""
+"""Process groups from a plan: where this rank stands in each of its stages, and whom it talks to.
+
+A mesh has a group per line of each axis. A boundary between two stages has one group per direction, of all ranks of
+both, because on NCCL the messages of one group keep one order: so activations and gradients do not wait for each other,
+and a plan needs as many of these groups as it has boundaries, however many pairs of ranks talk across them.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -15,22 +20,14 @@ from .axis import Axis
 
 
 @dataclass(frozen=True, eq=False)
-class Groups:
-    """This rank's place in the plan.
+class Mesh:
+    """This rank's place in the (data, *model axes) mesh of one stage.
 
-    stage: index of its stage. lines: its axes in the stage's mesh, by the dims of the mesh that they run along: 0 is
-    data, i + 1 the model axis i, and several dims together are one axis of all the ranks along them. data, tensor: the
-    first dim, all the others; all_of_stage: all dims.
-    forward, backward: by neighbouring stage, the two-rank group that carries activations (gradients) between this rank
-    and its counterpart there; two groups, because on NCCL messages of one group wait for each other.
+    lines: its axes, by the dims of the mesh that they run along: 0 is data, i + 1 the model axis i, and several dims
+    together are one axis of all the ranks along them. data, tensor: the first dim, all the others; all_of_stage: all.
     """
 
-    plan: Plan
-    rank: int
-    stage: int
     lines: Mapping[tuple[int, ...], Axis]
-    forward: dict[int, dist.ProcessGroup]
-    backward: dict[int, dist.ProcessGroup]
 
     @property
     def data(self) -> Axis:
@@ -50,9 +47,61 @@ class Groups:
         """The model axes by their numbers, alone and several as one."""
         return {tuple(i - 1 for i in dims): axis for dims, axis in self.lines.items() if 0 not in dims}
 
-    def counterpart(self, stage: int) -> int:
-        """The rank with this rank's coordinates in another stage."""
-        return self.plan.stages[stage].ranks[self.plan.stages[self.stage].ranks.index(self.rank)]
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """This rank's place in the plan.
+
+    meshes: by each stage that this rank runs, in order; lines of the same ranks share their group.
+    boundaries: by (sending stage, receiving stage), the group of all ranks of both, if this rank is one of them.
+    stage, lines, data, tensor, all_of_stage, model: the first stage of this rank, and its mesh.
+    """
+
+    plan: Plan
+    rank: int
+    meshes: dict[int, Mesh]
+    boundaries: dict[tuple[int, int], dist.ProcessGroup]
+    _made: list[dist.ProcessGroup] = field(default_factory=list, repr=False)
+
+    @property
+    def stage(self) -> int:
+        return next(iter(self.meshes))
+
+    @property
+    def lines(self) -> Mapping[tuple[int, ...], Axis]:
+        return self.meshes[self.stage].lines
+
+    @property
+    def data(self) -> Axis:
+        return self.meshes[self.stage].data
+
+    @property
+    def tensor(self) -> Axis:
+        return self.meshes[self.stage].tensor
+
+    @property
+    def all_of_stage(self) -> Axis:
+        return self.meshes[self.stage].all_of_stage
+
+    @property
+    def model(self) -> dict[tuple[int, ...], Axis]:
+        return self.meshes[self.stage].model
+
+    def abandon(self) -> None:
+        """Let go of every group after a failure; gloo closes a group's connections with the last reference to it."""
+        for mesh in self.meshes.values():
+            for axis in mesh.lines.values():
+                axis.group = None
+        self.boundaries.clear()
+        self._made.clear()
+
+    def destroy(self) -> None:
+        """Close the groups of a plan that has been left for another. All ranks of the world must call it, after the last
+        communication of that plan; nothing of it may be used again."""
+        dist.barrier()
+        for group in self._made:
+            dist.destroy_process_group(group)
+        self.abandon()
 
 
 def build_groups(plan: Plan) -> Groups:
@@ -63,22 +112,42 @@ def build_groups(plan: Plan) -> Groups:
     the middle and the end of a pipeline have.
     """
     rank = dist.get_rank()
-    stage_of = {r: s for s, stage in enumerate(plan.stages) for r in stage.ranks}
-    index = stage_of[rank]
-    found: dict[tuple[int, ...], Axis] = {}
-    for stage in plan.stages:
+    made: list[dist.ProcessGroup] = []
+    known: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+
+    def group_of(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """Lines of different axes and stages may have the same ranks; one rank alone has nobody to talk to."""
+        key = tuple(ranks)
+        if len(key) == 1:
+            return None
+        if key not in known:
+            group = dist.new_group(list(key))
+            known[key] = group if rank in key else None
+            if rank in key:
+                made.append(group)
+        return known[key]
+
+    meshes: dict[int, Mesh] = {}
+    for index, stage in enumerate(plan.stages):
+        found: dict[tuple[int, ...], Axis] = {}
         for dims in mesh_dims(stage):
-            axis = _axis(_name(stage, dims), rank, mesh_lines(stage, dims))
-            found |= {dims: axis} if axis else {}
-    forward: dict[int, dist.ProcessGroup] = {}
-    backward: dict[int, dist.ProcessGroup] = {}
+            for ranks in mesh_lines(stage, dims):
+                group = group_of(ranks)
+                if rank in ranks:
+                    found[dims] = Axis(_name(stage, dims), ranks.index(rank), len(ranks), tuple(ranks), group)
+        if found:
+            meshes[index] = Mesh(found)
+    boundaries: dict[tuple[int, int], dist.ProcessGroup] = {}
     for first in range(len(plan.stages) - 1):
-        for pair in zip(plan.stages[first].ranks, plan.stages[first + 1].ranks, strict=True):
-            for made in (forward, backward):
-                group = dist.new_group(list(pair))
-                if rank in pair:
-                    made[first + 1 if rank == pair[0] else first] = group
-    return Groups(plan, rank, index, found, forward, backward)
+        members = sorted({*plan.stages[first].ranks, *plan.stages[first + 1].ranks})
+        if len(members) == 1:
+            continue
+        for way in ((first, first + 1), (first + 1, first)):
+            group = dist.new_group(members)
+            if rank in members:
+                boundaries[way] = group
+                made.append(group)
+    return Groups(plan, rank, meshes, boundaries, made)
 
 
 def mesh_dims(stage: Stage) -> Iterator[tuple[int, ...]]:
@@ -101,13 +170,3 @@ def _name(stage: Stage, dims: tuple[int, ...]) -> str:
     if 0 in dims:
         return "stage" if len(dims) == 1 + max(1, len(stage.axes)) else "data x " + _name(stage, dims[1:])
     return "tensor" if len(dims) == max(1, len(stage.axes)) else " x ".join(f"tensor{i - 1}" for i in dims)
-
-
-def _axis(name: str, rank: int, lines: Sequence[Sequence[int]]) -> Axis | None:
-    """Makes the groups of all lines; the axis through this rank, if it is in one of them."""
-    found = None
-    for ranks in lines:
-        group = dist.new_group(list(ranks))
-        if rank in ranks:
-            found = Axis(name, list(ranks).index(rank), len(ranks), tuple(ranks), group)
-    return found
