@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from autopar.graph import Graph, Op
@@ -103,12 +103,13 @@ def random_shares(rows: int, data: int, rng: random.Random) -> tuple[int, ...]:
 
 
 def random_strategies(
-    graph: Graph, op: Op, degrees: Sequence[int], shards: int, rng: random.Random
+    graph: Graph, op: Op, degrees: Sequence[int], shards: int, rng: random.Random, without: Collection[str] = ()
 ) -> tuple[Strategy, ...]:
-    """One strategy per model axis, each fitting into those before it."""
+    """One strategy per model axis, each fitting into those before it. without: special algorithms not to draw."""
     chosen: tuple[Strategy, ...] = ()
     for degree in degrees:
-        chosen += (rng.choice(strategies(graph, op, degree, shards, tuple(zip(chosen, degrees, strict=False)))),)
+        options = strategies(graph, op, degree, shards, tuple(zip(chosen, degrees, strict=False)))
+        chosen += (rng.choice([s for s in options if s.special not in without]),)
     return chosen
 
 

@@ -19,6 +19,7 @@ from . import algorithms
 from .analysis import analysis
 from .call import Call, schema
 from .placement import Placement, Split
+from .ring import ring_attention
 from .rows import Parts, parts_of
 from .rules_loss import MEAN
 from .rules_pointwise import CREATIONS
@@ -296,6 +297,7 @@ _SPECIALS: Mapping[str, Callable[[Local, tuple[Axes, ...], _Cuts], LocalCall]] =
         "batch_norm": _batch_norm,
         "index_rows": _index_rows,
         "inverse_order": _as_is(algorithms.inverse_order),
+        "ring_attention": _as_is(ring_attention),
         "sdpa_rows": _as_is(algorithms.causal_rows),
         "vocab_embedding": _as_is(algorithms.vocab_embedding),
         "vocab_cross_entropy": _as_is(algorithms.vocab_cross_entropy),

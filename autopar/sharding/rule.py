@@ -36,6 +36,18 @@ class Special:
     meets: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Several names split at once, by a special algorithm.
+
+    names: per tensor (inputs, then outputs) the name that is split in it; None where it is whole.
+    """
+
+    key: str
+    names: tuple[str | None, ...]
+    special: Special
+
+
 @dataclass(frozen=True)
 class Rule:
     """How an op may be run in parallel. Tensors are numbered as in `Op.inputs` and `Op.outputs`.
@@ -46,6 +58,7 @@ class Rule:
     sums: names of `splits` that the op sums over: outputs that lack them become PARTIAL. An output that lacks a name
         outside `sums` forbids the split.
     specials: by name, where a split needs a local algorithm of its own.
+    together: splits of several names at once.
     batch_only: names of `splits` that only the batch axis may split.
     blocked: why a name that is not in `splits` cannot be split (for error messages).
     additive: inputs that are added to the result, hence PARTIAL wherever the output becomes PARTIAL.
@@ -61,6 +74,7 @@ class Rule:
     splits: tuple[str, ...] = ()
     sums: frozenset[str] = frozenset()
     specials: Mapping[str, Special] = field(default_factory=dict)
+    together: tuple[Together, ...] = ()
     batch_only: frozenset[str] = frozenset()
     blocked: Mapping[str, str] = field(default_factory=dict)
     additive: frozenset[int] = frozenset()
@@ -174,6 +188,29 @@ def split_strategy(rule: Rule, name: str, outer: int, degree: int, gradient: Seq
         work=min(1.0, (special.work if special else 1.0) / degree),
         special=special.name if special else "",
         collective_bytes=special.collective_bytes if special else 0,
+        degree=degree,
+    )
+
+
+def together_strategy(rule: Rule, group: Together, degree: int, gradient: Sequence[bool]) -> Strategy | None:
+    """The strategy that splits the names of `group`, each in one piece per rank, or None where one does not divide."""
+    placements: list[Placement] = []
+    for index, name in enumerate(group.names):
+        if name is None:
+            placements.append(SHARED if gradient[index] else REPLICATED)
+            continue
+        split = split_of(rule, index, name, 1)
+        if split is None or rule.sizes[name] % degree or rule.shapes[index][split.dim] % (split.blocks * degree):
+            return None
+        placements.append(split)
+    count, special = len(rule.inputs), group.special
+    return Strategy(
+        key=group.key,
+        inputs=tuple(placements[:count]),
+        outputs=tuple(placements[count:]),
+        work=min(1.0, special.work / degree),
+        special=special.name,
+        collective_bytes=special.collective_bytes,
         degree=degree,
     )
 
