@@ -7,6 +7,7 @@ runtime uses them to describe parameters at rest), and no watchdog runs. ZeRO is
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 from unittest import mock
@@ -49,11 +50,11 @@ def _mesh(axes: StageAxes) -> DeviceMesh:
 
 
 def parallel_step(
-    graph: Graph, module: nn.Module, example: Mapping[str, Any], plan: Plan, programs: Sequence[Program] = ()
+    graph: Graph, module: nn.Module, example: Mapping[str, Any], plan: Plan, program: Program | None = None
 ) -> tuple[float, float]:
     """One training step of `plan` on all ranks: (relative error of the loss, worst relative error of a gradient).
 
-    programs: for training and evaluation, in place of the plan's own.
+    program: in place of the plan's own.
     """
     wholes = {name: p.detach() for name, p in module.named_parameters()}
     buffers = dict(module.named_buffers())
@@ -74,9 +75,9 @@ def parallel_step(
             return seeds.stream(key, CPU)
 
         runtime = build_runtime(graph, plan, values, state | dict(graph.constants), CPU, random)
-        if programs:
+        if program is not None:
             group = plan.groups.index(plan.stages[runtime.groups.stage].ranks)
-            object.__setattr__(runtime, "training_actions", programs[0].actions[group])
+            runtime = dataclasses.replace(runtime, training_actions=program.actions[group])
         parallel = ParallelModule(graph, runtime, None, CPU)
         loss = parallel(**example)
         loss.backward()
