@@ -21,7 +21,7 @@ from ..sharding.flow import Step, block_flow
 from ..sharding.placement import SHARED, Placement, conversion, parse_placement
 from ..sharding.rows import Parts, stage_parts
 from ..sharding.strategy import Strategy
-from .block import BlockSeconds, Both, Pricer, Table, add
+from .block import BlockSeconds, Both, Pricer, Structure, Table, add
 from .collectives import collective_s
 from .compute import kernel_s, optimizer_s
 from .constants import Constants, constants_of
@@ -96,6 +96,8 @@ class CostModel:
         self.corrections = corrections or Corrections()
         self.constants = constants or constants_of(cluster)
         self._pricers: dict[str, Pricer] = {}
+        self._structures: dict[str, Structure] = {}
+        self._flows: dict[tuple, tuple[tuple[Step, ...], BlockMemory, float]] = {}
         self._layouts: dict[Layout, int] = {}
         self._layout_ids: dict[int, tuple[Layout, int]] = {}
         self._blocks: dict[tuple, _BlockPrice] = {}
@@ -106,8 +108,25 @@ class CostModel:
 
     def _pricer(self, precision: str) -> Pricer:
         if precision not in self._pricers:
-            self._pricers[precision] = Pricer(self.graph, self.cluster, self.corrections, self.constants, precision)
+            if precision not in self._structures:
+                self._structures[precision] = Structure(self.graph, precision)
+            self._pricers[precision] = Pricer(
+                self.graph,
+                self.cluster,
+                self.corrections,
+                self.constants,
+                precision,
+                self._structures[precision],
+            )
         return self._pricers[precision]
+
+    def with_constants(self, constants: Constants) -> CostModel:
+        """The same model with other constants; what they do not change is shared."""
+        other = CostModel(self.graph, self.cluster, self.corrections, constants=constants)
+        shared = ("_structures", "_flows", "_layouts", "_layout_ids", "_side_ops", "_reads")
+        for name in shared:
+            setattr(other, name, getattr(self, name))
+        return other
 
     # -- ops and conversions
 
@@ -248,18 +267,29 @@ class CostModel:
         return self._blocks[key]
 
     def _price_block(self, block: Block, layout: Layout | None, setting: _Setting) -> _BlockPrice:
+        pricer = self._pricer(setting.precision)
+        degree = len(setting.tensor_ranks)
+        key = (block.kind, self._layout_number(layout), setting.shards, degree, setting.accumulate, setting.precision)
+        if key not in self._flows:
+            self._flows[key] = self._flow(block, layout, setting, pricer)
+        steps, memory, summed = self._flows[key]
+        at_rest = frozenset(block.parameters)
+        seconds = pricer.block_seconds(steps, setting.shards, setting.tensor_ranks, at_rest)
+        return _BlockPrice(seconds, memory, summed)
+
+    def _flow(
+        self, block: Block, layout: Layout | None, setting: _Setting, pricer: Pricer
+    ) -> tuple[tuple[Step, ...], BlockMemory, float]:
+        """The steps of a block, its memory, and the bytes of gradients that are summed over the model axis."""
         steps = block_flow(self.graph, block, (layout,) if layout else (), setting.shards.numerator)
         places = [[None] * len(block.inputs), [None] * len(block.parameters)]
         if layout is not None:
             places = [[parse_placement(t) for t in tokens] for tokens in (layout.inputs, layout.parameters)]
-        pricer = self._pricer(setting.precision)
         local = pricer.local(setting.shards)
         degree = len(setting.tensor_ranks)
-        at_rest = frozenset(block.parameters)
-        seconds = pricer.block_seconds(steps, setting.shards, setting.tensor_ranks, at_rest)
         view = BlockView(self.graph, block, steps, local, degree, pricer.storages, tuple(places[0]), tuple(places[1]))
-        summed = self._summed_bytes(block, steps, layout, local.size_bytes)
-        return _BlockPrice(seconds, block_memory(view, setting.accumulate), summed)
+        memory = block_memory(view, setting.accumulate)
+        return steps, memory, self._summed_bytes(block, steps, layout, local.size_bytes)
 
     def _summed_bytes(self, block: Block, steps: tuple[Step, ...], layout: Layout | None, size) -> float:
         """Bytes of parameters whose gradients are summands on the model axis, to be reduced once per step."""
