@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from plan_cases import plan_of, unequal_plan, world_of
 from random_models import random_model
+from test_model import Failing
 from test_parity import call, errors, graph_of
 from torch import nn
 from torch.utils.data import Dataset
@@ -20,7 +22,10 @@ from torch.utils.data import Dataset
 import autopar
 from autopar.cluster.spec import Cluster
 from autopar.cost.model import CostModel
+from autopar.cost.types import StageCost
 from autopar.graph import Graph
+from autopar.runtime.failure import RankFailure
+from autopar.simulate import simulate
 
 FOUR = [
     dict(meshes=[(2, 1), (1, 2)], microbatches=2),
@@ -146,6 +151,56 @@ def test_moves_and_checkpoints_between_unequal_plans(pool, tmp_path: Path) -> No
     for found, expected, again in results:
         assert found == pytest.approx(expected, rel=1e-4)
         assert again == pytest.approx(expected[4:], rel=1e-4)
+
+
+def test_a_stage_costs_what_its_fullest_rank_costs() -> None:
+    graph = graph_of("build_llama")
+    cluster = Cluster.preset("a100-80gb", hosts=1, devices_per_host=2)
+
+    def cost(shares: tuple[int, ...]) -> StageCost:
+        plan = unequal_plan(graph, [(2, 1)], 1, shares=[shares])
+        return CostModel(graph, cluster).stage(plan, 0)
+
+    costs = [cost(shares) for shares in ((), (4, 4), (3, 5), (2, 6), (7, 1))]
+    assert costs[0] == costs[1]
+    for less, more in itertools.pairwise(costs[1:]):
+        assert less.forward_s < more.forward_s and less.activation_bytes < more.activation_bytes
+    assert cost((5, 3)) == cost((3, 5))
+
+
+def test_unequal_plans_in_words() -> None:
+    graph = graph_of("build_llama")
+    plan = unequal_plan(graph, [(2, 1), (1, 2)], 2, shares=[(3, 1), ()])
+    text = plan.explain(graph)
+    for words in (
+        "pipeline 2 x (data 2 shared 3:1 x tensor 1 in stages 0 and data 1 x tensor 2 in stages 1)",
+        "data 2 in stages 0: the data ranks have 3, 1 of the 4 rows of each microbatch",
+        "tensor 2 in stages 1:",
+        "2 microbatches of 4 rows per step",
+    ):
+        assert words in text, f"{words!r} is not in\n{text}"
+    assert plan.explain().count("tensor 2") == text.count("tensor 2")
+    line = simulate(graph, plan, Cluster.preset("cpu", hosts=1, devices_per_host=4))
+    assert set(line.peak_memory_bytes) == set(range(4))
+
+
+def one_rank_fails() -> str:
+    torch.manual_seed(0)
+    module, example = Failing(), torch.randn(8, 8)
+    graph = autopar.capture(module, example)
+    model = parallel_of(module, example, None, unequal_plan(graph, [(2, 1), (1, 1)], 1, shares=[(5, 3), ()]))
+    try:
+        for _ in range(5):
+            model(example).backward()
+    except (RankFailure, ArithmeticError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing failed"
+
+
+def test_one_rank_fails_and_all_stop(pool) -> None:
+    found = pool.run(one_rank_fails, world_size=3)
+    assert [rank for rank, text in enumerate(found) if text.startswith("ArithmeticError")] == [1], found
+    assert all("the third call was one too many" in text for text in found), found
 
 
 class Rows(Dataset):
