@@ -33,7 +33,6 @@ def validate_plan(plan: Plan, graph: Graph, cluster: Cluster) -> None:
     _check_stages(plan, graph)
     _check_runnable(plan)
     _check_batch(plan, graph)
-    _check_boundaries(plan, graph)
     _check_layouts(plan, graph)
 
 
@@ -226,19 +225,6 @@ def _in_proportion(shares: tuple[int, ...], rows: int) -> tuple[int, ...]:
     for i in range(rows - sum(found)):
         found[order[i % len(order)]] += 1
     return tuple(found)
-
-
-def _check_boundaries(plan: Plan, graph: Graph) -> None:
-    """What crosses from one stage to the next is cut along the batch alike on both."""
-    for s, (stage, following) in enumerate(zip(plan.stages, plan.stages[1:], strict=False)):
-        before, after = (batch_layout(graph, stage_units(plan, one)).placements for one in (stage, following))
-        for name in graph.blocks[stage.stop - 1].outputs:
-            if before[name] != after[name]:
-                raise ValueError(
-                    f"plan.stages[{s + 1}].data is {following.data}: {name} enters the stage cut along the batch as "
-                    f"{after[name]}, but leaves the stage before, of data {stage.data}, as {before[name]}; give both the "
-                    "same data degree and shares"
-                )
 
 
 def _check_layouts(plan: Plan, graph: Graph) -> None:

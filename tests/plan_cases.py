@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Collection, Sequence
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
 
 from autopar.graph import Graph, Op
 from autopar.plan import Layout, Plan, Stage, same_recompute, tensor_axes
@@ -94,6 +94,17 @@ def unequal_plan(
         stages=tuple(stages),
         layouts=tuple(layouts),
     )
+
+
+def plan_of(graph: Graph, options: Mapping[str, Any]) -> Plan:
+    """`unequal_plan` of options that name meshes, `random_plan` of others."""
+    return (unequal_plan if "meshes" in options else random_plan)(graph, **options)
+
+
+def world_of(options: Mapping[str, Any]) -> int:
+    """Ranks of `plan_of`."""
+    meshes = options.get("meshes") or [(options["data"], options["tensor"])] * options["pipeline"]
+    return sum(data * (math.prod(tensor) if isinstance(tensor, tuple) else tensor) for data, tensor in meshes)
 
 
 def random_shares(rows: int, data: int, rng: random.Random) -> tuple[int, ...]:
