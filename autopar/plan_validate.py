@@ -12,7 +12,7 @@ from typing import get_args
 from .cluster.spec import Cluster
 from .graph import Block, Graph
 from .plan import SCHEMA, Layout, Plan, Recompute, Stage
-from .schedule.orders import SCHEDULES
+from .schedule.orders import SCHEDULES, schedule_named
 from .sharding.batch import batch_layout
 from .sharding.placement import REPLICATED, Split, parse_placement
 from .sharding.rule import divides
@@ -27,6 +27,7 @@ def validate_plan(plan: Plan, graph: Graph, cluster: Cluster) -> None:
     _check_identity(plan, graph, cluster)
     _check_degrees(plan, graph)
     _check_stages(plan, graph)
+    _check_schedule(plan, graph)
     _check_runnable(plan)
     _check_batch(plan, graph)
     _check_layouts(plan, graph)
@@ -119,11 +120,51 @@ def _check_mesh(stage: Stage, at: str) -> None:
         )
 
 
+def _check_schedule(plan: Plan, graph: Graph) -> None:
+    """The schedule finds each stage where it looks for it, and stages of the same ranks fit together."""
+    schedule = schedule_named(plan.schedule)
+    try:
+        schedule.check_stages(plan.pipeline, len(plan.stages))
+    except ValueError as error:
+        raise ValueError(f"plan.stages: {error}") from None
+    lowest: dict[tuple[int, ...], int] = {}
+    for s, stage in enumerate(plan.stages):
+        at = f"plan.stages[{s}]"
+        wanted = plan.groups[schedule.group_of(s, plan.pipeline)]
+        if stage.ranks != wanted:
+            raise ValueError(
+                f"{at}.ranks is {list(stage.ranks)}, but schedule {schedule.name!r} runs stage {s} of {len(plan.stages)} "
+                f"on ranks {list(wanted)}"
+            )
+        other = lowest.setdefault(stage.ranks, s)
+        for name in ("data", "axes", "shares"):
+            if getattr(stage, name) != getattr(plan.stages[other], name):
+                raise ValueError(
+                    f"{at}.{name} is {getattr(stage, name)}, but plan.stages[{other}].{name}, on the same ranks, is "
+                    f"{getattr(plan.stages[other], name)}; the stages of one set of ranks have one mesh"
+                )
+    for name in graph.shared_parameters:
+        users = [s for s, stage in enumerate(plan.stages) if _uses(graph, stage, name)]
+        for s in users:
+            other = next(o for o in users if plan.stages[o].ranks == plan.stages[s].ranks)
+            for field in ("zero", "zero_group"):
+                if getattr(plan.stages[s], field) != getattr(plan.stages[other], field):
+                    raise ValueError(
+                        f"plan.stages[{s}].{field} is {getattr(plan.stages[s], field)}, but plan.stages[{other}].{field} "
+                        f"is {getattr(plan.stages[other], field)}, and both use {graph.tensors[name].fqn} on the same "
+                        "ranks; make the two equal"
+                    )
+
+
+def _uses(graph: Graph, stage: Stage, parameter: str) -> bool:
+    return any(parameter in block.parameters for block in graph.blocks[stage.start : stage.stop])
+
+
 def _check_runnable(plan: Plan) -> None:
     """What the vocabulary of plans can say and the runtime cannot do yet."""
     first = plan.stages[0]
-    if plan.pipeline != len(plan.stages):
-        raise ValueError("plan.stages: two stages on the same ranks are not supported; give each stage its own ranks")
+    if schedule_named(plan.schedule).splits_backward:
+        raise ValueError(f"plan.schedule is {plan.schedule!r}, whose backwards in halves are not supported")
     if plan.precision != "float32":
         raise ValueError(f"plan.precision is {plan.precision!r}; only 'float32' is supported")
     for s, stage in enumerate(plan.stages):

@@ -7,6 +7,7 @@ from typing import Literal
 
 from autopar.graph import Graph
 from autopar.plan import Layout, Plan, Stage, same_recompute, tensor_axes
+from autopar.schedule.orders import schedule_named
 from autopar.sharding.strategies import strategies
 
 
@@ -23,23 +24,25 @@ def random_plan(
     seed: int = 0,
 ) -> Plan:
     """A plan of these degrees with random stage cuts, a random strategy per op, and random placements at rest and between
-    blocks."""
+    blocks. Schedules that run several stages on a set of ranks get as many as they want, or 2."""
     rng = random.Random(f"{seed}/{data}/{tensor}/{pipeline}/{microbatches}")
-    cuts = [0, *sorted(rng.sample(range(1, len(graph.blocks)), pipeline - 1)), len(graph.blocks)]
+    chosen = schedule_named(schedule)
+    num_stages = pipeline * (chosen.virtual or 2)
+    cuts = [0, *sorted(rng.sample(range(1, len(graph.blocks)), num_stages - 1)), len(graph.blocks)]
     layouts = random_layouts(graph, tensor, data * microbatches, rng) if tensor > 1 else ()
     width = data * tensor
     stages = tuple(
         Stage(
             start=cuts[s],
             stop=cuts[s + 1],
-            ranks=tuple(range(s * width, (s + 1) * width)),
+            ranks=tuple(range(chosen.group_of(s, pipeline) * width, (chosen.group_of(s, pipeline) + 1) * width)),
             data=data,
             axes=tensor_axes(tensor),
             layouts=(tuple(range(cuts[s], cuts[s + 1])),) if tensor > 1 else (),
             recompute=same_recompute(recompute, cuts[s + 1] - cuts[s]),
             zero=zero if data > 1 else 0,
         )
-        for s in range(pipeline)
+        for s in range(num_stages)
     )
     return Plan(
         model=graph.name,

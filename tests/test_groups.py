@@ -41,15 +41,14 @@ def lines(pipeline: int, data: int, tensor: int) -> dict[str, object]:
         "tensor": members(groups.tensor),
         "stage": members(groups.all_of_stage),
     }
-    for direction, pairs in (("forward", groups.forward), ("backward", groups.backward)):
-        heard = {}
-        for stage, group in sorted(pairs.items()):
-            total = torch.tensor(dist.get_rank())
-            dist.all_reduce(total, group=group)
-            assert total.item() - dist.get_rank() == groups.counterpart(stage)
-            heard[stage] = groups.counterpart(stage)
-        found[direction] = heard
-    return found
+    heard: dict[str, dict[int, int]] = {"forward": {}, "backward": {}}
+    for (source, target), group in sorted(groups.boundaries.items()):
+        stage = source + target - groups.stage
+        total = torch.tensor(dist.get_rank())
+        dist.all_reduce(total, group=group)
+        assert total.item() - dist.get_rank() == groups.counterpart(stage)
+        heard["forward" if source < target else "backward"][stage] = groups.counterpart(stage)
+    return found | heard
 
 
 def expected(rank: int, pipeline: int, data: int, tensor: int) -> dict[str, object]:

@@ -123,6 +123,34 @@ def test_zero_and_recompute(pool, name: str, zero: int, recompute: str) -> None:
             assert gradient < 1e-5, (rank, plan, gradient)
 
 
+# Schedules with several stages per set of ranks, and how few microbatches, some and many go.
+VIRTUAL = [("interleaved", 1), ("interleaved", 2), ("interleaved", 4)]
+
+
+@pytest.mark.parametrize("name", ["build_llama", "build_gpt2", "build_tied_lm", "build_mlp"])
+@pytest.mark.parametrize("data,tensor", [(1, 1), (2, 1), (1, 2)])
+def test_schedules(pool, name: str, data: int, tensor: int) -> None:
+    plans = [
+        dict(
+            data=data,
+            tensor=tensor,
+            pipeline=2,
+            microbatches=m,
+            schedule=schedule,
+            zero=zero,
+            recompute=recompute,
+            seed=m,
+        )
+        for schedule, m in VIRTUAL
+        for zero, recompute in ((0, "none"), (3 if data > 1 and m == 4 else 0, "full"))
+    ]
+    results = pool.run(one_step, name, plans, world_size=2 * data * tensor, timeout_s=240)
+    for rank, found in enumerate(results):
+        for plan, (loss, gradient, evaluated) in zip(plans, found, strict=True):
+            assert loss < 1e-6 and evaluated < 1e-6, (rank, plan, loss, evaluated)
+            assert gradient < 1e-5, (rank, plan, gradient)
+
+
 def ten_steps(name: str, plan: dict[str, Any]) -> tuple[list[float], list[float]]:
     model, example, module, loss = parallel(name, plan)
     losses: tuple[list[float], list[float]] = ([], [])

@@ -209,8 +209,25 @@ def layout(plan: Plan, index: int, **changes) -> Plan:
     return replace(plan, layouts=tuple(layouts))
 
 
+def halves(plan: Plan, groups: tuple[int, ...], schedule: str) -> Plan:
+    """One stage for each entry of `groups`, on that group's ranks, over the blocks in order."""
+    last = len(groups) - 1
+    stages = tuple(
+        replace(
+            plan.stages[g],
+            start=i,
+            stop=len(GRAPH.blocks) if i == last else i + 1,
+            layouts=(tuple(range(i, len(GRAPH.blocks) if i == last else i + 1)),),
+            recompute=(),
+        )
+        for i, g in enumerate(groups)
+    )
+    return replace(plan, stages=stages, schedule=schedule)
+
+
 def test_a_good_plan_is_valid():
     good_plan().validate(GRAPH, CLUSTER)
+    halves(good_plan(), (0, 1, 0, 1), "interleaved").validate(GRAPH, CLUSTER)
     Plan(GRAPH.name, GRAPH.fingerprint, 1, 8, 8, "gpipe", (Stage(0, 4, (0,), 1),)).validate(GRAPH, small_cluster(1))
 
 
@@ -220,7 +237,10 @@ BAD = {
     "fingerprint": (lambda p: replace(p, fingerprint="0" * 16), "plan.fingerprint is 0000"),
     "batch": (lambda p: replace(p, batch_size=16), "plan.batch_size is 16, the captured example has 8 rows"),
     "world": (lambda p: replace(p, world_size=4), "plan.world_size is 4, the cluster has 8 devices"),
-    "schedule": (lambda p: replace(p, schedule="1f2b"), "'1f2b', expected one of gpipe, 1f1b; did you mean '1f1b'"),
+    "schedule": (
+        lambda p: replace(p, schedule="1f2b"),
+        "'1f2b', expected one of gpipe, 1f1b, interleaved, zb-h1, zb-v; did you mean '1f1b'",
+    ),
     "evaluation": (lambda p: replace(p, schedule="forward"), "'forward', expected one of gpipe, 1f1b"),
     "microbatches": (lambda p: replace(p, microbatches=0), "plan.microbatches is 0"),
     "batch rows": (
@@ -260,6 +280,19 @@ BAD = {
     "boundary": (
         lambda p: layout(p, 1, inputs=("S1",)),
         r"layouts\[1\].inputs \(block 1\) is \['S1'\], but .* leaves \['R'\]",
+    ),
+    "stages for the schedule": (
+        lambda p: halves(p, (0, 1, 0, 1), schedule="1f1b"),
+        "plan.stages: schedule '1f1b' runs 1 stage on each set of ranks, so 2 sets need 2 stages, not 4",
+    ),
+    "order of groups": (
+        lambda p: halves(p, (0, 1, 1, 0), schedule="interleaved"),
+        r"stages\[2\].ranks is \[4, 5, 6, 7\], but schedule 'interleaved' runs stage 2 of 4 on ranks \[0, 1, 2, 3\]",
+    ),
+    "uneven laps": (lambda p: halves(p, (0, 1, 0), schedule="interleaved"), "the nearest counts are 2 and 4"),
+    "meshes of a group": (
+        lambda p: stage(halves(p, (0, 1, 0, 1), schedule="interleaved"), 2, data=4, axes=(), layouts=()),
+        r"stages\[2\].data is 4, but plan.stages\[0\].data, on the same ranks, is 2",
     ),
     "stage boundary": (lambda p: layout(p, 2, inputs=("S1",)), r"layouts\[2\].inputs \(block 2\)"),
 }

@@ -16,9 +16,10 @@ from ..plan import Plan
 from ..schedule.build import program_for
 from ..schedule.instructions import Instruction
 from ..sharding.placement import REPLICATED, SHARED, Placement, parse_placement
-from .executor import Executor, block_function
+from .executor import Executor, StagePart, block_function
 from .groups import Groups, build_groups
 from .ownership import Holder, Ownership
+from .rank_storage import RankStorage
 from .recorder import Recorder
 from .replicas import Replicas
 from .shards import Shards
@@ -29,12 +30,15 @@ from .transport import Transport
 
 @dataclass(frozen=True, eq=False)
 class Runtime:
-    """One rank's part of a plan, ready to run. training_actions and evaluation_actions: its rows of the programs."""
+    """One rank's part of a plan, ready to run. training_actions and evaluation_actions: its rows of the programs.
+
+    compiled: the stages that the rank runs, by index. specs: their parameters, each once.
+    """
 
     plan: Plan
     groups: Groups
-    compiled: CompiledStage
-    storage: Storage
+    compiled: Mapping[int, CompiledStage]
+    storage: RankStorage
     executor: Executor
     recorder: Recorder
     specs: tuple[ParameterSpec, ...]
@@ -47,10 +51,7 @@ class Runtime:
         Gloo closes a group's connections when the last reference to it goes, and only then do ranks that wait fail.
         """
         self.executor.transport.abandon()
-        for axis in (self.groups.data, self.groups.tensor, self.groups.all_of_stage):
-            axis.group = None
-        self.groups.forward.clear()
-        self.groups.backward.clear()
+        self.groups.abandon()
 
 
 def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, ...]]:
@@ -69,6 +70,8 @@ def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, 
             Holder(plan.stages[s].ranks, plan.stages[s].data, plan.stages[s].tensor, place, plan.stages[s].zero == 3)
             for s, place in places.items()
         )
+        # Stages of the same ranks hold it once.
+        holders = tuple(dict.fromkeys(holders))
         spec = ParameterSpec(tensor.fqn, tensor.dtype, Ownership(tensor.shape, holders), tensor.requires_grad)
         for s in places:
             found[s].append(spec)
@@ -95,34 +98,49 @@ def build_runtime(
     """
     rank = dist.get_rank()
     groups = build_groups(plan)
-    stage = plan.stages[groups.stage]
-    compiled = compile_stage(graph, plan, groups.stage, groups.tensor, device)
     by_stage = parameter_specs(graph, plan)
-    specs = _with_reductions(graph, compiled, by_stage[groups.stage], rank)
+    compiled: dict[int, CompiledStage] = {}
+    specs: dict[int, tuple[ParameterSpec, ...]] = {}
+    for s, mesh in groups.meshes.items():
+        compiled[s] = compile_stage(graph, plan, s, mesh.tensor, device)
+        specs[s] = _with_reductions(graph, compiled[s], by_stage[s], rank)
+    union: dict[str, ParameterSpec] = {}
+    for of_stage in specs.values():
+        for spec in of_stage:
+            union.setdefault(spec.fqn, spec)
     tied = {s.fqn: s for specs in by_stage.values() for s in specs if len(s.ownership.holders) > 1 and s.requires_grad}
     if not any(rank in s.ownership.ranks for s in tied.values()):
         tied = {}
-    axes = StageAxes(groups.data, groups.tensor, groups.all_of_stage, rank, device)
-    blocks = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled.blocks)}
-    kind = Shards if stage.zero == 3 and stage.data > 1 else Replicas
-    storage: Storage = kind(specs, blocks, values(specs), axes)
-    for i in blocks:
-        storage.bind(i, block_function)
+
+    def build_storage(s: int, values: Mapping[str, Tensor]) -> Storage:
+        stage, mesh = plan.stages[s], groups.meshes[s]
+        axes = StageAxes(mesh.data, mesh.tensor, mesh.all_of_stage, rank, device)
+        names = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled[s].blocks)}
+        kind = Shards if stage.zero == 3 and stage.data > 1 else Replicas
+        storage: Storage = kind(specs[s], names, values, axes)
+        for i in names:
+            storage.bind(i, block_function)
+        return storage
+
+    storage = RankStorage(specs, build_storage, values(tuple(union.values())))
     recorder = Recorder(rank, device)
     executor = Executor(
         graph=graph,
-        compiled=compiled,
+        parts={
+            s: StagePart(compiled[s], mesh, storage.stages[s], plan.stages[s].block_recompute[0] == "full")
+            for s, mesh in groups.meshes.items()
+        },
         microbatches=plan.microbatches,
         groups=groups,
         transport=_transport(graph, compiled, groups, device),
         storage=storage,
-        recompute=stage.block_recompute[0] == "full",
         recorder=recorder,
         state=state,
         random=random,
         tied={fqn: s.ownership for fqn, s in tied.items()},
         tied_dtypes={fqn: s.dtype for fqn, s in tied.items()},
     )
+    group = plan.groups.index(plan.stages[groups.stage].ranks)
     return Runtime(
         plan=plan,
         groups=groups,
@@ -130,9 +148,9 @@ def build_runtime(
         storage=storage,
         executor=executor,
         recorder=recorder,
-        specs=specs,
-        training_actions=program_for(plan).actions[groups.stage],
-        evaluation_actions=program_for(plan, training=False).actions[groups.stage],
+        specs=tuple(union.values()),
+        training_actions=program_for(plan).actions[group],
+        evaluation_actions=program_for(plan, training=False).actions[group],
     )
 
 
@@ -155,10 +173,11 @@ def _with_reductions(
     return tuple(found)
 
 
-def _transport(graph: Graph, compiled: CompiledStage, groups: Groups, device: torch.device) -> Transport:
-    s = groups.stage
-    activations = {s - 1: [compiled.specs[t] for t in compiled.receives]} if compiled.receives else {}
-    gradients = {}
-    if compiled.sends:
-        gradients[s + 1] = [compiled.specs[t] for t in compiled.sends if graph.tensors[t].requires_grad]
-    return Transport(groups, device, activations, gradients)
+def _transport(graph: Graph, compiled: Mapping[int, CompiledStage], groups: Groups, device: torch.device) -> Transport:
+    arriving = {}
+    for s, stage in compiled.items():
+        if (s - 1, s) in groups.boundaries:
+            arriving[s - 1, s] = [stage.specs[t] for t in stage.receives]
+        if (s + 1, s) in groups.boundaries:
+            arriving[s + 1, s] = [stage.specs[t] for t in stage.sends if graph.tensors[t].requires_grad]
+    return Transport(groups, device, arriving)

@@ -12,26 +12,59 @@ from .axis import Axis
 
 
 @dataclass(frozen=True, eq=False)
+class Mesh:
+    """This rank's place in the (data, model) mesh of one stage: its axes, and the axis of all ranks of the stage."""
+
+    data: Axis
+    tensor: Axis
+    all_of_stage: Axis
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return self.data, self.tensor, self.all_of_stage
+
+
+@dataclass(frozen=True, eq=False)
 class Groups:
     """This rank's place in the plan.
 
-    stage: index of its stage. data, tensor: its axes in the stage's mesh; all_of_stage: the axis of all its ranks.
-    forward, backward: by neighbouring stage, the two-rank group that carries activations (gradients) between this rank
-    and its counterpart there; two groups, because on NCCL messages of one group wait for each other.
+    meshes: by each stage that this rank runs, in order; lines of the same ranks share their group.
+    boundaries: by (sending stage, receiving stage), the group of this rank and its counterpart; one per direction,
+    because on NCCL messages of one group wait for each other.
     """
 
     plan: Plan
     rank: int
-    stage: int
-    data: Axis
-    tensor: Axis
-    all_of_stage: Axis
-    forward: dict[int, dist.ProcessGroup]
-    backward: dict[int, dist.ProcessGroup]
+    meshes: dict[int, Mesh]
+    boundaries: dict[tuple[int, int], dist.ProcessGroup]
+
+    @property
+    def stage(self) -> int:
+        """The first stage of this rank."""
+        return next(iter(self.meshes))
+
+    @property
+    def data(self) -> Axis:
+        return self.meshes[self.stage].data
+
+    @property
+    def tensor(self) -> Axis:
+        return self.meshes[self.stage].tensor
+
+    @property
+    def all_of_stage(self) -> Axis:
+        return self.meshes[self.stage].all_of_stage
 
     def counterpart(self, stage: int) -> int:
         """The rank with this rank's coordinates in another stage."""
         return self.plan.stages[stage].ranks[self.plan.stages[self.stage].ranks.index(self.rank)]
+
+    def abandon(self) -> None:
+        """Let go of every group after a failure; gloo closes a group's connections with the last reference to it."""
+        for mesh in self.meshes.values():
+            for axis in mesh.axes:
+                axis.group = None
+        self.boundaries.clear()
 
 
 def build_groups(plan: Plan) -> Groups:
@@ -42,35 +75,42 @@ def build_groups(plan: Plan) -> Groups:
     the middle and the end of a pipeline have.
     """
     rank = dist.get_rank()
-    stage_of = {r: s for s, stage in enumerate(plan.stages) for r in stage.ranks}
-    index = stage_of[rank]
-    axes: dict[str, Axis] = {}
-    for stage in plan.stages:
-        rows, columns = _mesh_lines(stage)
-        for name, lines in (("data", columns), ("tensor", rows), ("stage", [stage.ranks])):
-            axis = _axis(name, rank, lines)
-            axes |= {name: axis} if axis else {}
-    forward: dict[int, dist.ProcessGroup] = {}
-    backward: dict[int, dist.ProcessGroup] = {}
-    for first in range(len(plan.stages) - 1):
-        for pair in zip(plan.stages[first].ranks, plan.stages[first + 1].ranks, strict=True):
-            for made in (forward, backward):
+    known: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def group_of(ranks: Sequence[int]) -> dist.ProcessGroup:
+        """Lines of different axes and stages may have the same ranks."""
+        key = tuple(ranks)
+        if key not in known:
+            known[key] = dist.new_group(list(key))
+        return known[key]
+
+    meshes: dict[int, Mesh] = {}
+    for index, stage in enumerate(plan.stages):
+        axes: dict[str, Axis] = {}
+        for name, lines in _mesh_lines(stage).items():
+            for ranks in lines:
+                group = group_of(ranks)
+                if rank in ranks:
+                    axes[name] = Axis(name, ranks.index(rank), len(ranks), tuple(ranks), group)
+        if axes:
+            meshes[index] = Mesh(axes["data"], axes["tensor"], axes["stage"])
+    boundaries: dict[tuple[int, int], dist.ProcessGroup] = {}
+    for first, (stage, other) in enumerate(zip(plan.stages, plan.stages[1:], strict=False)):
+        if stage.ranks == other.ranks:
+            continue
+        for pair in zip(stage.ranks, other.ranks, strict=True):
+            for way in ((first, first + 1), (first + 1, first)):
                 group = dist.new_group(list(pair))
                 if rank in pair:
-                    made[first + 1 if rank == pair[0] else first] = group
-    return Groups(plan, rank, index, axes["data"], axes["tensor"], axes["stage"], forward, backward)
+                    boundaries[way] = group
+    return Groups(plan, rank, meshes, boundaries)
 
 
-def _mesh_lines(stage: Stage) -> tuple[list[list[int]], list[list[int]]]:
+def _mesh_lines(stage: Stage) -> dict[str, list[list[int]]]:
+    """The ranks of every line of each axis, in the axis's order."""
     grid = [list(stage.ranks[d * stage.tensor : (d + 1) * stage.tensor]) for d in range(stage.data)]
-    return grid, [list(column) for column in zip(*grid, strict=True)]
-
-
-def _axis(name: str, rank: int, lines: Sequence[Sequence[int]]) -> Axis | None:
-    """Makes the groups of all lines; the axis through this rank, if it is in one of them."""
-    found = None
-    for ranks in lines:
-        group = dist.new_group(list(ranks))
-        if rank in ranks:
-            found = Axis(name, list(ranks).index(rank), len(ranks), tuple(ranks), group)
-    return found
+    return {
+        "data": [list(column) for column in zip(*grid, strict=True)],
+        "tensor": grid,
+        "stage": [list(stage.ranks)],
+    }

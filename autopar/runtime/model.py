@@ -129,7 +129,7 @@ class ParallelModule(nn.Module):
             value = _find(key, args, kwargs)
             if not isinstance(value, Tensor):
                 raise ValueError(f"batch entry {key!r}: expected a tensor of shape {expected.shape}, got {value!r}")
-            splits = self.runtime.compiled.batch_splits[name]
+            splits = self.runtime.compiled[self.runtime.groups.stage].batch_splits[name]
             local = (expected.shape[0] // data.size, *expected.shape[1:]) if splits else expected.shape
             if value.dtype != expected.dtype or tuple(value.shape) not in (expected.shape, local):
                 raise ValueError(
@@ -191,4 +191,4 @@ def _find(key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _explained(error: Exception, runtime: Runtime) -> BaseException:
     action: Instruction | None = runtime.executor.current
-    return stop_everyone(error, f"in {action} of stage {runtime.groups.stage}" if action else "between instructions")
+    return stop_everyone(error, f"in {action} of stage {action.stage}" if action else "between instructions")

@@ -30,12 +30,11 @@ Send = SendActivation | SendGradient
 
 @dataclass(eq=False)
 class Transport:
-    """activations[s], gradients[s]: shapes and dtypes of what this rank receives from stage s, in order."""
+    """arriving: shapes and dtypes of what this rank receives, in order, by (sending stage, receiving stage)."""
 
     groups: Groups
     device: torch.device
-    activations: dict[int, Sequence[TensorSpec]]
-    gradients: dict[int, Sequence[TensorSpec]]
+    arriving: dict[tuple[int, int], Sequence[TensorSpec]]
     _sends: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
     _posted: dict[Receive, tuple[list[Tensor], list[dist.Work]]] = field(default_factory=dict)
     _ahead: dict[type, Iterator[Receive]] = field(default_factory=dict)
@@ -49,7 +48,7 @@ class Transport:
 
     def send(self, action: Send, tensors: Sequence[Tensor]) -> int:
         """Start sending; returns the bytes on their way."""
-        group = self._group(action)
+        group = self.groups.boundaries[action.stage, action.peer]
         peer = self.groups.counterpart(action.peer)
         size_bytes = 0
         for tensor in tensors:
@@ -83,12 +82,8 @@ class Transport:
         action = next(self._ahead[kind], None)
         if action is None:
             return
-        specs = (self.activations if isinstance(action, ReceiveActivation) else self.gradients)[action.peer]
-        peer, group = self.groups.counterpart(action.peer), self._group(action)
-        tensors = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in specs]
+        way = (action.peer, action.stage)
+        peer, group = self.groups.counterpart(action.peer), self.groups.boundaries[way]
+        tensors = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.arriving[way]]
         works = [dist.irecv(tensor, peer, group=group) for tensor in tensors]
         self._posted[action] = (tensors, [w for w in works if w is not None])
-
-    def _group(self, action: Send | Receive) -> dist.ProcessGroup:
-        carries_activations = isinstance(action, SendActivation | ReceiveActivation)
-        return (self.groups.forward if carries_activations else self.groups.backward)[action.peer]
