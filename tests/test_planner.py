@@ -307,7 +307,7 @@ IMPOSSIBLE = {
         "zero=3 needs data above 1, but the other degrees leave data=1",
     ),
     "zero value": ({"zero": 2}, "zero=2: expected one of 0, 3"),
-    "schedule": ({"schedule": "1f2b"}, "schedule='1f2b': expected one of 'gpipe', '1f1b'; did you mean '1f1b'"),
+    "schedule": ({"schedule": "1f2b"}, "schedule='1f2b': expected one of 'gpipe', '1f1b', .*; did you mean '1f1b'"),
     "recompute": ({"recompute": "ful"}, "recompute='ful': expected one of 'none', 'full'; did you mean 'full'"),
     "degree": ({"data": 0}, "data=0: expected a positive integer"),
     "type": ({"tensor": "2"}, "tensor='2': expected a positive integer"),
@@ -337,7 +337,7 @@ def test_a_tensor_degree_that_nothing_divides_names_the_dims():
 
 def test_unknown_methods_name_the_nearest():
     with pytest.raises(
-        ValueError, match="method='exhastive': expected one of auto, exhaustive; did you mean exhaustive"
+        ValueError, match="method='exhastive': expected one of auto, exhaustive, .*; did you mean exhaustive"
     ):
         search(small_graph(), small_cluster(2), "exhastive")
     assert set(METHODS) >= {"auto", "exhaustive"}

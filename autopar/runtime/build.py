@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..graph import Graph
-from ..plan import Plan
+from ..plan import Plan, Stage
 from ..schedule.build import program_for
 from ..schedule.instructions import Instruction
-from ..sharding.placement import REPLICATED, SHARED, Placement, parse_placement
+from ..sharding.axes import Places
+from ..sharding.placement import REPLICATED
 from .executor import Executor, StagePart, block_function
 from .groups import Groups, build_groups
 from .ownership import Holder, Ownership
@@ -23,7 +24,7 @@ from .rank_storage import RankStorage
 from .recorder import Recorder
 from .replicas import Replicas
 from .shards import Shards
-from .stage import CompiledStage, compile_stage, stage_layouts
+from .stage import CompiledStage, compile_stage, placed
 from .storage import ParameterSpec, StageAxes, Storage
 from .transport import Transport
 
@@ -56,26 +57,25 @@ class Runtime:
 
 def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, ...]]:
     """Per stage, its parameters in order of first use, and where every rank of every stage holds them."""
-    placed: dict[str, dict[int, Placement]] = {}
+    at_rest: dict[str, dict[int, Places]] = {}
     for s, stage in enumerate(plan.stages):
-        layouts = stage_layouts(plan, stage)
-        for block, layout in zip(graph.blocks[stage.start : stage.stop], layouts, strict=True):
-            tokens = layout.parameters if layout else ("R",) * len(block.parameters)
-            for name, token in zip(block.parameters, tokens, strict=True):
-                placed.setdefault(name, {}).setdefault(s, parse_placement(token))
+        for block, layouts in zip(graph.blocks[stage.start : stage.stop], plan.layouts_of(stage), strict=True):
+            for name, places in zip(block.parameters, placed(layouts, "parameters", block.parameters), strict=True):
+                at_rest.setdefault(name, {}).setdefault(s, places)
     found: dict[int, list[ParameterSpec]] = {s: [] for s in range(len(plan.stages))}
-    for name, places in placed.items():
+    for name, by_stage in at_rest.items():
         tensor = graph.tensors[name]
-        holders = tuple(
-            Holder(plan.stages[s].ranks, plan.stages[s].data, plan.stages[s].tensor, place, plan.stages[s].zero == 3)
-            for s, place in places.items()
-        )
         # Stages of the same ranks hold it once.
-        holders = tuple(dict.fromkeys(holders))
+        holders = tuple(dict.fromkeys(_holder(plan.stages[s], places) for s, places in by_stage.items()))
         spec = ParameterSpec(tensor.fqn, tensor.dtype, Ownership(tensor.shape, holders), tensor.requires_grad)
-        for s in places:
+        for s in by_stage:
             found[s].append(spec)
     return {s: tuple(specs) for s, specs in found.items()}
+
+
+def _holder(stage: Stage, places: Places) -> Holder:
+    first, *inner = zip(places, stage.axes, strict=True) if places else [(REPLICATED, 1)]
+    return Holder(stage.ranks, stage.data, stage.tensor, first[0], stage.zero == 3, tuple(inner))
 
 
 def ownerships(graph: Graph, plan: Plan) -> dict[str, Ownership]:
@@ -102,7 +102,7 @@ def build_runtime(
     compiled: dict[int, CompiledStage] = {}
     specs: dict[int, tuple[ParameterSpec, ...]] = {}
     for s, mesh in groups.meshes.items():
-        compiled[s] = compile_stage(graph, plan, s, mesh.tensor, device)
+        compiled[s] = compile_stage(graph, plan, s, mesh.model, device)
         specs[s] = _with_reductions(graph, compiled[s], by_stage[s], rank)
     union: dict[str, ParameterSpec] = {}
     for of_stage in specs.values():
@@ -114,7 +114,8 @@ def build_runtime(
 
     def build_storage(s: int, values: Mapping[str, Tensor]) -> Storage:
         stage, mesh = plan.stages[s], groups.meshes[s]
-        axes = StageAxes(mesh.data, mesh.tensor, mesh.all_of_stage, rank, device)
+        lines = mesh.lines if len(stage.axes) > 1 else {}
+        axes = StageAxes(mesh.data, mesh.tensor, mesh.all_of_stage, rank, device, lines)
         names = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled[s].blocks)}
         kind = Shards if stage.zero == 3 and stage.data > 1 else Replicas
         storage: Storage = kind(specs[s], names, values, axes)
@@ -157,17 +158,12 @@ def build_runtime(
 def _with_reductions(
     graph: Graph, compiled: CompiledStage, specs: Sequence[ParameterSpec], rank: int
 ) -> tuple[ParameterSpec, ...]:
-    """The specs with SHARED in place of REPLICATED on this stage where gradients are summands per tensor rank."""
-    reduced = {graph.tensors[t].fqn for block in compiled.blocks for t in block.reduced}
+    """The specs with SHARED in place of REPLICATED on this stage where gradients are summands per rank of a model axis."""
+    reduced = {graph.tensors[t].fqn: numbers for block in compiled.blocks for t, numbers in block.reduced.items()}
     found = []
     for spec in specs:
         if spec.fqn in reduced:
-            holders = tuple(
-                Holder(h.ranks, h.data, h.tensor, SHARED, h.sharded)
-                if rank in h.ranks and h.placement == REPLICATED
-                else h
-                for h in spec.ownership.holders
-            )
+            holders = tuple(h.with_sums(reduced[spec.fqn]) if rank in h.ranks else h for h in spec.ownership.holders)
             spec = ParameterSpec(spec.fqn, spec.dtype, Ownership(spec.ownership.shape, holders), spec.requires_grad)
         found.append(spec)
     return tuple(found)

@@ -1,10 +1,13 @@
-"""Process groups from a plan: where this rank stands, and whom it talks to."""
+"""Process groups from a plan: where this rank stands in each of its stages, and whom it talks to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from ..plan import Plan, Stage
@@ -13,15 +16,31 @@ from .axis import Axis
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    """This rank's place in the (data, model) mesh of one stage: its axes, and the axis of all ranks of the stage."""
+    """This rank's place in the mesh of one stage.
 
-    data: Axis
-    tensor: Axis
-    all_of_stage: Axis
+    lines: its axes, by the dims of the mesh that they run along: 0 is data, i + 1 the model axis i, and several dims
+    together are one axis of all the ranks along them. data, tensor: the first dim, all the others; all_of_stage: all dims.
+    """
+
+    lines: Mapping[tuple[int, ...], Axis]
 
     @property
-    def axes(self) -> tuple[Axis, ...]:
-        return self.data, self.tensor, self.all_of_stage
+    def data(self) -> Axis:
+        return self.lines[0,]
+
+    @property
+    def tensor(self) -> Axis:
+        dims = max(self.lines, key=len)
+        return self.lines[dims[1:] or (1,)]
+
+    @property
+    def all_of_stage(self) -> Axis:
+        return self.lines[max(self.lines, key=len)]
+
+    @property
+    def model(self) -> dict[tuple[int, ...], Axis]:
+        """The model axes by their numbers, alone and several as one."""
+        return {tuple(i - 1 for i in dims): axis for dims, axis in self.lines.items() if 0 not in dims}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +54,7 @@ class Groups:
 
     plan: Plan
     rank: int
-    meshes: dict[int, Mesh]
+    meshes: Mapping[int, Mesh]
     boundaries: dict[tuple[int, int], dist.ProcessGroup]
 
     @property
@@ -62,7 +81,7 @@ class Groups:
     def abandon(self) -> None:
         """Let go of every group after a failure; gloo closes a group's connections with the last reference to it."""
         for mesh in self.meshes.values():
-            for axis in mesh.axes:
+            for axis in mesh.lines.values():
                 axis.group = None
         self.boundaries.clear()
 
@@ -86,14 +105,14 @@ def build_groups(plan: Plan) -> Groups:
 
     meshes: dict[int, Mesh] = {}
     for index, stage in enumerate(plan.stages):
-        axes: dict[str, Axis] = {}
-        for name, lines in _mesh_lines(stage).items():
-            for ranks in lines:
+        found: dict[tuple[int, ...], Axis] = {}
+        for dims in mesh_dims(stage):
+            for ranks in mesh_lines(stage, dims):
                 group = group_of(ranks)
                 if rank in ranks:
-                    axes[name] = Axis(name, ranks.index(rank), len(ranks), tuple(ranks), group)
-        if axes:
-            meshes[index] = Mesh(axes["data"], axes["tensor"], axes["stage"])
+                    found[dims] = Axis(_name(stage, dims), ranks.index(rank), len(ranks), tuple(ranks), group)
+        if found:
+            meshes[index] = Mesh(found)
     boundaries: dict[tuple[int, int], dist.ProcessGroup] = {}
     for first, (stage, other) in enumerate(zip(plan.stages, plan.stages[1:], strict=False)):
         if stage.ranks == other.ranks:
@@ -106,11 +125,23 @@ def build_groups(plan: Plan) -> Groups:
     return Groups(plan, rank, meshes, boundaries)
 
 
-def _mesh_lines(stage: Stage) -> dict[str, list[list[int]]]:
-    """The ranks of every line of each axis, in the axis's order."""
-    grid = [list(stage.ranks[d * stage.tensor : (d + 1) * stage.tensor]) for d in range(stage.data)]
-    return {
-        "data": [list(column) for column in zip(*grid, strict=True)],
-        "tensor": grid,
-        "stage": [list(stage.ranks)],
-    }
+def mesh_dims(stage: Stage) -> Iterator[tuple[int, ...]]:
+    """Every choice of dims of the stage's (data, *axes) mesh; a stage without model axes counts as one of degree 1."""
+    count = 1 + max(1, len(stage.axes))
+    for length in range(1, count + 1):
+        yield from itertools.combinations(range(count), length)
+
+
+def mesh_lines(stage: Stage, dims: Sequence[int]) -> list[list[int]]:
+    """The sets of ranks that differ in their coordinates on these dims only, in row-major order."""
+    mesh = torch.tensor(stage.ranks).view(stage.data, *(stage.axes or (1,)))
+    others = [i for i in range(mesh.dim()) if i not in dims]
+    return mesh.permute(*others, *dims).reshape(-1, math.prod(mesh.shape[i] for i in dims)).tolist()
+
+
+def _name(stage: Stage, dims: tuple[int, ...]) -> str:
+    if dims == (0,):
+        return "data"
+    if 0 in dims:
+        return "stage" if len(dims) == 1 + max(1, len(stage.axes)) else "data x " + _name(stage, dims[1:])
+    return "tensor" if len(dims) == max(1, len(stage.axes)) else " x ".join(f"tensor{i - 1}" for i in dims)

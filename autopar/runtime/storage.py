@@ -12,7 +12,7 @@ collected apart from the `.grad` of the parameters at rest until `deliver` adds 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..sharding.placement import SHARED, Split
+from ..sharding.placement import Split
 from .axis import Axis
 from .ownership import Ownership
 from .torch_private import dtensor_spec, local_tensor, strided_shard, wrap_local
@@ -35,6 +35,7 @@ class StageAxes:
     """The axes of a stage's (data, tensor) mesh as this rank sees them, and the axis of all its ranks together.
 
     `stage` is needed only where both data and tensor have more than one rank and some parameter is SHARED.
+    lines: where the tensor axis consists of several model axes, `Groups.lines`.
     """
 
     data: Axis
@@ -42,6 +43,19 @@ class StageAxes:
     stage: Axis
     rank: int
     device: torch.device
+    lines: Mapping[tuple[int, ...], Axis] = field(default_factory=dict)
+
+    @property
+    def model(self) -> tuple[Axis, ...]:
+        """The model axes, outermost first."""
+        single = sorted(dims for dims in self.lines if len(dims) == 1 and dims != (0,))
+        return tuple(self.lines[dims] for dims in single) or ((self.tensor,) if self.tensor.size > 1 else ())
+
+    def along(self, numbers: tuple[int, ...], data: bool) -> Axis:
+        """The axis along these model axes and, with `data`, the data axis."""
+        if not self.lines:
+            return (self.stage if numbers else self.data) if data else self.tensor
+        return self.lines[((0,) if data else ()) + tuple(i + 1 for i in numbers)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +112,15 @@ class AtRest:
 
 
 def stage_mesh(axes: StageAxes) -> DeviceMesh:
-    """The mesh of the stage's DTensors over process groups that exist: ("tensor", "data") without axes of size 1."""
-    kept = [axis for axis in (axes.tensor, axes.data) if axis.size > 1]
+    """The mesh of the stage's DTensors over process groups that exist: the model axes and "data", those of size 1 left out."""
+    kept = [axis for axis in (*axes.model, axes.data) if axis.size > 1]
     if not kept:
         raise ValueError("a stage of one rank has no mesh; its parameters are plain tensors")
     if len(kept) == 1:
         axis = kept[0]
         return DeviceMesh.from_group([axis.group], axes.device.type, list(axis.ranks), mesh_dim_names=(axis.name,))
-    ranks = torch.tensor(axes.stage.ranks).view(axes.data.size, axes.tensor.size).t().contiguous()
+    mesh = torch.tensor(axes.stage.ranks).view(axes.data.size, *(axis.size for axis in axes.model))
+    ranks = mesh.movedim(0, -1).reshape([axis.size for axis in kept]).contiguous()
     names = tuple(axis.name for axis in kept)
     return DeviceMesh.from_group([axis.group for axis in kept], axes.device.type, ranks, mesh_dim_names=names)
 
@@ -125,9 +140,8 @@ def at_rest(specs: Iterable[ParameterSpec], values: Mapping[str, Tensor], axes: 
         if mesh is not None:
             holder = holders[spec.fqn]
             placements = []
-            if axes.tensor.size > 1:
-                split = holder.split
-                placements.append(_dtensor_split(split) if split else Replicate())
+            splits = dict(holder.splits)
+            placements += [_dtensor_split(splits[i]) if i in splits else Replicate() for i in range(len(axes.model))]
             if axes.data.size > 1:
                 placements.append(Shard(0) if holder.sharded and spec.ownership.shape else Replicate())
             local = wrap_local(local, dtensor_spec(mesh, tuple(placements), spec.ownership.shape, spec.dtype))
@@ -143,10 +157,8 @@ def _dtensor_split(split: Split):
 
 def reduction_axis(spec: ParameterSpec, axes: StageAxes) -> Axis | None:
     """The axis over which a whole (not data-sharded) gradient must be summed; None where it is whole already."""
-    shared = spec.ownership.holder(axes.rank).placement == SHARED and axes.tensor.size > 1
-    if axes.data.size > 1:
-        return axes.stage if shared else axes.data
-    return axes.tensor if shared else None
+    numbers = spec.ownership.holder(axes.rank).summed
+    return axes.along(numbers, axes.data.size > 1) if numbers or axes.data.size > 1 else None
 
 
 @torch.no_grad()
