@@ -165,8 +165,6 @@ def _uses(graph: Graph, stage: Stage, parameter: str) -> bool:
 def _check_runnable(plan: Plan) -> None:
     """What the vocabulary of plans can say and the runtime cannot do yet."""
     first = plan.stages[0]
-    if schedule_named(plan.schedule).splits_backward:
-        raise ValueError(f"plan.schedule is {plan.schedule!r}, whose backwards in halves are not supported")
     if plan.precision != "float32":
         raise ValueError(f"plan.precision is {plan.precision!r}; only 'float32' is supported")
     for s, stage in enumerate(plan.stages):
@@ -179,6 +177,11 @@ def _check_runnable(plan: Plan) -> None:
                 )
         if "selective" in stage.recompute or len(set(stage.recompute)) > 1:
             raise ValueError(f"{at}.recompute: only 'none' or 'full' for all blocks of a stage is supported")
+        if stage.zero and schedule_named(plan.schedule).splits_backward:
+            raise ValueError(
+                f"{at}.zero is {stage.zero}, but schedule {plan.schedule!r} puts gradients of weights off, and ZeRO reduces "
+                "them with those of inputs; set zero to 0, or the schedule to '1f1b' or 'interleaved'"
+            )
         if stage.zero not in (0, 3):
             raise ValueError(f"{at}.zero is {stage.zero}; only 0 and 3 are supported")
         if stage.zero_group not in (0, stage.data):

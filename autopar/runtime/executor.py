@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from ..graph import Graph
 from ..schedule.instructions import (
     Backward,
+    BackwardInput,
+    BackwardWeight,
     Forward,
     Instruction,
     OptimizerStep,
@@ -25,6 +27,7 @@ from ..schedule.instructions import (
     SendActivation,
     SendGradient,
 )
+from .deferred import Owed
 from .groups import Groups, Mesh
 from .ownership import Ownership
 from .rank_storage import RankStorage, add_gradients
@@ -55,6 +58,7 @@ class _Step:
 
     batch: Mapping[str, Tensor]
     training: bool
+    split: bool
     backwards_left: Counter[int]
     whole: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     arrived: dict[Place, list[Tensor]] = field(default_factory=dict)
@@ -62,6 +66,7 @@ class _Step:
     outputs: dict[Place, list[Tensor]] = field(default_factory=dict)
     returned: dict[Place, list[Tensor]] = field(default_factory=dict)
     gradients: dict[Place, list[Tensor]] = field(default_factory=dict)
+    owed: dict[Place, Owed] = field(default_factory=dict)
     loss: Tensor | None = None
     reduced: set[int] = field(default_factory=set)
     parameter_gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -94,6 +99,8 @@ class Executor:
             Prologue: self._prologue,
             Forward: self._forward,
             Backward: self._backward,
+            BackwardInput: self._backward,
+            BackwardWeight: self._backward_weight,
             SendActivation: self._send_activation,
             ReceiveActivation: self._receive_activation,
             SendGradient: self._send_gradient,
@@ -111,7 +118,9 @@ class Executor:
         independent of whether `actions` hold backwards.
         """
         actions = [a for a in actions if not isinstance(a, OptimizerStep)]
-        step = _Step(batch, training, Counter(a.stage for a in actions if isinstance(a, Backward)))
+        split = any(isinstance(a, BackwardInput) for a in actions)
+        last_halves = BackwardWeight if split else Backward
+        step = _Step(batch, training, split, Counter(a.stage for a in actions if isinstance(a, last_halves)))
         self.current: Instruction | None = None
         self.storage.begin()
         if step.backwards_left:
@@ -154,6 +163,8 @@ class Executor:
         sides = dict(zip(compiled.sides, made, strict=True))
         arrived = step.arrived.pop(place, [])
         differentiable = torch.is_grad_enabled()
+        if step.split:
+            chunk.owed = step.owed[place] = Owed()
         for name, tensor in zip(compiled.receives, arrived, strict=True):
             tensor.requires_grad_(differentiable and self.graph.tensors[name].requires_grad)
 
@@ -183,11 +194,10 @@ class Executor:
             step.outputs[place] = leaving
         return 0
 
-    def _backward(self, step: _Step, action: Backward) -> int:
-        storage, place = self.parts[action.stage].storage, (action.stage, action.microbatch)
-        step.backwards_left[action.stage] -= 1
-        if step.backwards_left[action.stage] == 0:
-            storage.begin_last_backward()
+    def _backward(self, step: _Step, action: Backward | BackwardInput) -> int:
+        place = (action.stage, action.microbatch)
+        if isinstance(action, Backward):
+            self._count_backward(step, action.stage)
         roots = [t for t in step.outputs.pop(place) if t.requires_grad]
         torch.autograd.backward(roots, step.returned.pop(place, None))
         inputs = step.inputs.pop(place)
@@ -197,6 +207,16 @@ class Executor:
         else:
             step.gradients[place] = gradients
         return 0
+
+    def _backward_weight(self, step: _Step, action: BackwardWeight) -> int:
+        self._count_backward(step, action.stage)
+        step.owed.pop((action.stage, action.microbatch)).settle()
+        return 0
+
+    def _count_backward(self, step: _Step, stage: int) -> None:
+        step.backwards_left[stage] -= 1
+        if step.backwards_left[stage] == 0:
+            self.parts[stage].storage.begin_last_backward()
 
     def _send_activation(self, step: _Step, action: SendActivation) -> int:
         place = (action.stage, action.microbatch)
