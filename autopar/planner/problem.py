@@ -18,13 +18,14 @@ from ..cost.types import StageCost
 from ..graph import Graph
 from ..plan import Layout, Plan, Recompute
 from ..plan_validate import nearest_divisors
-from ..schedule.orders import SCHEDULES
 from ..sharding.batch import BatchLayout, batch_layout
 from ..sharding.strategies import strategies
 
 # Share of a device's memory that plans leave free for what the cost model does not count: the CUDA context, NCCL's
 # buffers, fragmentation of the allocator. An assumption; memory_limit_bytes= overrules it.
 RESERVE_SHARE = 0.1
+# The searches' bounds are proved for these; other schedules run by a plan that names them.
+SEARCHED_SCHEDULES = ("1f1b", "gpipe")
 
 
 class Costs(Protocol):
@@ -59,7 +60,7 @@ class Constraints:
                     f"{name}={getattr(self, name)}: only 1 is supported; context and expert parallelism come with "
                     f"other layouts of the model axis, which tensor= now names alone; leave {name} out"
                 )
-        for name, legal in (("schedule", tuple(SCHEDULES)), ("zero", (0, 3)), ("recompute", ("none", "full"))):
+        for name, legal in (("schedule", SEARCHED_SCHEDULES), ("zero", (0, 3)), ("recompute", ("none", "full"))):
             value = getattr(self, name)
             if value is not None and (value not in legal or isinstance(value, bool)):
                 near = difflib.get_close_matches(str(value), map(str, legal), 1)

@@ -135,7 +135,7 @@ class ParallelModule(nn.Module):
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """This data rank's rows of every batch input; ValueError where the batch is not like the example."""
-        mine = self.runtime.compiled.rows
+        mine = self.runtime.first.rows
         every, start, count = mine.of_global(self.graph.batch_size)
         rows: dict[str, Tensor] = {}
         for name, key in zip(self.graph.inputs, self.graph.input_keys, strict=True):
@@ -143,7 +143,7 @@ class ParallelModule(nn.Module):
             value = _find(key, args, kwargs)
             if not isinstance(value, Tensor):
                 raise ValueError(f"batch entry {key!r}: expected a tensor of shape {expected.shape}, got {value!r}")
-            splits = self.runtime.compiled.batch_splits[name]
+            splits = self.runtime.first.batch_splits[name]
             local = (count * mine.microbatches, *expected.shape[1:]) if splits else expected.shape
             if value.dtype != expected.dtype or tuple(value.shape) not in (expected.shape, local):
                 raise ValueError(
@@ -211,13 +211,12 @@ def _instruction_of(model: weakref.ref[ParallelModule]) -> Callable[[], tuple[An
         if alive is None:
             return None
         runtime = alive.runtime
-        return getattr(runtime.executor, "current", None), runtime.groups.stage
+        action = getattr(runtime.executor, "current", None)
+        return action, runtime.groups.stage if action is None else action.stage
 
     return current
 
 
 def _explained(error: Exception, runtime: Runtime) -> BaseException:
     action: Instruction | None = runtime.executor.current
-    return stop_everyone(
-        error, f"in {action} of stage {runtime.groups.stage}" if action else "between instructions", ring
-    )
+    return stop_everyone(error, f"in {action} of stage {action.stage}" if action else "between instructions", ring)

@@ -25,6 +25,7 @@ from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split
 from ..sharding.rows import Rows
 from .axis import Axis
 from .collectives import convert
+from .deferred import Owed, put_off
 from .emit import Call, compile_calls
 
 # Ops whose output is fresh memory that neither they nor their backward read again, so that a pending sum in it may be
@@ -43,6 +44,7 @@ class Chunk:
 
     data: the axis of the ranks that share a microbatch, for ops whose rows meet. found: by op, the buffers as its first
     run of the step found them, shared by all chunks of a step.
+    owed: where the backward is split, what its weight half will have to compute.
     """
 
     rank: int
@@ -51,6 +53,7 @@ class Chunk:
     length: int = 1
     data: Axis | None = None
     found: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    owed: Owed | None = None
 
     def draw(self, key: str, split_by_batch: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.random(f"{key}/{self.rank}" if split_by_batch else key):
@@ -84,6 +87,7 @@ class Rewriter:
     rows: this rank's of the batch.
     degrees: of its model axes. axes: by the numbers of model axes, those axes as one ((0,): the first alone).
     training: whether random ops draw and norms use batch statistics.
+    deferrable: parameters that no other block of the stage uses, where backwards are split (see runtime/deferred.py).
     """
 
     graph: Graph
@@ -93,6 +97,7 @@ class Rewriter:
     axes: Mapping[tuple[int, ...], Axis]
     device: torch.device
     training: bool = True
+    deferrable: frozenset[str] = frozenset()
 
     def sides(
         self, name: str, ops: Sequence[Op], batch: Sequence[str], whole: Sequence[str], outputs: Sequence[str]
@@ -129,9 +134,10 @@ class Rewriter:
         names with the placements wanted.
         """
         emitter = _Emitter(self)
+        given = {t: emitter.given(t, places) for t, places in parameters}
         arguments = (
             ("chunk", ["=chunk"]),
-            ("p", [emitter.given(t, places) for t, places in parameters]),
+            ("p", list(given.values())),
             ("x", [emitter.given(t, places) for t, places in inputs]),
             ("s", [emitter.given(t, self.whole, REPLICATED if t in self.batch.prologue else None) for t in sides]),
         )
@@ -139,7 +145,9 @@ class Rewriter:
             if isinstance(step, Run):
                 emitter.run(step)
         results = [emitter.value(t, self.batch.placements[t], places) for t, places in outputs]
-        return compile_calls(name, emitter.calls, arguments, results)
+        deferrable = [value for t, value in given.items() if t in self.deferrable]
+        calls = put_off(emitter.calls, deferrable) if deferrable else emitter.calls
+        return compile_calls(name, calls, arguments, results)
 
     @property
     def whole(self) -> Places:
