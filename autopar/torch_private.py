@@ -90,3 +90,52 @@ def quiet_export_failure() -> Iterator[None]:
 def storage_use_count(tensor: torch.Tensor) -> int:
     """How many tensors (and handles) refer to the tensor's storage now."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def has_flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `flash_attention` takes these: [b, h, rows, d] on a CPU, all of one head size."""
+    return query.device.type == "cpu" and query.dim() == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
+
+
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output [b, h, q, d], log-sum-exp [b, h, q] of each row's scores; 0 for a row that the additive mask hides)."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(_dense(t) for t in (query, key, value)), 0.0, causal, attn_mask=_four_dims(mask), scale=scale
+    )
+
+
+def flash_attention_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value; out and lse may be those over more keys than these."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(_dense(t) for t in (gradient, query, key, value, out)),
+        lse.transpose(1, 2).contiguous().transpose(1, 2),  # as the forward makes it
+        0.0,
+        causal,
+        attn_mask=_four_dims(mask),
+        scale=scale,
+    )
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _four_dims(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if mask is None else mask[(None,) * (4 - mask.dim())]
