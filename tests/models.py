@@ -205,3 +205,8 @@ def eager_loss(module: nn.Module, example: Any, loss: Callable[..., Tensor] | No
         return out["loss"] if isinstance(out, dict) else out.loss
     *inputs, target = example.values() if isinstance(example, dict) else example
     return loss(module(*inputs), target)
+
+
+def check_values(x: Tensor) -> None:
+    """An assertion about values, which a trace passes by. (In a test module pytest would rewrite it.)"""
+    assert (x > 0).sum(1).max().item() <= x.shape[1]
