@@ -138,10 +138,6 @@ def _check_runnable(plan: Plan) -> None:
             raise ValueError(f"{at}.axes is {list(stage.axes)}; only one model axis is supported")
         if "selective" in stage.recompute or len(set(stage.recompute)) > 1:
             raise ValueError(f"{at}.recompute: only 'none' or 'full' for all blocks of a stage is supported")
-        if stage.zero not in (0, 3):
-            raise ValueError(f"{at}.zero is {stage.zero}; only 0 and 3 are supported")
-        if stage.zero_group not in (0, stage.data):
-            raise ValueError(f"{at}.zero_group is {stage.zero_group}; only 0 is supported")
         if len(set(stage.shares)) > 1:
             raise ValueError(f"{at}.shares is {list(stage.shares)}; only equal shares are supported")
 

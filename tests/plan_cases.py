@@ -18,7 +18,8 @@ def random_plan(
     microbatches: int,
     *,
     schedule: str = "1f1b",
-    zero: Literal[0, 3] = 0,
+    zero: Literal[0, 1, 2, 3] = 0,
+    zero_group: int = 0,
     recompute: Literal["none", "full"] = "none",
     seed: int = 0,
 ) -> Plan:
@@ -38,6 +39,7 @@ def random_plan(
             layouts=(tuple(range(cuts[s], cuts[s + 1])),) if tensor > 1 else (),
             recompute=same_recompute(recompute, cuts[s + 1] - cuts[s]),
             zero=zero if data > 1 else 0,
+            zero_group=zero_group if data > 1 else 0,
         )
         for s in range(pipeline)
     )

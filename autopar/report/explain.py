@@ -17,6 +17,12 @@ _SCHEDULES = {
     "1f1b": "each stage alternates one forward and one backward (1F1B), so that few microbatches are in flight",
     "gpipe": "all forwards of the step run before its backwards (GPipe)",
 }
+_ZERO = (
+    "every data rank holds all parameters, gradients and optimizer state of its stage",
+    "parameters and optimizer state are sharded over {over}; whole in a step: parameters and gradients",
+    "parameters, gradients and optimizer state are sharded over {over}; whole in a step: parameters",
+    "parameters, gradients and optimizer state are sharded over {over}",
+)
 # By op, what splitting its weight along dim 0 or 1 is called.
 _WEIGHT_SPLITS = {
     "linear": ("column parallel", "row parallel"),
@@ -71,10 +77,9 @@ def _degrees(plan: Plan, graph: Graph | None) -> str:
         f"- {plan.microbatches} microbatch{'es' if plan.microbatches > 1 else ''} of {rows // plan.microbatches} "
         f"row{'s' if rows // plan.microbatches > 1 else ''} per data rank and step"
     )
-    if any(stage.zero == 3 for stage in plan.stages):
-        lines.append("- ZeRO 3: parameters, gradients and optimizer state are sharded over the data ranks")
-    elif first.data > 1:
-        lines.append("- ZeRO 0: every data rank holds all parameters, gradients and optimizer state of its stage")
+    for level, group in sorted({(s.zero, s.zero_group % s.data) for s in plan.stages if s.data > 1}):
+        over = f"groups of {group} data ranks, each of which holds a copy" if group else "the data ranks"
+        lines.append(f"- ZeRO {level}: {_ZERO[level].format(over=over)}")
     if any("full" in stage.recompute for stage in plan.stages):
         lines.append(
             "- recompute: a stage marked full keeps only block inputs and computes each block again in the backward"
@@ -89,7 +94,7 @@ def _stages(plan: Plan) -> str:
             f"{stage.start}-{stage.stop - 1}" if stage.num_blocks > 1 else str(stage.start),
             ranges(stage.ranks),
             recompute_in_words(stage),
-            str(stage.zero),
+            str(stage.zero) if stage.zero_group % stage.data == 0 else f"{stage.zero} in {stage.zero_group}s",
             _layout_words(plan, stage),
         )
         for s, stage in enumerate(plan.stages)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..graph import Graph
-from ..plan import Plan
+from ..plan import Plan, Stage
 from ..schedule.build import program_for
 from ..schedule.instructions import Instruction
 from ..sharding.placement import REPLICATED, SHARED, Placement, parse_placement
@@ -65,14 +65,16 @@ def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, 
     found: dict[int, list[ParameterSpec]] = {s: [] for s in range(len(plan.stages))}
     for name, places in placed.items():
         tensor = graph.tensors[name]
-        holders = tuple(
-            Holder(plan.stages[s].ranks, plan.stages[s].data, plan.stages[s].tensor, place, plan.stages[s].zero == 3)
-            for s, place in places.items()
-        )
+        holders = tuple(_holder(plan.stages[s], place) for s, place in places.items())
         spec = ParameterSpec(tensor.fqn, tensor.dtype, Ownership(tensor.shape, holders), tensor.requires_grad)
         for s in places:
             found[s].append(spec)
     return {s: tuple(specs) for s, specs in found.items()}
+
+
+def _holder(stage: Stage, placement: Placement) -> Holder:
+    shards = (stage.zero_group or stage.data) if stage.zero else 1
+    return Holder(stage.ranks, stage.data, stage.tensor, placement, shards)
 
 
 def build_runtime(
@@ -97,10 +99,13 @@ def build_runtime(
     tied = {s.fqn: s for specs in by_stage.values() for s in specs if len(s.ownership.holders) > 1 and s.requires_grad}
     if not any(rank in s.ownership.ranks for s in tied.values()):
         tied = {}
-    axes = StageAxes(groups.data, groups.tensor, groups.all_of_stage, rank, device)
+    axes = StageAxes(groups.data, groups.tensor, groups.all_of_stage, rank, device, groups.hybrid)
     blocks = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled.blocks)}
-    kind = Shards if stage.zero == 3 and stage.data > 1 else Replicas
-    storage: Storage = kind(specs, blocks, values(specs), axes)
+    storage: Storage = (
+        Shards(specs, blocks, values(specs), axes, level=stage.zero)
+        if stage.zero
+        else Replicas(specs, blocks, values(specs), axes)
+    )
     for i in blocks:
         storage.bind(i, block_function)
     recorder = Recorder(rank, device)
@@ -140,7 +145,7 @@ def _with_reductions(
     for spec in specs:
         if spec.fqn in reduced:
             holders = tuple(
-                Holder(h.ranks, h.data, h.tensor, SHARED, h.sharded)
+                Holder(h.ranks, h.data, h.tensor, SHARED, h.shards)
                 if rank in h.ranks and h.placement == REPLICATED
                 else h
                 for h in spec.ownership.holders

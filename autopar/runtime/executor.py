@@ -99,11 +99,15 @@ class Executor:
         self.current: Instruction | None = None
         if step.backwards_left:
             self.storage.begin_step()
+        else:
+            self.storage.begin_evaluation()
         self.transport.begin(actions)
         for action in actions:
             self.current = action
             self.recorder.run(str(action), self._handlers[type(action)], step, action)
         self.transport.finish()
+        if not any(isinstance(a, Backward) for a in actions):
+            self.storage.end_evaluation()
         self.current = None
         return step.loss, step.parameter_gradients
 

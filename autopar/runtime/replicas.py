@@ -185,6 +185,12 @@ class Replicas:
         for _, leaf in self._whole:
             leaf.grad = None
 
+    def begin_evaluation(self) -> None:
+        pass
+
+    def end_evaluation(self) -> None:
+        pass
+
     def begin_last_backward(self) -> None:
         self._reducer.begin_last_backward()
 

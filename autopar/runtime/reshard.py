@@ -45,9 +45,9 @@ def sources(old: Ownership, rank: int) -> tuple[int, ...]:
     holder = min(old.holders, key=lambda h: min(distance(r) for r in h.ranks))
     nearest: dict[tuple[int, int], int] = {}
     for candidate in sorted(holder.ranks, key=distance):
-        data_index, tensor_index = holder.coordinates(candidate)
+        tensor_index = holder.coordinates(candidate)[1]
         part = (
-            data_index if holder.sharded and old.shape else 0,
+            holder.shard(candidate) if old.shape else 0,
             tensor_index if holder.split else 0,
         )
         nearest.setdefault(part, candidate)

@@ -1,4 +1,15 @@
-"""ZeRO 3: each data rank keeps a slice of every parameter; torch's `fully_shard` gathers and reduces, block by block.
+"""ZeRO 1 to 3: each data rank keeps a slice of every parameter, and of its gradient and optimizer state.
+
+torch's `fully_shard` gathers and reduces, block by block. The levels of Rajbhandari et al. 2020 (ZeRO, section 5) differ
+in what is whole while a step runs, and so in how often they communicate (M microbatches):
+
+    level  parameters                     gradients                          gathers    reductions per step
+    1      whole from first use to last   whole from first to last backward  1          1
+    2      whole from first use to last   a slice                            1          M
+    3      whole while a block runs       a slice                            2 M        M
+
+Between steps all levels hold slices alone. Hybrid: slices lie over groups of consecutive data ranks, which each hold a
+copy of the whole; a gradient is scattered inside its group, and summed over the groups once per step.
 
 `fully_shard` sees the tensor-local parameters as plain tensors and knows nothing of the tensor axis: so the computation
 gets plain tensors, and the parameters at rest are our own DTensors over both axes, on the memory of its shards. Its
@@ -18,14 +29,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..sharding.placement import SHARED
 from .axis import Axis
 from .replicas import BUCKET_BYTES, GradientReducer
-from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, reduction_axis
-from .torch_private import local_tensor
+from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, data_mesh, reduction_axis
+from .torch_private import forget_step, local_tensor
 
 
 class _Context:
@@ -62,10 +72,9 @@ class _Stage(_Unit):
 
 
 class Shards:
-    """The `Storage` of a stage with ZeRO 3. Arguments as `Replicas`; `values` are slices, copied.
+    """The `Storage` of a stage with ZeRO `level` 1 to 3. Arguments as `Replicas`; `values` are slices, copied.
 
-    reshard_after_forward: free a block's gathered parameters after its forward and gather them again for its backward
-        (less memory), or keep them from forward to backward (less communication).
+    The axes' `hybrid`, where there is one, says over which data ranks the slices lie.
     """
 
     def __init__(
@@ -75,15 +84,17 @@ class Shards:
         values: Mapping[str, Tensor],
         axes: StageAxes,
         bucket_bytes: int = BUCKET_BYTES,
-        reshard_after_forward: bool = True,
+        level: int = 3,
     ):
-        assert axes.data.size > 1
+        assert axes.data.size > 1 and level in (1, 2, 3)
+        self._level = level
+        self._open = ""
         self._specs = {spec.fqn: spec for spec in specs}
         self._axes = axes
         # A block may return a view; nothing in a captured graph writes into it, which is what torch warns of.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
 
-        cut = {s.fqn for s in specs if s.ownership.holder(axes.rank).sharded and s.ownership.shape}
+        cut = {s.fqn for s in specs if s.ownership.holder(axes.rank).shards > 1 and s.ownership.shape}
         uses = [fqn for fqns in blocks.values() for fqn in dict.fromkeys(fqns)]
         common = [s.fqn for s in specs if s.fqn in cut and uses.count(s.fqn) != 1]
         self._stage = _Stage(*self._meta(common))
@@ -97,9 +108,9 @@ class Shards:
         units = [unit for layers in self._layers.values() for unit in layers]
         # As children of one root the blocks share its streams, and each prefetches the next one's parameters.
         self._stage.units = nn.ModuleList(units)
-        mesh = DeviceMesh.from_group(axes.data.group, axes.device.type, mesh_dim_names=("data",))
+        mesh = data_mesh(axes)
         for unit in units:
-            fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
+            fully_shard(unit, mesh=mesh, reshard_after_forward=level == 3)
         fully_shard(self._stage, mesh=mesh)
         modules = [module for module in self._stage.modules() if isinstance(module, FSDPModule)]
         for module in modules:
@@ -176,21 +187,14 @@ class Shards:
         return self._calls[index]
 
     def forward(self, function: Callable[..., Any], *activations: Any) -> Any:
-        outputs = self._stage(function, *activations)
-        if not torch.is_grad_enabled():
-            # No backward will free what was gathered, and the next optimizer step would leave it out of date.
-            self._free()
-        return outputs
-
-    def _free(self) -> None:
-        for unit in (self._stage, *self._units):
-            unit.reshard()
+        return self._stage(function, *activations)
 
     def buffers(self) -> list[Tensor]:
         return self._reducer.buffers()
 
     def begin_step(self) -> None:
-        self._synchronise(False)
+        self._begin("step")
+        self._set_last(False)
         self._reducer.begin_step()
         for leaf in self._leaves.values():
             leaf.grad = None
@@ -198,14 +202,34 @@ class Shards:
             parameter.grad = None
 
     def begin_last_backward(self) -> None:
-        self._synchronise(True)
+        self._set_last(True)
         self._reducer.begin_last_backward()
 
-    def _synchronise(self, enable: bool) -> None:
-        self._stage.set_requires_gradient_sync(enable)
-        self._stage.set_is_last_backward(enable)
+    def _set_last(self, last: bool) -> None:
+        """Whether the backwards that follow are the last one."""
+        stage = self._stage
+        stage.set_is_last_backward(last)
+        stage.set_requires_gradient_sync(last or self._level > 1)
+        stage.set_requires_all_reduce(last)
+        stage.set_reshard_after_backward(last or self._level == 3)
+
+    def begin_evaluation(self) -> None:
+        self._begin("evaluation")
+
+    def end_evaluation(self) -> None:
+        # No backward frees what was gathered, and the next optimizer step would leave it out of date.
+        for unit in (self._stage, *self._units):
+            unit.reshard()
+        self._open = ""
+
+    def _begin(self, what: str) -> None:
+        if self._open:
+            # What was under way has failed: fully_shard still stands in the midst of it.
+            forget_step(self._stage)
+        self._open = what
 
     def finish(self) -> dict[str, Tensor]:
+        self._open = ""
         gradients = self._reducer.finish()
         for fqn, leaf in self._leaves.items():
             if leaf.grad is not None:

@@ -6,7 +6,7 @@ the data axis, because the tensor axis cuts first: (placement, Shard(0)) read le
 
 The computation never sees them. It runs on plain local tensors that share their memory, and gradients of a step are
 collected apart from the `.grad` of the parameters at rest until `deliver` adds them there. Two implementations:
-`Replicas` (ZeRO 0) and `Shards` (ZeRO 3, on `fully_shard`).
+`Replicas` (ZeRO 0) and `Shards` (ZeRO 1 to 3, on `fully_shard`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class StageAxes:
     """The axes of a stage's (data, tensor) mesh as this rank sees them, and the axis of all its ranks together.
 
     `stage` is needed only where both data and tensor have more than one rank and some parameter is SHARED.
+    hybrid: where ZeRO shards over fewer than all data ranks, the data axis as two: (copies, shards), of which the second
+    varies faster; None elsewhere.
     """
 
     data: Axis
@@ -42,6 +44,12 @@ class StageAxes:
     stage: Axis
     rank: int
     device: torch.device
+    hybrid: tuple[Axis, Axis] | None = None
+
+    @property
+    def data_axes(self) -> tuple[Axis, ...]:
+        """The data axis as the DTensors at rest see it, outermost first."""
+        return self.hybrid or (self.data,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,8 @@ class Storage(Protocol):
 
     A step is: `begin_step`; forwards and backwards of all microbatches, each forward inside `forward`, blocks called
     through `block(index)`; `begin_last_backward` in front of the last microbatch's backward; `finish`.
-    Without gradients (evaluation) only `forward` and `block` are used.
+    Without gradients it is `begin_evaluation`, the forwards, `end_evaluation`. Either may be broken off by an error; the
+    next begin starts afresh.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -77,6 +86,11 @@ class Storage(Protocol):
         """
 
     def begin_step(self) -> None: ...
+
+    def begin_evaluation(self) -> None: ...
+
+    def end_evaluation(self) -> None:
+        """Let go of what the forwards have gathered."""
 
     def begin_last_backward(self) -> None:
         """Gradients of the backward that follows are final: reduce each as soon as it is there."""
@@ -98,23 +112,35 @@ class AtRest:
 
 
 def stage_mesh(axes: StageAxes) -> DeviceMesh:
-    """The mesh of the stage's DTensors over process groups that exist: ("tensor", "data") without axes of size 1."""
-    kept = [axis for axis in (axes.tensor, axes.data) if axis.size > 1]
-    if not kept:
-        raise ValueError("a stage of one rank has no mesh; its parameters are plain tensors")
-    if len(kept) == 1:
-        axis = kept[0]
-        return DeviceMesh.from_group([axis.group], axes.device.type, list(axis.ranks), mesh_dim_names=(axis.name,))
-    ranks = torch.tensor(axes.stage.ranks).view(axes.data.size, axes.tensor.size).t().contiguous()
-    names = tuple(axis.name for axis in kept)
-    return DeviceMesh.from_group([axis.group for axis in kept], axes.device.type, ranks, mesh_dim_names=names)
+    """The mesh of the stage's DTensors over process groups that exist: ("tensor", "data") without axes of size 1, with
+    ("copies", "shards") in place of "data" under hybrid ZeRO."""
+    if axes.tensor.size == 1:
+        if axes.data.size == 1:
+            raise ValueError("a stage of one rank has no mesh; its parameters are plain tensors")
+        return data_mesh(axes)
+    if axes.data.size == 1:
+        return _mesh((axes.tensor,), torch.tensor(axes.tensor.ranks), axes.device)
+    ranks = torch.tensor(axes.stage.ranks).view(axes.data.size, axes.tensor.size).t()
+    return _mesh((axes.tensor, *axes.data_axes), ranks, axes.device)
+
+
+def data_mesh(axes: StageAxes) -> DeviceMesh:
+    """The mesh of the data axis alone: 1-D, or (copies, shards) under hybrid ZeRO."""
+    return _mesh(axes.data_axes, torch.tensor(axes.data.ranks), axes.device)
+
+
+def _mesh(kept: tuple[Axis, ...], ranks: Tensor, device: torch.device) -> DeviceMesh:
+    ranks = ranks.reshape([axis.size for axis in kept])
+    return DeviceMesh.from_group(
+        [axis.group for axis in kept], device.type, ranks, mesh_dim_names=tuple(axis.name for axis in kept)
+    )
 
 
 def at_rest(specs: Iterable[ParameterSpec], values: Mapping[str, Tensor], axes: StageAxes) -> dict[str, nn.Parameter]:
     """The stage's parameters at rest over the local tensors `values` (not copied), by name, in the order of `specs`."""
     specs = tuple(specs)
     holders = {spec.fqn: spec.ownership.holder(axes.rank) for spec in specs}
-    cut_over_data = axes.data.size > 1 and any(holder.sharded for holder in holders.values())
+    cut_over_data = any(holder.shards > 1 for holder in holders.values())
     sharded = cut_over_data or axes.tensor.size > 1
     mesh = stage_mesh(axes) if sharded else None
     parameters = {}
@@ -129,7 +155,8 @@ def at_rest(specs: Iterable[ParameterSpec], values: Mapping[str, Tensor], axes: 
                 split = holder.split
                 placements.append(_dtensor_split(split) if split else Replicate())
             if axes.data.size > 1:
-                placements.append(Shard(0) if holder.sharded and spec.ownership.shape else Replicate())
+                placements += [Replicate()] * (len(axes.data_axes) - 1)
+                placements.append(Shard(0) if holder.shards > 1 and spec.ownership.shape else Replicate())
             local = wrap_local(local, dtensor_spec(mesh, tuple(placements), spec.ownership.shape, spec.dtype))
         parameter = nn.Parameter(local, requires_grad=spec.requires_grad)
         parameter.autopar = AtRest(spec.fqn, spec.ownership, spec.ownership.counts(axes.rank))

@@ -37,12 +37,15 @@ def time_collectives(runtime: Runtime, device: torch.device) -> tuple[Collective
     data = groups.data
     if data.size > 1:
         blocks = [sum(_local_bytes(runtime, t) for t, _ in block.parameters) for block in runtime.compiled.blocks]
-        if stage.zero == 3:
-            part = torch.zeros(max(1, max(blocks) // 4 // data.size), device=device)
-            whole = torch.zeros(part.numel() * data.size, device=device)
+        if stage.zero:
+            copies, shards = groups.hybrid or (None, data)
+            part = torch.zeros(max(1, max(blocks) // 4 // shards.size), device=device)
+            whole = torch.zeros(part.numel() * shards.size, device=device)
             size_bytes = whole.numel() * 4
-            sample("all_gather", data.ranks, size_bytes, lambda: data.all_gather(part, 0))
-            sample("reduce_scatter", data.ranks, size_bytes, lambda: data.reduce_scatter(whole, 0))
+            sample("all_gather", shards.ranks, size_bytes, lambda: shards.all_gather(part, 0))
+            sample("reduce_scatter", shards.ranks, size_bytes, lambda: shards.reduce_scatter(whole, 0))
+            if copies is not None:
+                sample("all_reduce", copies.ranks, part.numel() * 4, lambda: copies.all_reduce(part))
         else:
             bucket = torch.zeros(max(1, min(sum(blocks), BUCKET_BYTES) // 4), device=device)
             sample("all_reduce", data.ranks, bucket.numel() * 4, lambda: data.all_reduce(bucket))
