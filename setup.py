@@ -8,7 +8,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["autopar", "autopar.*"]),
     entry_points={"console_scripts": ["autopar=autopar.cli:main"]},
-    install_requires=["torch>=2.11", "einops", "highspy", "numpy", "tqdm"],
+    install_requires=["torch>=2.11", "einops", "highspy", "numpy", "safetensors", "tqdm"],
     extras_require={
         "hf": ["transformers"],
         # scipy and expecttest: torch's own database of operator samples, which the sharding rules are tested against.

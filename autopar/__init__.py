@@ -8,6 +8,7 @@ from .plan import Plan
 from .planner.search import search
 from .runtime.checkpoint import CheckpointInfo, load, save
 from .runtime.clip import clip_grad_norm_
+from .runtime.weights import load_safetensors, save_safetensors
 from .simulate import simulate
 
 __version__ = "0.1.0"
@@ -20,9 +21,11 @@ __all__ = [
     "capture",
     "clip_grad_norm_",
     "load",
+    "load_safetensors",
     "opaque",
     "parallelize",
     "save",
+    "save_safetensors",
     "search",
     "simulate",
 ]

@@ -21,16 +21,17 @@ from .plan import Plan
 from .planner.search import search
 from .refine import Refinement, refine
 from .runtime.agree import from_rank_zero
-from .runtime.build import build_runtime, parameter_specs
+from .runtime.background import Saving
+from .runtime.build import build_runtime, ownerships
 from .runtime.initialise import Initialise, local_state, local_values
 from .runtime.loader import RankLoader
 from .runtime.model import ParallelModule
 from .runtime.optimizer_state import move_optimizer
-from .runtime.ownership import Ownership
 from .runtime.random import Seeds
 from .runtime.reshard import reshard
 from .runtime.storage import ParameterSpec
 from .runtime.torch_private import local_tensor
+from .runtime.weights import state_names
 from .simulate import simulate
 
 
@@ -38,6 +39,7 @@ class Model(ParallelModule):
     """A parallel module that can also feed itself and change its plan; what `parallelize` returns.
 
     cluster: the hardware as probed or given. corrections: what measured steps have taught since.
+    saving: the latest checkpoint that was saved. state_names: the names in the module's state dict of what it holds.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class Model(ParallelModule):
         runtime = build_runtime(graph, plan, values, state, device, self._stream(device))
         super().__init__(graph, runtime, simulate(graph, plan, cluster), device)
         self.build_s = time.perf_counter() - start_s
+        self.saving = Saving()
+        self.state_names = state_names(module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of the batch; see `ParallelModule`."""
@@ -94,7 +98,7 @@ class Model(ParallelModule):
         """
         start_s = time.perf_counter()
         old, rank = self.runtime, dist.get_rank()
-        before, after = (_ownerships(self.graph, p) for p in (old.plan, plan))
+        before, after = (ownerships(self.graph, p) for p in (old.plan, plan))
         dtypes = {t.fqn: t.dtype for t in self.graph.parameters}
         held = {fqn: local_tensor(p.detach()) for fqn, p in old.storage.parameters.items()}
 
@@ -163,8 +167,3 @@ def parallelize(
         initialise=initialise,
         constraints=constraints,
     )
-
-
-def _ownerships(graph: Graph, plan: Plan) -> dict[str, Ownership]:
-    """Where every parameter of the model lies under `plan`, in one order on all ranks."""
-    return {spec.fqn: spec.ownership for specs in parameter_specs(graph, plan).values() for spec in specs}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 import autopar
 from autopar.cluster.spec import Cluster
 from autopar.runtime import checkpoint, checkpoint_files
+from autopar.runtime.agree import on_every_rank
 from autopar.runtime.torch_private import local_tensor
 from autopar.sharding.placement import Split
 
@@ -146,6 +149,54 @@ def test_dropout_goes_on(pool, tmp_path: Path) -> None:
     (expected, _), _ = pool.run(save_and_go_on, *args, world_size=2)
     for losses, *_ in pool.run(load_and_go_on, *args, world_size=2):
         assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def save_meanwhile(folder: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """Save in the background, held up until training has gone on; then a save that fails, and one that replaces."""
+    model, example, _, _ = parallel("build_mlp", plan)
+    optimizer = optimizer_of(model, "adamw", 0.02)
+    train(model, example, optimizer)
+    path = Path(folder) / "saved"
+    go_on = threading.Event()
+    original = checkpoint.write_parts
+    with mock.patch.object(checkpoint, "write_parts", lambda *a: go_on.wait(60) and original(*a)):
+        saving = autopar.save(path, model, optimizer, step=1, background=True)
+        losses = train(model, example, optimizer)
+        found = {"losses": losses, "early": saving.done or path.exists()}
+        go_on.set()
+        saving.wait()
+    assert saving.done
+    dist.barrier()
+    patched = mock.patch.object(checkpoint, "fingerprint", side_effect=OSError("disk on fire"))
+    with patched if dist.get_rank() == 1 else mock.MagicMock(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        autopar.save(path, model, optimizer, step=2, background=True)
+        while not model.saving.done:
+            train(model, example, optimizer)
+            dist.barrier()
+            if on_every_rank(lambda: model.saving.done).count(True):
+                break
+        try:
+            autopar.save(path, model, optimizer, step=3)
+            found["failed"] = "nothing was said"
+        except OSError as error:
+            found["failed"] = str(error)
+    info = autopar.load(path, model, optimizer)
+    found |= {"step": info.step, "again": train(model, example, optimizer)}
+    if dist.get_rank() == 0:  # as if the process had been killed between the two renames of a replacement
+        path.rename(path.with_name(".saved.old-1234"))
+    dist.barrier()
+    found["aside"] = autopar.load(path, model, optimizer).step
+    return found
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(pool, tmp_path: Path) -> None:
+    plan = dict(data=2, tensor=1, pipeline=1, microbatches=2, zero=3)
+    for found in pool.run(save_meanwhile, str(tmp_path), plan, world_size=2):
+        assert not found["early"]
+        assert found["again"] == pytest.approx(found["losses"], rel=1e-6)
+        assert "disk on fire" in found["failed"]
+        assert found["step"] == found["aside"] == 1
 
 
 class Odd(nn.Module):

@@ -111,7 +111,7 @@ def test_training_equals_one_process(pool, data, tensor):
 
 
 def test_hybrid_training_equals_one_process(pool):
-    pool.run(train, 7, 4, 1, (1, 2, 3), 2, world_size=4)
+    pool.run(train, 7, 4, 1, (1, 2), 2, world_size=4)
     pool.run(train, 8, 4, 2, (3,), 2, world_size=8)
 
 
@@ -175,7 +175,7 @@ def fail_and_go_on() -> None:
             storage = build(case, axes, level)
             rows = torch.ones(4, dtype=torch.float64)
             want = {fqn: g.clone() for fqn, g in run_step(storage, case, rows, 2).items()}
-            for where in (1, 2, 4, 5, 7):
+            for where in (1, 5):
                 # At the call of block `where`, or in its backward; the second microbatch begins with call 4.
                 for backward in (False, True):
                     failing = Failing(case, axes.rank, where, backward)
@@ -186,8 +186,11 @@ def fail_and_go_on() -> None:
                     with pytest.raises(Interrupted), torch.no_grad():
                         failing.restart(where if not backward else 1)
                         storage.begin_evaluation()
-                        storage.forward(lambda total: storage.block(0)(rows, storage.block(1)(rows, total)), rows.sum())
-                        storage.forward(lambda total: storage.block(0)(rows, storage.block(1)(rows, total)), rows.sum())
+                        for _ in range(2):
+                            storage.forward(
+                                partial(storage.block(0), rows),
+                                storage.forward(partial(storage.block(1), rows), rows.sum()),
+                            )
                         raise Interrupted
                     for index in case.blocks:
                         storage.bind(index, block_function(case, index, axes.rank))

@@ -11,8 +11,11 @@ import torch.distributed as dist
 Result = TypeVar("Result")
 
 
-def from_rank_zero(function: Callable[[], Result]) -> Result:
-    """`function()` of rank 0, on every rank; what it raises there is raised everywhere, so that no rank waits."""
+def from_rank_zero(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
+    """`function()` of rank 0, on every rank; what it raises there is raised everywhere, so that no rank waits.
+
+    group: all ranks, where another thread uses the default group at the same time.
+    """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -20,14 +23,17 @@ def from_rank_zero(function: Callable[[], Result]) -> Result:
         except Exception as error:
             answer[1] = error if _can_travel(error) else RuntimeError(f"{type(error).__name__}: {error}")
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(answer, src=0)
+        dist.broadcast_object_list(answer, src=0, group=group)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
 
 
-def on_every_rank(function: Callable[[], Result]) -> list[Result]:
-    """`function()` of every rank, in order, on every rank; the first rank's error is raised everywhere."""
+def on_every_rank(function: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
+    """`function()` of every rank, in order, on every rank; the first rank's error is raised everywhere.
+
+    group: as in `from_rank_zero`.
+    """
     answer: tuple[Any, Exception | None] = (None, None)
     try:
         answer = function(), None
@@ -36,7 +42,7 @@ def on_every_rank(function: Callable[[], Result]) -> list[Result]:
     answers = [answer]
     if dist.get_world_size() > 1:
         answers = [answer] * dist.get_world_size()
-        dist.all_gather_object(answers, answer)
+        dist.all_gather_object(answers, answer, group=group)
     for _, error in answers:
         if error is not None:
             raise error

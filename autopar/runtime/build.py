@@ -77,6 +77,11 @@ def _holder(stage: Stage, placement: Placement) -> Holder:
     return Holder(stage.ranks, stage.data, stage.tensor, placement, shards)
 
 
+def ownerships(graph: Graph, plan: Plan) -> dict[str, Ownership]:
+    """Where every parameter of the model lies under `plan`, by original name, in one order on all ranks."""
+    return {spec.fqn: spec.ownership for specs in parameter_specs(graph, plan).values() for spec in specs}
+
+
 def build_runtime(
     graph: Graph,
     plan: Plan,

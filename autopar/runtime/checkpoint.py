@@ -11,17 +11,18 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from . import checkpoint_optimizer
 from .agree import from_rank_zero, on_every_rank
+from .background import Saving
 from .checkpoint_files import (
     INDEX,
     Part,
@@ -33,7 +34,7 @@ from .checkpoint_files import (
     write_index,
     write_parts,
 )
-from .ownership import Ownership, Segment
+from .ownership import Ownership
 from .torch_private import local_tensor
 
 if TYPE_CHECKING:
@@ -57,15 +58,21 @@ def save(
     *,
     step: int = 0,
     extra: Any = None,
-) -> None:
+    background: bool = False,
+) -> Saving:
     """Write parameters, buffers, random seeds and the optimizer's state and options to the folder `path`.
 
     All ranks call it with a path on storage that they share; rank 0's `step` and `extra` (anything JSON can say: the
     data position, a scheduler's state) are kept. A checkpoint at `path` is replaced when the new one is complete.
+
+    background: copy the state to host memory, return, and write while training goes on; `wait()` on what is returned
+    says that it is written, or raises why it could not be. The next `save` waits for this one first.
+
     ValueError for an optimizer that is not elementwise, an `extra` that JSON cannot say, and a `path` at which something
     else lies; OSError where it cannot be written; the same on every rank.
     """
     target = Path(path).absolute()
+    model.saving.wait()
     rank = dist.get_rank()
     parameters = model.runtime.storage.parameters
     described = checkpoint_optimizer.describe(optimizer, parameters) if optimizer is not None else None
@@ -82,29 +89,44 @@ def save(
         return temporary, facts
 
     temporary, facts = from_rank_zero(prepare)
-    try:
+    index = {
+        **json.loads(facts),
+        "seed": model.seeds.seed,
+        "seed_step": model.seeds.step,
+        "model": _facts(model),
+        "optimizer": described,
+    }
+    with _removed_on_failure(temporary, rank):
         parts: list[Part] = []
 
         def collect() -> None:
             parts.extend(_owned_parts(model, rank))
             if optimizer is not None and described is not None:
                 parts.extend(checkpoint_optimizer.owned_parts(optimizer, parameters, described, rank))
+            if background:
+                parts[:] = [replace(part, local=part.local.to("cpu", copy=True)) for part in parts]
 
         on_every_rank(collect)
-        tensors = write_parts(temporary, parts)
-        names = sorted({piece[2] for about in tensors.values() for piece in about["pieces"]})
-        mine = names[rank :: dist.get_world_size()]
-        found = on_every_rank(lambda: {name: fingerprint(temporary / name) for name in mine})
-        index = {
-            **json.loads(facts),
-            "seed": model.seeds.seed,
-            "seed_step": model.seeds.step,
-            "model": _facts(model),
-            "optimizer": described,
-            "files": {name: about for part in found for name, about in part.items()},
-            "tensors": tensors,
-        }
-        from_rank_zero(lambda: _publish(temporary, target, index))
+
+    def write() -> None:
+        group = model.saving.group
+        with _removed_on_failure(temporary, rank):
+            tensors = write_parts(temporary, parts, group)
+            names = sorted({piece[2] for about in tensors.values() for piece in about["pieces"]})
+            mine = names[rank :: dist.get_world_size()]
+            found = on_every_rank(lambda: {name: fingerprint(temporary / name) for name in mine}, group)
+            files = {name: about for part in found for name, about in part.items()}
+            whole = {**index, "files": files, "tensors": tensors}
+            from_rank_zero(lambda: _publish(temporary, target, whole), group)
+
+    model.saving = model.saving.follow_up(write, str(target), background)
+    return model.saving
+
+
+@contextmanager
+def _removed_on_failure(temporary: Path, rank: int) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -118,7 +140,8 @@ def load(path: str | Path, model: Model, optimizer: torch.optim.Optimizer | None
     ValueError, the same on every rank and before anything is changed, for what is no checkpoint or one of another model
     or optimizer, and for files that are missing or corrupt, by name.
     """
-    folder = Path(path).absolute()
+    model.saving.wait()
+    folder = Path(from_rank_zero(lambda: str(_standing(Path(path).absolute()))))
     rank, world_size = dist.get_rank(), dist.get_world_size()
     parameters = model.runtime.storage.parameters
     index = from_rank_zero(lambda: read_index(folder))
@@ -167,7 +190,7 @@ def _owned_parts(model: Model, rank: int) -> list[Part]:
             local = local_tensor(parameter.detach())
             parts.append(Part(f"parameter/{fqn}", ownership.shape, ownership.segments(rank), local))
     if rank == 0:
-        parts += [_whole(f"buffer/{fqn}", buffer) for fqn, buffer in dict(model.named_buffers()).items()]
+        parts += [Part.whole(f"buffer/{fqn}", buffer) for fqn, buffer in dict(model.named_buffers()).items()]
     return parts
 
 
@@ -179,13 +202,8 @@ def _wanted_parts(model: Model, rank: int) -> list[Part]:
         local = torch.empty(ownership.local_shape(rank), dtype=parameter.dtype)
         parts.append(Part(f"parameter/{fqn}", ownership.shape, ownership.segments(rank), local))
     for fqn, buffer in dict(model.named_buffers()).items():
-        parts.append(_whole(f"buffer/{fqn}", torch.empty(buffer.shape, dtype=buffer.dtype)))
+        parts.append(Part.whole(f"buffer/{fqn}", torch.empty(buffer.shape, dtype=buffer.dtype)))
     return parts
-
-
-def _whole(key: str, tensor: Tensor) -> Part:
-    segments = tuple((Segment(0, 0, size),) if size else () for size in tensor.shape)
-    return Part(key, tuple(tensor.shape), segments, tensor)
 
 
 def _facts(model: Model) -> dict[str, dict[str, Any]]:
@@ -230,6 +248,14 @@ def _refuse_complaints(folder: Path, attempt: Callable[[], list[str]]) -> None:
     if found:
         more = f" (and {len(found) - _MOST_NAMES} more)" if len(found) > _MOST_NAMES else ""
         raise ValueError(f"the checkpoint {folder} cannot be loaded: {'; '.join(found[:_MOST_NAMES])}{more}")
+
+
+def _standing(folder: Path) -> Path:
+    """`folder`, or the checkpoint that `_publish` had set aside when it was killed between its two renames."""
+    if folder.exists():
+        return folder
+    aside = [p for p in folder.parent.glob(f".{folder.name}.old-*") if (p / INDEX).is_file()]
+    return max(aside, key=lambda p: p.stat().st_mtime, default=folder)
 
 
 def _publish(temporary: Path, target: Path, index: Mapping[str, Any]) -> None:

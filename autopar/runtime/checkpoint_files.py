@@ -12,20 +12,22 @@ import itertools
 import json
 import math
 import os
+import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from .ownership import Segments
+from .ownership import Segment, Segments
 from .torch_private import place_of, stored_at
 
 INDEX = "autopar.json"
@@ -44,6 +46,11 @@ class Part:
     shape: tuple[int, ...]
     segments: Segments
     local: Tensor
+
+    @classmethod
+    def whole(cls, key: str, tensor: Tensor) -> Part:
+        """A tensor that this rank has all of."""
+        return cls(key, tuple(tensor.shape), tuple((Segment(0, 0, n),) if n else () for n in tensor.shape), tensor)
 
     def boxes(self) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """(offsets in the global tensor, view of `local`) of every box, in order of the dims' segments."""
@@ -64,14 +71,15 @@ def dtype_of(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def write_parts(folder: Path, parts: Iterable[Part]) -> dict[str, Any]:
-    """Write this rank's parts into `folder`, which exists; all ranks call it. Returns the index's "tensors".
+def write_parts(folder: Path, parts: Iterable[Part], group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+    """Write this rank's parts into `folder`, which exists; all ranks of `group` call it. The index's "tensors".
 
     OSError, on every rank, names the ranks that could not write and why.
     """
     planner = _Saver(parts)
     try:
-        metadata = dcp.save({}, storage_writer=dcp.FileSystemWriter(folder), planner=planner)
+        writer = dcp.FileSystemWriter(folder)
+        metadata = dcp.save({}, storage_writer=writer, planner=planner, process_group=group)
     except dcp.CheckpointException as error:
         failures = [f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in sorted(error.failures.items())]
         raise OSError(f"the checkpoint could not be written to {folder.parent}: {'; '.join(failures[:3])}") from error
@@ -199,6 +207,19 @@ def verify_file(folder: Path, name: str, expected: Sequence[int]) -> str | None:
     if checksum != expected[1]:
         return f"{name}: is corrupt (its checksum is {checksum:08x}, but {expected[1]:08x} was written)"
     return None
+
+
+def write_atomically_with(path: Path, write: Callable[[Path], Any]) -> None:
+    """`write(temporary)` beside `path`, brought to the disk and then renamed to `path`."""
+    temporary = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_index(folder: Path, content: Mapping[str, Any]) -> None:
