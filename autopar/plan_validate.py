@@ -136,8 +136,6 @@ def _check_runnable(plan: Plan) -> None:
                 )
         if len(stage.axes) > 1:
             raise ValueError(f"{at}.axes is {list(stage.axes)}; only one model axis is supported")
-        if "selective" in stage.recompute or len(set(stage.recompute)) > 1:
-            raise ValueError(f"{at}.recompute: only 'none' or 'full' for all blocks of a stage is supported")
         if len(set(stage.shares)) > 1:
             raise ValueError(f"{at}.shares is {list(stage.shares)}; only equal shares are supported")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from typing import Literal
+from typing import Literal, get_args
 
 from autopar.graph import Graph
-from autopar.plan import Layout, Plan, Stage, same_recompute, tensor_axes
+from autopar.plan import Layout, Plan, Recompute, Stage, same_recompute, tensor_axes
 from autopar.sharding.strategies import strategies
 
 
@@ -20,7 +20,7 @@ def random_plan(
     schedule: str = "1f1b",
     zero: Literal[0, 1, 2, 3] = 0,
     zero_group: int = 0,
-    recompute: Literal["none", "full"] = "none",
+    recompute: Literal["none", "selective", "full", "mixed"] = "none",
     seed: int = 0,
 ) -> Plan:
     """A plan of these degrees with random stage cuts, a random strategy per op, and random placements at rest and between
@@ -37,7 +37,7 @@ def random_plan(
             data=data,
             axes=tensor_axes(tensor),
             layouts=(tuple(range(cuts[s], cuts[s + 1])),) if tensor > 1 else (),
-            recompute=same_recompute(recompute, cuts[s + 1] - cuts[s]),
+            recompute=_recompute(recompute, cuts[s + 1] - cuts[s], rng),
             zero=zero if data > 1 else 0,
             zero_group=zero_group if data > 1 else 0,
         )
@@ -53,6 +53,12 @@ def random_plan(
         stages=stages,
         layouts=layouts,
     )
+
+
+def _recompute(choice: str, num_blocks: int, rng: random.Random) -> tuple[Recompute, ...]:
+    if choice == "mixed":
+        return tuple(rng.choice(get_args(Recompute)) for _ in range(num_blocks))
+    return same_recompute(choice, num_blocks)
 
 
 def random_layouts(graph: Graph, degree: int, shards: int, rng: random.Random) -> tuple[Layout, ...]:

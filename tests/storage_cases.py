@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from autopar.runtime.axis import Axis
@@ -142,3 +143,19 @@ def run_step(storage, case: Case, rows: torch.Tensor, microbatches: int, order: 
                     storage.begin_last_backward()
                 pending.pop(0).backward()
     return storage.finish()
+
+
+class CountCollectives(TorchDispatchMode):
+    """Counts the calls of process groups by kind; everything that communicates passes through here."""
+
+    KINDS = {"gather": "allgather", "scatter": "reduce_scatter", "all_reduce": "allreduce", "all_to_all": "alltoall"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            kind = next(kind for kind, part in self.KINDS.items() if part in str(func))
+            self.found[kind] = self.found.get(kind, 0) + 1
+        return func(*args, **(kwargs or {}))

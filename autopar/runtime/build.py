@@ -121,7 +121,6 @@ def build_runtime(
         groups=groups,
         transport=_transport(graph, compiled, groups, device),
         storage=storage,
-        recompute=stage.block_recompute[0] == "full",
         recorder=recorder,
         state=state,
         random=random,

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..graph import Graph
 from ..schedule.instructions import (
@@ -26,6 +25,7 @@ from ..schedule.instructions import (
 )
 from .groups import Groups
 from .ownership import Ownership
+from .recompute import call_block
 from .recorder import Recorder
 from .rewrite import Chunk
 from .stage import CompiledBlock, CompiledStage
@@ -66,7 +66,6 @@ class Executor:
     groups: Groups
     transport: Transport
     storage: Storage
-    recompute: bool
     recorder: Recorder
     state: Mapping[str, Tensor]
     random: Callable[[str], AbstractContextManager[Any]]
@@ -143,11 +142,8 @@ class Executor:
         def run_blocks(*activations: Tensor) -> tuple[Tensor, ...]:
             for i, block in enumerate(compiled.blocks):
                 call = self.storage.block(i)
-                around = (block, step.training, chunk, [sides[t] for t in block.sides])
-                if self.recompute and differentiable:
-                    activations = checkpoint(call, around, *activations, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    activations = call(around, *activations)
+                own = [sides[t] for t in block.sides]
+                activations = call_block(call, block, step.training, chunk, own, activations)
             return activations
 
         outputs = self.storage.forward(run_blocks, *arrived)

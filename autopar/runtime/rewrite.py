@@ -19,10 +19,11 @@ from ..ops import evaluation_form
 from ..sharding.batch import BatchLayout
 from ..sharding.flow import Run, Step
 from ..sharding.local import local_blocks, localize
-from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split
+from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split, conversion
 from .axis import Axis
-from .collectives import convert
+from .collectives import COLLECTIVES, convert
 from .emit import Call, compile_calls
+from .recompute import EXPENSIVE_OPS, Kept
 
 # Ops whose output is fresh memory that neither they nor their backward read again, so that a pending sum in it may be
 # reduced in place; and views, which pass that property on.
@@ -36,11 +37,19 @@ class Chunk:
 
     Serves as the batch axis of ops that need to know their offset (`rank`, `size`).
     draw(name, on_batch, on_model, function, args, kwargs) runs a random op under its own key.
+    kept: in a block that is recomputed selectively, where its expensive results stay.
     """
 
     rank: int
     size: int
     random: Callable[[str], contextlib.AbstractContextManager[Any]]
+    kept: Kept | None = None
+
+    def keep_op(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if self.kept is None else self.kept.op(function, args, kwargs)
+
+    def keep_conversion(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args) if self.kept is None else self.kept.conversion(function, args)
 
     def draw(self, key: str, split_by_batch: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.random(f"{key}/{self.rank}" if split_by_batch else key):
@@ -92,8 +101,11 @@ class Rewriter:
         inputs: Sequence[tuple[str, Placement]],
         sides: Sequence[str],
         outputs: Sequence[tuple[str, Placement]],
+        keeps: bool = False,
     ) -> Callable[..., tuple[torch.Tensor, ...]]:
         """function(chunk, parameters, activations, sides) -> outputs.
+
+        keeps: whether expensive calls go through `Chunk.keep_op` and `Chunk.keep_conversion`.
 
         parameters, inputs: tensor names with their model-axis placement as passed; sides are whole; outputs: names with
         the model-axis placement wanted.
@@ -109,7 +121,7 @@ class Rewriter:
             if isinstance(step, Run):
                 emitter.run(step)
         results = [emitter.value(t, self.batch.placements[t], place) for t, place in outputs]
-        return compile_calls(name, emitter.calls, arguments, results)
+        return compile_calls(name, emitter.calls, arguments, results, "chunk" if keeps else "")
 
     @property
     def degree(self) -> int:
@@ -167,7 +179,8 @@ class _Emitter:
             splits_batch = any(isinstance(p, Split) for p in on_batch.outputs)
             args = (Ref("chunk"), key, splits_batch, function, *args)
             function = Chunk.draw
-        self.calls.append(Call(function, args, kwargs, outputs, op.returns_sequence))
+        keep = "op" if op.target.split(".")[1] in EXPENSIVE_OPS else ""
+        self.calls.append(Call(function, args, kwargs, outputs, op.returns_sequence, keep))
 
     def value(self, tensor: str, on_batch: Placement, on_model: Placement) -> str:
         """The name of `tensor` placed so, converting it where no one has asked for it yet."""
@@ -190,7 +203,8 @@ class _Emitter:
         axis = self.rewriter.model_axis
         assert axis is not None
         arguments = (axis, placed, on_model, blocks(placed), blocks(on_model), self._is_private(tensor))
-        self.calls.append(Call(convert, (Ref(source), *arguments), (), (name,)))
+        keep = "conversion" if conversion(placed, on_model).forward in COLLECTIVES else ""
+        self.calls.append(Call(convert, (Ref(source), *arguments), (), (name,), keep=keep))
         return name
 
     def _convert_batch(self, tensor: str, want: Placement, placed: Placement) -> str:

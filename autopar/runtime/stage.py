@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Block, Graph, Op
-from ..plan import Layout, Plan, Stage
+from ..plan import Layout, Plan, Recompute, Stage
 from ..sharding.batch import BatchLayout, batch_layout
 from ..sharding.flow import Convert, block_flow
 from ..sharding.local import local_shape
@@ -23,7 +23,9 @@ BlockFunction = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True, eq=False)
 class CompiledBlock:
-    """function(chunk, parameters, activations, sides) -> outputs, in training and in evaluation."""
+    """function(chunk, parameters, activations, sides) -> outputs, in training and in evaluation.
+
+    recompute: what `call_block` computes again in the backward."""
 
     block: Block
     parameters: tuple[tuple[str, Placement], ...]
@@ -33,6 +35,7 @@ class CompiledBlock:
     outputs: tuple[str, ...]
     training: BlockFunction
     evaluation: BlockFunction
+    recompute: Recompute = "none"
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +80,10 @@ def compile_stage(graph: Graph, plan: Plan, index: int, tensor_axis: Axis, devic
         t for block, layout in zip(members, layouts, strict=True) for t in _used_shared(graph, block, layout, shards)
     }
     blocks = [
-        _compile_block(graph, block, layout, frozenset(reduced.intersection(block.parameters)), rewriter, evaluation)
-        for block, layout in zip(members, layouts, strict=True)
+        _compile_block(
+            graph, block, layout, frozenset(reduced.intersection(block.parameters)), rewriter, evaluation, recompute
+        )
+        for block, layout, recompute in zip(members, layouts, stage.block_recompute, strict=True)
     ]
     sides = tuple(dict.fromkeys(t for block in blocks for t in block.sides))
     whole, prologue_ops = _prologue(graph, batch, sides)
@@ -133,6 +138,7 @@ def _compile_block(
     reduced: frozenset[str],
     training: Rewriter,
     evaluation: Rewriter,
+    recompute: Recompute,
 ) -> CompiledBlock:
     steps = block_flow(graph, block, layout, training.shards)
     at_rest = [REPLICATED] * len(block.parameters)
@@ -152,7 +158,7 @@ def _compile_block(
     read = (t for op in graph.block_ops(block) for t in op.inputs)
     sides = tuple(dict.fromkeys(t for t in read if t not in own))
     entering = [(t, SHARED if t in reduced else p) for t, p in parameters]
-    name = f"block{block.index}"
+    name, keeps = f"block{block.index}", recompute == "selective"
     return CompiledBlock(
         block=block,
         parameters=parameters,
@@ -160,8 +166,9 @@ def _compile_block(
         inputs=block.inputs,
         sides=sides,
         outputs=tuple(t for t, _ in outputs),
-        training=training.block(name, steps, entering, inputs, sides, outputs),
-        evaluation=evaluation.block(name, steps, entering, inputs, sides, outputs),
+        training=training.block(name, steps, entering, inputs, sides, outputs, keeps),
+        evaluation=evaluation.block(name, steps, entering, inputs, sides, outputs, keeps),
+        recompute=recompute,
     )
 
 
