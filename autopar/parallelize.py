@@ -31,6 +31,7 @@ from .runtime.random import Seeds
 from .runtime.reshard import reshard
 from .runtime.storage import ParameterSpec
 from .runtime.torch_private import local_tensor
+from .runtime.watchdog import TIMEOUT_S
 from .runtime.weights import state_names
 from .simulate import simulate
 
@@ -53,6 +54,7 @@ class Model(ParallelModule):
         device: torch.device,
         initialise: Initialise | None,
         constraints: Mapping[str, Any],
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.cluster = cluster
         self.corrections = Corrections()
@@ -65,7 +67,7 @@ class Model(ParallelModule):
             return local_values(specs, module, dist.get_rank(), seed, device, initialise)
 
         runtime = build_runtime(graph, plan, values, state, device, self._stream(device))
-        super().__init__(graph, runtime, simulate(graph, plan, cluster), device)
+        super().__init__(graph, runtime, simulate(graph, plan, cluster), device, timeout_s)
         self.build_s = time.perf_counter() - start_s
         self.saving = Saving()
         self.state_names = state_names(module)
@@ -122,6 +124,7 @@ def parallelize(
     cluster: Cluster | None = None,
     *,
     initialise: Initialise | None = None,
+    timeout_s: float = TIMEOUT_S,
     **constraints: Any,
 ) -> Model:
     """Make `module` train on the whole world, by the plan expected to be fastest among those that fit in memory.
@@ -132,6 +135,8 @@ def parallelize(
         targets being the example entries that `module.forward` does not take.
     plan: a Plan or a plan file to use instead of a search. cluster: hardware, probed if None.
     initialise: for modules on the meta device, how to fill a submodule; see runtime/initialise.py.
+    timeout_s: how long one instruction of a step may take before the run is ended on all ranks, with the rank that hangs or
+        has died named.
     constraints: data=, tensor=, pipeline=, microbatches=, schedule=, zero=, recompute=, memory_limit_bytes= pin a choice
         of the search each.
     Under torchrun all ranks must call it alike; without a launcher the world is this process. ValueError for what cannot
@@ -166,4 +171,5 @@ def parallelize(
         device=device,
         initialise=initialise,
         constraints=constraints,
+        timeout_s=timeout_s,
     )

@@ -7,6 +7,7 @@ first error shown is the one that explains the others.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import get_args
 
 from .cluster.spec import Cluster
@@ -14,6 +15,7 @@ from .graph import Block, Graph
 from .plan import SCHEMA, Layout, Plan, Recompute, Stage
 from .schedule.orders import SCHEDULES
 from .sharding.batch import batch_layout
+from .sharding.flow import find_strategies
 from .sharding.placement import REPLICATED, Split, parse_placement
 from .sharding.rule import divides
 from .sharding.strategies import strategies
@@ -134,8 +136,6 @@ def _check_runnable(plan: Plan) -> None:
                 raise ValueError(
                     f"{at}.{name} is {degree}, but plan.stages[0].{name} is {other}; all stages have one {name} degree"
                 )
-        if len(stage.axes) > 1:
-            raise ValueError(f"{at}.axes is {list(stage.axes)}; only one model axis is supported")
         if len(set(stage.shares)) > 1:
             raise ValueError(f"{at}.shares is {list(stage.shares)}; only equal shares are supported")
 
@@ -194,9 +194,9 @@ def _check_batch(plan: Plan, graph: Graph) -> None:
 
 
 def _check_layouts(plan: Plan, graph: Graph) -> None:
-    checked: set[tuple[int, int]] = set()
-    leaving: tuple[str, ...] | None = None
-    at_rest: dict[str, tuple[str, str]] = {}
+    checked: set[tuple[tuple[int, ...], int]] = set()
+    leaving: list[tuple[str, ...]] | None = None
+    at_rest: dict[tuple[str, int], tuple[str, str]] = {}
     for s, stage in enumerate(plan.stages):
         at = f"plan.stages[{s}]"
         if len(stage.layouts) != len(stage.axes):
@@ -206,59 +206,74 @@ def _check_layouts(plan: Plan, graph: Graph) -> None:
         if not stage.axes:
             leaving = None
             continue
-        row = stage.layouts[0]
-        if len(row) != stage.num_blocks:
-            raise ValueError(
-                f"{at}.layouts[0] has {len(row)} entries, expected {stage.num_blocks}: one per block "
-                f"[{stage.start}, {stage.stop})"
-            )
-        for i, (index, block) in enumerate(zip(row, graph.blocks[stage.start : stage.stop], strict=True)):
-            if not 0 <= index < len(plan.layouts):
-                raise ValueError(
-                    f"{at}.layouts[0][{i}] is {index}, expected an index into the {len(plan.layouts)} layouts"
-                )
-            layout = plan.layouts[index]
-            if (index, block.kind) not in checked:
-                _check_layout(plan, graph, stage, block, index)
-                checked.add((index, block.kind))
-            if leaving is not None and leaving != layout.inputs:
-                raise ValueError(
-                    f"plan.layouts[{index}].inputs (block {block.index}) is {list(layout.inputs)}, but the one before "
-                    f"leaves {list(leaving)}; make the two equal"
-                )
-            leaving = layout.outputs
-            for name, token in zip(block.parameters, layout.parameters, strict=True):
-                field = f"plan.layouts[{index}].parameters"
-                there, said = at_rest.setdefault(name, (field, token))
-                if token != said:
-                    raise ValueError(
-                        f"{field} (block {block.index}) holds {graph.tensors[name].fqn} as {token}, but {there} "
-                        f"as {said}; a parameter that two blocks share has one placement"
-                    )
+        for a, row in enumerate(stage.layouts):
+            _check_row(plan, stage, row, f"{at}.layouts[{a}]")
+        columns = list(zip(*stage.layouts, strict=True))
+        for indices, block in zip(columns, graph.blocks[stage.start : stage.stop], strict=True):
+            layouts = [plan.layouts[index] for index in indices]
+            if (indices, block.kind) not in checked:
+                for a in range(len(indices)):
+                    _check_layout(plan, graph, stage, block, indices[: a + 1])
+                checked.add((indices, block.kind))
+            if leaving is not None:
+                for index, layout, before in zip(indices, layouts, leaving, strict=True):
+                    if before != layout.inputs:
+                        raise ValueError(
+                            f"plan.layouts[{index}].inputs (block {block.index}) is {list(layout.inputs)}, but the one "
+                            f"before leaves {list(before)}; make the two equal"
+                        )
+            leaving = [layout.outputs for layout in layouts]
+            for a, (index, layout) in enumerate(zip(indices, layouts, strict=True)):
+                for name, token in zip(block.parameters, layout.parameters, strict=True):
+                    field = f"plan.layouts[{index}].parameters"
+                    there, said = at_rest.setdefault((name, a), (field, token))
+                    if token != said:
+                        raise ValueError(
+                            f"{field} (block {block.index}) holds {graph.tensors[name].fqn} as {token}, but {there} "
+                            f"as {said}; a parameter that two blocks share has one placement"
+                        )
 
 
-def _check_layout(plan: Plan, graph: Graph, stage: Stage, block: Block, index: int) -> None:
+def _check_row(plan: Plan, stage: Stage, row: tuple[int, ...], at: str) -> None:
+    if len(row) != stage.num_blocks:
+        raise ValueError(
+            f"{at} has {len(row)} entries, expected {stage.num_blocks}: one per block [{stage.start}, {stage.stop})"
+        )
+    for i, index in enumerate(row):
+        if not 0 <= index < len(plan.layouts):
+            raise ValueError(f"{at}[{i}] is {index}, expected an index into the {len(plan.layouts)} layouts")
+
+
+def _check_layout(plan: Plan, graph: Graph, stage: Stage, block: Block, indices: tuple[int, ...]) -> None:
+    """The layout of the last of these axes, given those of the axes before it."""
+    index, axis = indices[-1], len(indices) - 1
     layout, at = plan.layouts[index], f"plan.layouts[{index}]"
     shards = stage.data * plan.microbatches
-    if layout.degree != stage.tensor:
-        raise ValueError(f"{at}.degree is {layout.degree}, but block {block.index}'s stage has tensor {stage.tensor}")
-    _check_tokens(graph, block, layout, at, shards)
+    degree = stage.axes[axis]
+    if layout.degree != degree:
+        what = f"tensor {degree}" if len(stage.axes) == 1 else f"degree {degree} on model axis {axis}"
+        raise ValueError(f"{at}.degree is {layout.degree}, but block {block.index}'s stage has {what}")
+    outer = [plan.layouts[i] for i in indices[:-1]]
+    _check_tokens(graph, block, layout, outer, at, shards)
     if len(layout.strategies) != len(block.ops):
         raise ValueError(
             f"{at}.strategies has {len(layout.strategies)} entries, expected {len(block.ops)}, one per op of block "
             f"{block.index}"
         )
     for i, (key, op) in enumerate(zip(layout.strategies, graph.block_ops(block), strict=True)):
-        legal = [strategy.key for strategy in strategies(graph, op, layout.degree, shards)]
+        keys, degrees = [one.strategies[i] for one in outer], [one.degree for one in outer]
+        around = tuple(zip(find_strategies(graph, op, keys, degrees, shards), degrees, strict=True))
+        legal = [strategy.key for strategy in strategies(graph, op, layout.degree, shards, around)]
         if key not in legal:
+            inside = f", inside {' and '.join(map(repr, keys))} on the axes before," if outer else ""
             raise ValueError(
-                f"{at}.strategies[{i}] is {key!r}, but {op.name} ({op.target} in {op.module or graph.name}) "
+                f"{at}.strategies[{i}] is {key!r}, but {op.name} ({op.target} in {op.module or graph.name}){inside} "
                 f"can run on {layout.degree} ranks only as {', '.join(legal)}"
             )
 
 
-def _check_tokens(graph: Graph, block: Block, layout: Layout, at: str, shards: int) -> None:
-    """Each placement token is one, and the degree divides the dim that it splits."""
+def _check_tokens(graph: Graph, block: Block, layout: Layout, outer: Sequence[Layout], at: str, shards: int) -> None:
+    """Each placement token is one, and the degree divides what the axes before leave of the dim that it splits."""
     on_batch = batch_layout(graph, shards).placements if shards > 1 else {}
     for field in ("inputs", "outputs", "parameters"):
         names, tokens = getattr(block, field), getattr(layout, field)
@@ -280,15 +295,18 @@ def _check_tokens(graph: Graph, block: Block, layout: Layout, at: str, shards: i
                     f"{at}.{field}[{i}] is {token}, but {tensor.fqn or name} of shape {tensor.shape} has no dim "
                     f"{placement.dim}"
                 )
+            cuts = [(on_batch.get(name, REPLICATED), shards)]
+            cuts += [(parse_placement(getattr(one, field)[i]), one.degree) for one in outer]
             size = tensor.shape[placement.dim]
-            cut = on_batch.get(name, REPLICATED)
-            if isinstance(cut, Split) and cut.dim == placement.dim:
-                size //= shards
+            for cut, parts in cuts:
+                if isinstance(cut, Split) and cut.dim == placement.dim:
+                    size //= parts
             units = max(1, size // placement.blocks)
-            if not divides(tensor.shape, [(cut, shards), (placement, layout.degree)]):
+            if not divides(tensor.shape, [*cuts, (placement, layout.degree)]):
+                whose = "rank of the axes before, data rank" if outer else "data rank"
                 raise ValueError(
                     f"{at}.{field}[{i}] is {token}: {tensor.fqn or name} has {size} along dim {placement.dim} on each "
-                    f"data rank and microbatch, which degree {layout.degree}"
+                    f"{whose} and microbatch, which degree {layout.degree}"
                     f"{f' x {placement.blocks} blocks' if placement.blocks > 1 else ''} does not divide; "
                     f"the nearest tensor degrees that do are {nearest_divisors(units, layout.degree)}"
                 )

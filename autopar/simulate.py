@@ -1,12 +1,14 @@
 """The simulator: one of the two interpreters of a Program. It walks the program with costs and writes a Timeline.
 
-Model. One clock per stage (all ranks of a stage do the same, so one stands for all). Forward, backward, prologue and
-optimizer occupy the clock for what StageCost says. A send does not: it occupies its link, one per direction between two
-stages, one message at a time, and the receiver waits until the message is whole. The gradient reduction starts inside
-the last backward, which hides at most `reduce_overlap_s` of it and at most as long as it lasts itself.
+Model. One clock per group of ranks (all ranks of a group do the same, so one stands for all). Forward, backward, prologue
+and optimizer occupy the clock for what StageCost says. A send does not: it occupies its link, one per direction between
+two groups, one message at a time, and the receiver waits until the message is whole; stages of one group hand over for
+nothing. The reduction of a stage's gradients starts inside its last backward (the last weight half where backwards are
+split), which hides at most `reduce_overlap_s` of it and at most as long as it lasts itself; after that it goes on while
+other stages of the group compute, one stage's reduction at a time.
 
 Ignored: a slowdown of compute while transfers run (a StageCost may include it), contention between different links,
-differences between the ranks of one stage, and the wait of tied stages for each other's gradients (reduce_model_s is
+differences between the ranks of one group, and the wait of tied stages for each other's gradients (reduce_model_s is
 charged on each where its own gradients are whole).
 
 schedule/step_time.py answers for the step time alone, without events and much faster.
@@ -14,7 +16,7 @@ schedule/step_time.py answers for the step time alone, without events and much f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from autopar.cluster.spec import Cluster
@@ -23,9 +25,11 @@ from autopar.cost.types import StageCost
 from autopar.graph import Graph
 from autopar.plan import Plan
 from autopar.schedule.build import program_for
-from autopar.schedule.check import check, dependencies, is_receive, is_send
+from autopar.schedule.check import check
 from autopar.schedule.instructions import (
     Backward,
+    BackwardInput,
+    BackwardWeight,
     Forward,
     Instruction,
     OptimizerStep,
@@ -34,7 +38,8 @@ from autopar.schedule.instructions import (
     ReduceGradients,
 )
 from autopar.schedule.orders import schedule_named
-from autopar.schedule.step_time import exposed_reduce_s
+from autopar.schedule.step_time import unhidden_reduce_s
+from autopar.schedule.steps import RECEIVES, SENDS, dependencies
 from autopar.timeline import Event, Timeline
 
 
@@ -56,78 +61,90 @@ def simulate(
     """The predicted Timeline of one step of `plan`.
 
     model: the cost model to ask, by default `CostModel(graph, cluster)`; pass one to use what was learned.
-    all_ranks: events for every rank. By default each stage's first rank stands for all; `peak_memory_bytes` always
+    all_ranks: events for every rank. By default each group's first rank stands for all; `peak_memory_bytes` always
         has every rank.
     """
     model = model or CostModel(graph, cluster)
     costs = [model.stage(plan, index) for index in range(len(plan.stages))]
-    ranks = [stage.ranks for stage in plan.stages]
-    return simulate_program(program_for(plan, training), costs, ranks, all_ranks=all_ranks)
+    return simulate_program(program_for(plan, training), costs, plan.groups, all_ranks=all_ranks)
 
 
 def simulate_program(
     program: Program,
     stage_costs: Sequence[StageCost],
-    stage_ranks: Sequence[Sequence[int]] | None = None,
+    group_ranks: Sequence[Sequence[int]] | None = None,
     *,
     all_ranks: bool = False,
 ) -> Timeline:
-    """The Timeline of a checked program. stage_ranks[s]: the ranks of stage s, by default rank s alone.
+    """The Timeline of a checked program. group_ranks[g]: the ranks of group g, by default rank g alone.
 
     A send's event is its time on the link, a receive's the receiver's wait; both carry the bytes of the message, and
     other events carry 0.
     """
     check(program)
-    assert len(stage_costs) == len(program.actions), (len(stage_costs), len(program.actions))
-    ranks = stage_ranks or [(s,) for s in range(len(program.actions))]
+    assert len(stage_costs) == len(program.home), (len(stage_costs), len(program.home))
+    ranks = group_ranks or [(g,) for g in range(len(program.actions))]
     spans = _spans(program, stage_costs)
     events = []
-    for stage, row in enumerate(program.actions):
-        for rank in ranks[stage] if all_ranks else ranks[stage][:1]:
-            for instruction, (start_s, end_s) in zip(row, spans[stage], strict=True):
-                transfer = is_send(instruction) or is_receive(instruction)
+    for group, row in enumerate(program.actions):
+        for rank in ranks[group] if all_ranks else ranks[group][:1]:
+            for instruction, (start_s, end_s) in zip(row, spans[group], strict=True):
+                transfer = isinstance(instruction, SENDS + RECEIVES)
                 moved = stage_costs[_boundary(instruction)].boundary_bytes if transfer else 0
                 events.append(Event(rank, str(instruction), start_s, end_s, moved))
     step_s = max(end_s for row in spans for _, end_s in row)
     peaks = {}
-    for stage, cost in enumerate(stage_costs):
-        peak = program_peak_bytes(program.actions[stage], cost)
-        peaks |= dict.fromkeys(ranks[stage], peak)
+    for group, row in enumerate(program.actions):
+        peak = program_peak_bytes(row, {stage: stage_costs[stage] for stage in program.stages_of(group)})
+        peaks |= dict.fromkeys(ranks[group], peak)
     return Timeline(tuple(events), step_s, peaks)
 
 
 def _spans(program: Program, stage_costs: Sequence[StageCost]) -> list[list[tuple[float, float]]]:
-    """(start_s, end_s) per stage and instruction; stages run until they wait for a message that was not yet sent."""
+    """(start_s, end_s) per group and instruction; groups run until they wait for a message that was not yet sent."""
     needs, provides = dependencies(program)
+    home = program.home
     spans: list[list[tuple[float, float]]] = [[] for _ in program.actions]
     clocks = [0.0] * len(program.actions)
     links: dict[tuple[int, int], float] = {}
     arrived: dict[object, float] = {}
     waiting: dict[object, int] = {}
     ready = list(range(len(program.actions)))
-    durations = [_durations(cost) for cost in stage_costs]
+    durations = {(kind, stage): s for stage, cost in enumerate(stage_costs) for kind, s in _durations(cost).items()}
+    for group in range(len(program.actions)):
+        stages = program.stages_of(group)
+        durations[OptimizerStep, stages[0]] = sum(stage_costs[stage].optimizer_s for stage in stages)
+    backward_ends: dict[int, tuple[float, bool]] = {}
+    reduced = [0.0] * len(program.actions)
     while ready:
-        stage = ready.pop()
-        row, done = program.actions[stage], spans[stage]
+        group = ready.pop()
+        row, done = program.actions[group], spans[group]
         for index in range(len(done), len(row)):
             instruction = row[index]
-            start_s = clocks[stage]
-            if is_receive(instruction):
-                need = needs[stage][index]
+            kind, stage = type(instruction), instruction.stage
+            start_s = clocks[group]
+            if kind in RECEIVES:
+                need = needs[group][index]
                 if need not in arrived:
-                    waiting[need] = stage
+                    waiting[need] = group
                     break
-                clocks[stage] = end_s = max(start_s, arrived[need])
-            elif is_send(instruction):
-                link = (stage, instruction.peer)
+                clocks[group] = end_s = max(start_s, arrived[need])
+            elif kind in SENDS:
+                link = (group, home[instruction.peer])
                 start_s = max(start_s, links.get(link, 0.0))
                 links[link] = end_s = start_s + stage_costs[_boundary(instruction)].send_s
-                provide = provides[stage][index]
+                provide = provides[group][index]
                 arrived[provide] = end_s
                 if provide in waiting:
                     ready.append(waiting.pop(provide))
+            elif kind is ReduceGradients:
+                ended_s, half = backward_ends[stage]
+                reduced[group] = max(reduced[group], ended_s) + unhidden_reduce_s(stage_costs[stage], half)
+                clocks[group] = end_s = max(start_s, reduced[group]) + stage_costs[stage].reduce_model_s
             else:
-                clocks[stage] = end_s = start_s + durations[stage][type(instruction)]
+                clocks[group] = end_s = start_s + durations[kind, stage]
+                if kind in (Backward, BackwardWeight):
+                    backward_ends[stage] = (end_s, kind is BackwardWeight)
             done.append((start_s, end_s))
     return spans
 
@@ -141,9 +158,9 @@ def _durations(cost: StageCost) -> dict[type, float]:
     return {
         Forward: cost.forward_s,
         Backward: cost.backward_s,
+        BackwardInput: cost.backward_input_s,
+        BackwardWeight: cost.backward_weight_s,
         Prologue: cost.prologue_s,
-        ReduceGradients: exposed_reduce_s(cost),
-        OptimizerStep: cost.optimizer_s,
     }
 
 
@@ -152,34 +169,49 @@ def at_rest_bytes(cost: StageCost) -> int:
     return cost.parameter_bytes + cost.gradient_bytes + cost.optimizer_bytes
 
 
-def program_peak_bytes(row: Sequence[Instruction], cost: StageCost) -> int:
+def program_peak_bytes(row: Sequence[Instruction], costs: StageCost | Mapping[int, StageCost]) -> int:
     """Peak bytes of one rank over its list: at rest, plus the most that any forward or backward adds.
 
+    costs: of the stages in the list, by stage, or of the only one.
     A forward's activations count from its start to the end of its backward; in evaluation they are part of
-    `forward_peak_bytes` alone. Gradients come into being during the step's first backward, which lets go of activations
-    in return; so it counts with the fuller of its two ends. Where they are reduced over data they have buffers, which
-    stay from step to step. Ignored: temporary tensors of the optimizer.
+    `forward_peak_bytes` alone. Of a split backward, `deferred_bytes` stay from the end of its input half to the end of its
+    weight half. Gradients come into being during a stage's first backward of the step, which lets go of activations in
+    return; so it counts with the fuller of its two ends. Where they are reduced over data they have buffers, which stay
+    from step to step. Ignored: temporary tensors of the optimizer.
     """
-    training = any(isinstance(i, Backward) for i in row)
-    whole = at_rest_bytes(cost)
-    rest = whole if training and cost.reduce_s > 0 else whole - cost.gradient_bytes
-    peak, held = rest, 0
+    by_stage = {i.stage: costs for i in row} if isinstance(costs, StageCost) else costs
+    training = any(isinstance(i, Backward | BackwardInput) for i in row)
+    unborn = {s for s, cost in by_stage.items() if not (training and cost.reduce_s > 0)}
+    live = sum(at_rest_bytes(cost) - (cost.gradient_bytes if s in unborn else 0) for s, cost in by_stage.items())
+    peak = live
     for instruction in row:
+        stage = instruction.stage
+        cost = by_stage[stage]
         if isinstance(instruction, Forward):
-            held += training
-            running = held * cost.activation_bytes + cost.forward_peak_bytes
-            peak = max(peak, rest + cost.unsharded_bytes + running)
-        elif isinstance(instruction, Backward):
-            before = rest + held * cost.activation_bytes
-            rest, held = whole, held - 1
-            after = rest + held * cost.activation_bytes
-            peak = max(peak, max(before, after) + cost.unsharded_bytes + cost.backward_peak_bytes)
+            live += training * cost.activation_bytes
+            peak = max(peak, live + cost.unsharded_bytes + cost.forward_peak_bytes)
+        elif isinstance(instruction, Backward | BackwardInput | BackwardWeight):
+            before = live
+            if stage in unborn:
+                unborn.discard(stage)
+                live += cost.gradient_bytes
+            if isinstance(instruction, BackwardWeight):
+                live -= cost.deferred_bytes
+            else:
+                live -= cost.activation_bytes
+                live += cost.deferred_bytes * isinstance(instruction, BackwardInput)
+            peak = max(peak, max(before, live) + cost.unsharded_bytes + cost.backward_peak_bytes)
     return peak
 
 
 def stage_peak_bytes(cost: StageCost, schedule: str, stage: int, num_stages: int, microbatches: int) -> int:
-    """`program_peak_bytes` of a training step, from the bound on microbatches in flight instead of a walk."""
-    held = schedule_named(schedule).in_flight(stage, num_stages, microbatches)
+    """`program_peak_bytes` of a training step of a schedule with one stage per group and whole backwards, from the bound on
+    microbatches in flight instead of a walk; of one with split backwards, by the walk."""
+    chosen = schedule_named(schedule)
+    assert chosen.virtual == 1, schedule
+    if chosen.splits_backward:
+        return program_peak_bytes(tuple(chosen.order(stage, num_stages, microbatches)), cost)
+    held = chosen.in_flight(stage, num_stages, microbatches)
     transient_bytes = max(cost.forward_peak_bytes, cost.backward_peak_bytes)
     full = held * cost.activation_bytes + transient_bytes
     if cost.reduce_s > 0 or microbatches > held:

@@ -1,12 +1,13 @@
-"""A whole graph on all ranks of a (batch x model) grid in one process, by the strategies given for each op.
+"""A whole graph on all ranks of a (batch x model axes) grid in one process, by the strategies given for each op.
 
-What the runtime does with processes, done with lists: the values of one chunk of the batch on every model rank, one
-chunk after the other. Shares no code with the runtime.
+What the runtime does with processes, done with lists: the values of one chunk of the batch on every rank of the model
+axes, one chunk after the other. Shares no code with the runtime.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 
 from autopar.capture.export import capture
 from autopar.graph import DEVICE, Graph, Op, map_refs
+from autopar.sharding.axes import Places
 from autopar.sharding.batch import BatchLayout, batch_layout
-from autopar.sharding.emulate import EmulatedAxis, convert, hand_out, on_every_rank
-from autopar.sharding.local import localize
+from autopar.sharding.emulate import AxisOf, EmulatedAxis, convert, hand_out, hand_out_all, on_every_rank_of
+from autopar.sharding.flow import Run
+from autopar.sharding.local import BATCH, localize
 from autopar.sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split
 from autopar.sharding.strategies import strategies
 from autopar.sharding.strategy import Strategy
@@ -25,22 +28,27 @@ Values = Mapping[str, torch.Tensor]
 
 
 def run_emulated(
-    graph: Graph, values: Values, shards: int, degree: int, chosen: Mapping[str, Strategy]
+    graph: Graph,
+    values: Values,
+    shards: int,
+    degrees: tuple[int, ...],
+    chosen: Mapping[str, tuple[Strategy, ...]],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of all parameters, summed over `shards` chunks of the batch.
 
-    values: every input, parameter, buffer and constant of the graph, whole. chosen: strategy of each main op.
+    values: every input, parameter, buffer and constant of the graph, whole. degrees: of the model axes.
+    chosen: strategies of each main op, one per model axis.
     """
     layout = batch_layout(graph, shards)
     assert shards == 1 or not layout.conflict
     whole: dict[str, torch.Tensor] = {}
     for name in layout.prologue:
-        parts = [_Chunk(graph, values, layout, chunk, degree, chosen, whole).side(name) for chunk in range(shards)]
+        parts = [_Chunk(graph, values, layout, chunk, degrees, chosen, whole).side(name) for chunk in range(shards)]
         whole[name] = torch.stack(parts).sum(0)
     loss = torch.zeros(())
     gradients: dict[str, torch.Tensor] = {}
     for chunk in range(shards):
-        one, found = _Chunk(graph, values, layout, chunk, degree, chosen, whole).run()
+        one, found = _Chunk(graph, values, layout, chunk, degrees, chosen, whole).run()
         loss = loss + one
         for name, gradient in found.items():
             gradients[name] = gradients.get(name, 0) + gradient
@@ -54,23 +62,24 @@ class _Chunk:
         values: Values,
         layout: BatchLayout,
         chunk: int,
-        degree: int,
-        chosen: Mapping[str, Strategy],
+        degrees: tuple[int, ...],
+        chosen: Mapping[str, tuple[Strategy, ...]],
         whole: Values,
     ) -> None:
-        self.graph, self.layout, self.chunk, self.degree, self.chosen = graph, layout, chunk, degree, chosen
+        self.graph, self.layout, self.chunk, self.degrees, self.chosen = graph, layout, chunk, degrees, chosen
+        self.num_ranks, self.replicated = math.prod(degrees), (REPLICATED,) * len(degrees)
         self.shards, self.whole = layout.shards, whole
         self.lists: dict[str, list[torch.Tensor]] = {}
-        self.placed: dict[str, Placement] = {}
+        self.placed: dict[str, Places] = {}
         self.leaves: dict[str, list[torch.Tensor]] = {}
         for name, value in values.items():
             tensor = graph.tensors[name]
             if tensor.role == "parameter" and tensor.requires_grad:
-                self.leaves[name] = [value.detach().clone().requires_grad_() for _ in range(degree)]
+                self.leaves[name] = [value.detach().clone().requires_grad_() for _ in range(self.num_ranks)]
                 self.lists[name] = self.leaves[name]
             else:
-                self.lists[name] = [hand_out(value, layout.placements[name], self.shards)[chunk]] * degree
-            self.placed[name] = REPLICATED
+                self.lists[name] = [hand_out(value, layout.placements[name], self.shards)[chunk]] * self.num_ranks
+            self.placed[name] = self.replicated
 
     def side(self, name: str) -> torch.Tensor:
         """A side tensor of this chunk, as produced."""
@@ -86,7 +95,7 @@ class _Chunk:
     def run(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         for op in self.graph.ops:
             self.run_op(op)
-        losses = convert(self.lists[self.graph.loss], self.placed[self.graph.loss], REPLICATED)
+        losses = convert(self.lists[self.graph.loss], self.placed[self.graph.loss], self.replicated, self.degrees)
         torch.autograd.backward(losses, [torch.ones_like(x) for x in losses])
         found = {}
         for name, leaves in self.leaves.items():
@@ -98,50 +107,54 @@ class _Chunk:
 
     def run_op(self, op: Op) -> None:
         batch = self.layout.strategies[op.name]
-        model = self.chosen.get(op.name) or strategies(self.graph, op, self.degree, self.shards)[0]
-        operands = [self.value(t, b, m) for t, b, m in zip(op.inputs, batch.inputs, model.inputs, strict=True)]
-        call = localize(self.graph, op, batch, self.shards, model, self.degree)
+        model = self.chosen.get(op.name)
+        if model is None:
+            model = tuple(strategies(self.graph, op, n, self.shards)[0] for n in self.degrees)
+        run = Run(op, model)
+        operands = [self.value(*wanted) for wanted in zip(op.inputs, batch.inputs, run.inputs, strict=True)]
+        call = localize(self.graph, op, batch, self.shards, model, self.degrees)
 
-        def on_rank(axis: EmulatedAxis) -> list[torch.Tensor]:
+        def on_rank(axis_of: AxisOf, rank: int) -> list[torch.Tensor]:
             named = iter(operands)
-            args, kwargs = map_refs((call.args, tuple(v for _, v in call.kwargs)), lambda _: next(named)[axis.rank])
-            axes = [EmulatedAxis(self.chunk, self.shards) if a == "batch" else axis for a in call.axes]
+            args, kwargs = map_refs((call.args, tuple(v for _, v in call.kwargs)), lambda _: next(named)[rank])
+            axes = [EmulatedAxis(self.chunk, self.shards) if a == BATCH else axis_of(a) for a in call.axes]
             with torch.set_grad_enabled(not op.no_grad):
                 named_kwargs = {key: _real(v) for (key, _), v in zip(call.kwargs, kwargs, strict=True)}
                 out = call.function(*axes, *map(_real, args), **named_kwargs)
             return list(out) if isinstance(out, tuple | list) else [out]
 
-        results = on_every_rank(self.degree, on_rank, "model" in call.axes)
+        results = on_every_rank_of(self.degrees, on_rank, [a for a in call.axes if a != BATCH])
         for i, name in enumerate(op.outputs):
             self.lists[name] = [r[i] for r in results]
-            self.placed[name] = model.outputs[i]
+            self.placed[name] = run.outputs[i]
 
-    def value(self, tensor: str, on_batch: Placement, on_model: Placement) -> list[torch.Tensor]:
+    def value(self, tensor: str, on_batch: Placement, on_model: Places) -> list[torch.Tensor]:
         if tensor in self.whole:
             assert on_batch == REPLICATED
-            return hand_out(self.whole[tensor], on_model, self.degree)
+            return hand_out_all(self.whole[tensor], list(zip(on_model, self.degrees, strict=True)))
         values, have = self.lists[tensor], self.placed[tensor]
-        values = self.on_batch(values, tensor, have, on_batch)
-        return convert(values, _local(have, on_batch, self.shards), _local(on_model, on_batch, self.shards))
-
-    def on_batch(self, values: list[torch.Tensor], tensor: str, placed: Placement, want: Placement):
-        """The local conversion on the batch axis, of values placed so on the model axis."""
         start = self.layout.placements[tensor]
-        if start == want or self.shards == 1:
-            return values
-        assert start in (REPLICATED, SHARED), f"{tensor}: {start} -> {want} is not local"
-        if isinstance(want, Split):
-            assert placed != want, "the batch axis would cut inside the model axis"
-            local = _local(want, placed, self.degree)
-            return [hand_out(v, local, self.shards)[self.chunk] for v in values]
-        return [v / self.shards for v in values] if want == PARTIAL else values
+        if start == on_batch or self.shards == 1:
+            local = [_local(places, on_batch, self.shards) for places in (have, on_model)]
+            return convert(values, *local, self.degrees)
+        assert start in (REPLICATED, SHARED), f"{tensor}: {start} -> {on_batch} is not local"
+        if isinstance(on_batch, Split):
+            whole = convert(values, have, self.replicated, self.degrees)
+            values = [hand_out(v, on_batch, self.shards)[self.chunk] for v in whole]
+            return convert(values, self.replicated, _local(on_model, on_batch, self.shards), self.degrees)
+        values = [v / self.shards for v in values] if on_batch == PARTIAL else values
+        return convert(values, have, on_model, self.degrees)
 
 
-def _local(placement: Placement, other: Placement, degree: int) -> Placement:
-    """A split of what another axis, with `degree` parts, has left."""
-    if not isinstance(placement, Split) or not isinstance(other, Split) or placement.dim != other.dim:
-        return placement
-    return Split(placement.dim, placement.blocks // degree if other.blocks < placement.blocks else placement.blocks)
+def _local(places: Places, on_batch: Placement, shards: int) -> Places:
+    """The placements of what the batch axis has left."""
+    found = []
+    for place in places:
+        if isinstance(place, Split) and isinstance(on_batch, Split) and place.dim == on_batch.dim:
+            inside = on_batch.blocks < place.blocks
+            place = Split(place.dim, place.blocks // shards if inside else place.blocks)
+        found.append(place)
+    return tuple(found)
 
 
 def _real(value: Any) -> Any:
@@ -166,7 +179,7 @@ def reference(
     values |= graph.constants
     values |= {t: _entry(example, key) for t, key in zip(graph.inputs, graph.input_keys, strict=True)}
     values = _double(values)
-    loss, gradients = run_emulated(graph, values, 1, 1, {})
+    loss, gradients = run_emulated(graph, values, 1, (), {})
     takes = inspect.signature(module.forward).parameters
     entries = example.items() if isinstance(example, Mapping) else zip(takes, example, strict=False)
     inputs = {key: value for key, value in entries if key in takes}

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from autopar.capture.export import capture
-from autopar.graph import Block, Graph, Op
+from autopar.graph import Graph, Op
 from autopar.plan import Layout
-from autopar.sharding.placement import PARTIAL, REPLICATED, Placement, Split, conversion
+from autopar.sharding.named_layouts import megatron_layouts
+from autopar.sharding.placement import REPLICATED, Placement, Split, conversion
 from autopar.sharding.strategies import rule, strategies
 from autopar.sharding.strategy import Strategy
 
@@ -117,59 +118,5 @@ class GivenCosts:
 
 
 def megatron(graph: Graph, degree: int, costs, sequence: bool) -> tuple[Layout, ...]:
-    """Column/row parallel products, vocabulary-parallel embedding and loss, by hand, for a GPT-2 or a Llama graph.
-
-    sequence: between the row parallel and the next column parallel product everything is split along the sequence.
-    The walk decides op by op: a product of something whole is split by column, a product of something that a product
-    has split is split by row, other ops that read something split by a product follow it, and what is left is whole or
-    split along the sequence.
-    """
-    inside: dict[str, Placement] = {}  # tensors that a column parallel product has split, and what follows from them
-    layouts = []
-    for block in graph.blocks:
-        chosen = [_by_hand(graph, op, costs.strategies(op), sequence, inside) for op in graph.block_ops(block)]
-        edge = str(Split(1)) if sequence else str(REPLICATED)
-        layouts.append(
-            Layout(
-                degree,
-                tuple(strategy.key for strategy in chosen),
-                tuple(edge for _ in block.inputs),
-                tuple(edge for _ in block.outputs),
-                tuple(str(_at_rest(graph, block, chosen, name)) for name in block.parameters),
-            )
-        )
-    return tuple(layouts)
-
-
-def _by_hand(graph: Graph, op: Op, options, sequence: bool, inside: dict[str, Placement]) -> Strategy:
-    roles = [graph.tensors[name].role for name in op.inputs]
-    weight = next(
-        (i for i, n in enumerate(op.inputs) if roles[i] == "parameter" and len(graph.tensors[n].shape) > 1), -1
-    )
-    split = {i: inside[name] for i, name in enumerate(op.inputs) if name in inside}
-    if op.target.startswith("aten.embedding.") and roles[1] == "input":
-        return next(s for s in options if s.inputs[0] == Split(0))
-    if op.target.startswith(("aten.linear.", "aten.addmm.")) and weight >= 0:
-        if split:
-            return next(
-                s for s in options if s.outputs[0] == PARTIAL and all(s.inputs[i] == p for i, p in split.items())
-            )
-        columns = [s for s in options if isinstance(s.inputs[weight], Split) and s.outputs[0] != PARTIAL]
-        fused = [s for s in columns if s.inputs[weight].blocks == 3]
-        strategy = (fused or columns)[0]
-    elif split:
-        strategy = next(s for s in options if all(s.inputs[i] == p for i, p in split.items()))
-    else:
-        along = [s for s in options if s.outputs[0] in (Split(1), Split(0, graph.batch_size))]
-        flat = [s for s in along if len(graph.tensors[op.outputs[0]].shape) > 2 or s.outputs[0] != Split(1)]
-        return flat[0] if sequence and flat else options[0]
-    inside.update((n, p) for n, p in zip(op.outputs, strategy.outputs, strict=True) if isinstance(p, Split))
-    return strategy
-
-
-def _at_rest(graph: Graph, block: Block, chosen, parameter: str) -> Placement:
-    for op, strategy in zip(graph.block_ops(block), chosen, strict=True):
-        for name, placement in zip(op.inputs, strategy.inputs, strict=True):
-            if name == parameter and isinstance(placement, Split):
-                return placement
-    return REPLICATED
+    """Megatron's layouts, built by hand out of the strategies that `costs` offers."""
+    return megatron_layouts(graph, degree, sequence=sequence, options=costs.strategies)

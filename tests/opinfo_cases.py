@@ -80,7 +80,7 @@ def check_strategy(graph: Graph, values: Sequence[torch.Tensor], strategy: Strat
         place(s, dual(p), degree) if s is not None else [None] * degree
         for s, p in zip(seeds, strategy.outputs, strict=True)
     ]
-    call = localize(graph, op, whole, 1, strategy, degree)
+    call = localize(graph, op, whole, 1, [strategy], [degree])
 
     def run(axis: EmulatedAxis) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         mine = [

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
+from collections.abc import Sequence
 from typing import Literal, get_args
 
-from autopar.graph import Graph
+from autopar.graph import Graph, Op
 from autopar.plan import Layout, Plan, Recompute, Stage, same_recompute, tensor_axes
+from autopar.sharding.axes import Places
+from autopar.sharding.batch import batch_layout
+from autopar.sharding.flow import Run
+from autopar.sharding.placement import REPLICATED, Placement, Split
+from autopar.sharding.rule import divides
 from autopar.sharding.strategies import strategies
+from autopar.sharding.strategy import Strategy
 
 
 def random_plan(
     graph: Graph,
     data: int,
-    tensor: int,
+    tensor: int | tuple[int, ...],
     pipeline: int,
     microbatches: int,
     *,
@@ -24,19 +33,21 @@ def random_plan(
     seed: int = 0,
 ) -> Plan:
     """A plan of these degrees with random stage cuts, a random strategy per op, and random placements at rest and between
-    blocks."""
+    blocks. tensor: of one model axis, or of several."""
     rng = random.Random(f"{seed}/{data}/{tensor}/{pipeline}/{microbatches}")
+    axes = tensor if isinstance(tensor, tuple) else tensor_axes(tensor)
     cuts = [0, *sorted(rng.sample(range(1, len(graph.blocks)), pipeline - 1)), len(graph.blocks)]
-    layouts = random_layouts(graph, tensor, data * microbatches, rng) if tensor > 1 else ()
-    width = data * tensor
+    rows = random_layouts(graph, axes, data * microbatches, rng)
+    width = data * math.prod(axes)
+    count = len(graph.blocks)
     stages = tuple(
         Stage(
             start=cuts[s],
             stop=cuts[s + 1],
             ranks=tuple(range(s * width, (s + 1) * width)),
             data=data,
-            axes=tensor_axes(tensor),
-            layouts=(tuple(range(cuts[s], cuts[s + 1])),) if tensor > 1 else (),
+            axes=axes,
+            layouts=tuple(tuple(range(a * count + cuts[s], a * count + cuts[s + 1])) for a in range(len(axes))),
             recompute=_recompute(recompute, cuts[s + 1] - cuts[s], rng),
             zero=zero if data > 1 else 0,
             zero_group=zero_group if data > 1 else 0,
@@ -51,7 +62,7 @@ def random_plan(
         microbatches=microbatches,
         schedule=schedule,
         stages=stages,
-        layouts=layouts,
+        layouts=tuple(layout for row in rows for layout in row),
     )
 
 
@@ -61,34 +72,59 @@ def _recompute(choice: str, num_blocks: int, rng: random.Random) -> tuple[Recomp
     return same_recompute(choice, num_blocks)
 
 
-def random_layouts(graph: Graph, degree: int, shards: int, rng: random.Random) -> tuple[Layout, ...]:
-    """One layout per block; blocks agree about what crosses between them and about parameters that they share."""
-    crossing: dict[str, str] = {}
-    at_rest: dict[str, str] = {}
-    layouts = []
-    for block in graph.blocks:
-        keys: list[str] = []
-        made: dict[str, str] = {}
-        used: dict[str, list[str]] = {}
+def random_strategies(
+    graph: Graph, op: Op, degrees: Sequence[int], shards: int, rng: random.Random
+) -> tuple[Strategy, ...]:
+    """One strategy per model axis, each fitting into those before it."""
+    chosen: tuple[Strategy, ...] = ()
+    for degree in degrees:
+        chosen += (rng.choice(strategies(graph, op, degree, shards, tuple(zip(chosen, degrees, strict=False)))),)
+    return chosen
+
+
+def random_layouts(graph: Graph, axes: Sequence[int], shards: int, rng: random.Random) -> list[list[Layout]]:
+    """Per model axis one layout per block; blocks agree about what crosses between them and about parameters that they
+    share."""
+    crossing: dict[str, Places] = {}
+    at_rest: dict[str, Places] = {}
+    whole = (REPLICATED,) * len(axes)
+    on_batch = batch_layout(graph, shards).placements if shards > 1 else {}
+    rows: list[list[Layout]] = [[] for _ in axes]
+
+    def fits(name: str, places: Places) -> bool:
+        cuts = [(on_batch.get(name, REPLICATED), shards), *zip(places, axes, strict=True)]
+        return divides(graph.tensors[name].shape, cuts)
+
+    def draw(name: str, options: Sequence[Sequence[Placement]]) -> Places:
+        """Replicated or one of the splits, on each axis, so that together they fit."""
+        choices = itertools.product(*([REPLICATED, *(p for p in one if isinstance(p, Split))] for one in options))
+        return rng.choice([places for places in choices if fits(name, places)])
+
+    for block in graph.blocks if axes else ():
+        keys: list[tuple[str, ...]] = []
+        made: dict[str, Places] = {}
+        used: dict[str, list[Places]] = {}
         for op in graph.block_ops(block):
-            strategy = rng.choice(strategies(graph, op, degree, shards))
-            keys.append(strategy.key)
-            made.update(zip(op.outputs, map(str, strategy.outputs), strict=True))
-            for name, placement in zip(op.inputs, strategy.inputs, strict=True):
-                used.setdefault(name, []).append(str(placement))
+            run = Run(op, random_strategies(graph, op, axes, shards, rng))
+            keys.append(tuple(s.key for s in run.strategies))
+            made.update(zip(op.outputs, run.outputs, strict=True))
+            for name, places in zip(op.inputs, run.inputs, strict=True):
+                used.setdefault(name, []).append(places)
         for name in block.parameters:
-            at_rest.setdefault(name, rng.choice(["R", *(p for p in used[name] if p.startswith("S"))]))
+            if name not in at_rest:
+                at_rest[name] = draw(name, [list(one) for one in zip(*used[name], strict=True)])
         for name in block.outputs:
-            as_made = made.get(name, "R")
-            choices = ["R", as_made] if as_made.startswith("S") and name != graph.loss else ["R"]
-            crossing.setdefault(name, rng.choice(choices))
-        layouts.append(
-            Layout(
-                degree=degree,
-                strategies=tuple(keys),
-                inputs=tuple(crossing[name] for name in block.inputs),
-                outputs=tuple(crossing[name] for name in block.outputs),
-                parameters=tuple(at_rest[name] for name in block.parameters),
+            as_made = made.get(name, whole)
+            if name not in crossing:
+                crossing[name] = draw(name, [[place] for place in as_made]) if name != graph.loss else whole
+        for a, degree in enumerate(axes):
+            rows[a].append(
+                Layout(
+                    degree=degree,
+                    strategies=tuple(key[a] for key in keys),
+                    inputs=tuple(str(crossing[name][a]) for name in block.inputs),
+                    outputs=tuple(str(crossing[name][a]) for name in block.outputs),
+                    parameters=tuple(str(at_rest[name][a]) for name in block.parameters),
+                )
             )
-        )
-    return tuple(layouts)
+    return rows

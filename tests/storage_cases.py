@@ -50,7 +50,7 @@ def make_axes(data: int, tensor: int, ranks: tuple[int, ...] | None = None, zero
     if me not in ranks:
         return None
     hybrid = (axes["copies"], axes["shards"]) if zero_group else None
-    return StageAxes(axes["data"], axes["tensor"], axes["stage"], me, torch.device("cpu"), hybrid)
+    return StageAxes(axes["data"], axes["tensor"], axes["stage"], me, torch.device("cpu"), hybrid=hybrid)
 
 
 def make_case(seed: int, ranks: tuple[int, ...], data: int, tensor: int, shards: int, dtypes=(torch.float64,)) -> Case:

@@ -133,7 +133,7 @@ def test_flow_does_what_was_priced(name):
         for weight in (0.0, 1e-10):
             best = chain_layouts(layout_options(graph, 2, costs), 0, len(graph.blocks), memory_weight=weight)
             for block, layout in zip(graph.blocks, best.layouts, strict=True):
-                steps = block_flow(graph, block, layout, shards)
+                steps = block_flow(graph, block, (layout,), shards)
                 done = {(s.tensor, s.have, s.want) for s in steps if isinstance(s, Convert)}
                 assert done == {c[:3] for c in price_layout(graph, block, layout, costs).conversions}
 

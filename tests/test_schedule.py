@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from autopar.plan import Plan, Stage
 from autopar.schedule.build import build_program, program_for
-from autopar.schedule.check import ScheduleError, check, grid
+from autopar.schedule.check import ScheduleError, check
 from autopar.schedule.instructions import (
     Backward,
+    BackwardInput,
+    BackwardWeight,
     Forward,
     OptimizerStep,
     Program,
@@ -26,13 +28,21 @@ from autopar.schedule.instructions import (
     SendActivation,
     SendGradient,
 )
-from autopar.schedule.orders import FORWARD_ONLY, SCHEDULES
+from autopar.schedule.orders import SCHEDULES
 from autopar.schedule.passes import add_optimizer, add_prologue, add_reduction, add_transfers
+from autopar.schedule.steps import grid
 
 SENDS = (SendActivation, SendGradient)
 RECEIVES = (ReceiveActivation, ReceiveGradient)
+COMPUTE = (Forward, Backward, BackwardInput, BackwardWeight)
+# Schedule and stages per group, with a schedule of any number taking several.
+CASES = [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("zb-v", 2), *(("interleaved", v) for v in (1, 2, 3, 4))]
 programs = st.builds(
-    build_program, st.integers(1, 6), st.integers(1, 9), st.sampled_from(sorted(SCHEDULES)), st.booleans()
+    lambda groups, microbatches, case, training: build_program(groups, microbatches, case[0], training, case[1]),
+    st.integers(1, 6),
+    st.integers(1, 13),
+    st.sampled_from(CASES),
+    st.booleans(),
 )
 
 
@@ -41,42 +51,54 @@ class Refused(Exception):
 
 
 def execute(program: Program, rng: random.Random) -> None:
-    """Run every stage by itself, in a random interleaving, with values that remember how they were computed.
+    """Run every group by itself, in a random interleaving, with values that remember how they were computed.
 
-    A send waits in its channel and completes when the receiver, at its receive, takes it. Refused unless all stages
-    end, all channels are empty, no value is left over, and the gradients are those of each microbatch exactly once.
+    A send waits in its channel and completes when the receiver, at its receive, takes it. Refused unless all groups end,
+    all channels are empty, no value is left over, and the gradients are those of each microbatch exactly once. A stage
+    belongs to the group that computes its forwards.
     """
-    num_stages = len(program.actions)
-    count = 1 + max((i.microbatch for row in program.actions for i in row if isinstance(i, Forward)), default=-1)
+    rows = program.actions
+    count = 1 + max((i.microbatch for row in rows for i in row if isinstance(i, Forward)), default=-1)
     evaluation = (Prologue, ReceiveActivation, Forward, SendActivation)
-    training = any(not isinstance(i, evaluation) for row in program.actions for i in row)
+    training = any(not isinstance(i, evaluation) for row in rows for i in row)
+    owner: dict[int, int] = {}
     channels: dict[tuple[int, int], list] = {}
-    values: list[dict] = [{} for _ in program.actions]
-    gradients: list[Counter] = [Counter() for _ in program.actions]
-    computed: list[Counter] = [Counter() for _ in program.actions]
-    once: list[list[str]] = [[] for _ in program.actions]
-    position = [0] * num_stages
+    values: dict[tuple, object] = {}
+    gradients: Counter = Counter()
+    computed: Counter = Counter()
+    once: list[list[tuple[str, int]]] = [[] for _ in rows]
+    position = [0] * len(rows)
 
     def demand(condition: bool, what: object) -> None:
         if not condition:
             raise Refused(what)
 
-    def take(stage: int, key: tuple) -> object:
-        demand(key in values[stage], (stage, key))
-        return values[stage].pop(key)
+    demand(count > 0, "nothing is computed")
+    for group, row in enumerate(rows):
+        for i in row:
+            if isinstance(i, Forward):
+                demand(owner.setdefault(i.stage, group) == group, (i, "on two groups"))
+    demand(sorted(owner) == list(range(len(owner))), "a stage without forwards")
+    last = len(owner) - 1
+    lowest = [min((s for s in owner if owner[s] == g), default=-1) for g in range(len(rows))]
+    demand(lowest == sorted(lowest) and -1 not in lowest, "order of groups")
 
-    def put(stage: int, key: tuple, value: object) -> None:
-        demand(key not in values[stage], (stage, key))
-        values[stage][key] = value
+    def take(*key: object) -> object:
+        demand(key in values, key)
+        return values.pop(key)
 
-    def step(stage: int) -> bool:
-        instruction = program.actions[stage][position[stage]]
-        demand(instruction.stage == stage, instruction)
-        m = getattr(instruction, "microbatch", None)
+    def put(value: object, *key: object) -> None:
+        demand(key not in values, key)
+        values[key] = value
+
+    def step(group: int) -> bool:
+        instruction = rows[group][position[group]]
+        stage, m = instruction.stage, getattr(instruction, "microbatch", None)
+        demand(owner.get(stage) == group, instruction)
         if isinstance(instruction, (*SENDS, *RECEIVES)):
             forwards = isinstance(instruction, (SendActivation, ReceiveGradient))
             demand(instruction.peer == stage + (1 if forwards else -1), instruction)
-            demand(0 <= instruction.peer < num_stages, instruction)
+            demand(owner.get(instruction.peer, group) != group, instruction)
         if isinstance(instruction, RECEIVES):
             channel = channels.get((instruction.peer, stage), [])
             if not channel:
@@ -84,56 +106,71 @@ def execute(program: Program, rng: random.Random) -> None:
             kind, value, sent = channel.pop(0)
             wanted = "activation" if isinstance(instruction, ReceiveActivation) else "gradient"
             demand(kind == wanted and sent == m, (instruction, kind, sent))
-            put(stage, ("in", kind, m), value)
+            put(value, "in", kind, stage, m)
         elif isinstance(instruction, SENDS):
             kind = "activation" if isinstance(instruction, SendActivation) else "gradient"
-            channels.setdefault((stage, instruction.peer), []).append((kind, take(stage, ("out", kind, m)), m))
+            channels.setdefault((stage, instruction.peer), []).append((kind, take("out", kind, stage, m), m))
         elif isinstance(instruction, Forward):
-            value = ("batch", m) if stage == 0 else take(stage, ("in", "activation", m))
-            computed[stage]["F", m] += 1
+            value = ("batch", m) if stage == 0 else take("in", "activation", stage, m)
+            computed["F", stage, m] += 1
             if training:
-                put(stage, ("saved", m), value)
-            if stage < num_stages - 1:
-                put(stage, ("out", "activation", m), ("F", stage, value))
-        elif isinstance(instruction, Backward):
-            saved = take(stage, ("saved", m))
-            value = ("loss", m) if stage == num_stages - 1 else take(stage, ("in", "gradient", m))
-            computed[stage]["B", m] += 1
-            gradients[stage][value, saved] += 1
+                put(value, "saved", stage, m)
+            if stage < last:
+                near = owner[stage + 1] == group
+                put(
+                    ("F", stage, value), *(("in", "activation", stage + 1) if near else ("out", "activation", stage)), m
+                )
+        elif isinstance(instruction, (Backward, BackwardInput)):
+            saved = take("saved", stage, m)
+            value = ("loss", m) if stage == last else take("in", "gradient", stage, m)
+            computed["B", stage, m] += 1
+            if isinstance(instruction, BackwardInput):
+                put((value, saved), "deferred", stage, m)
+            else:
+                gradients[stage, value, saved] += 1
             if stage > 0:
-                put(stage, ("out", "gradient", m), ("B", stage, value))
+                near = owner[stage - 1] == group
+                put(("B", stage, value), *(("in", "gradient", stage - 1) if near else ("out", "gradient", stage)), m)
+        elif isinstance(instruction, BackwardWeight):
+            value, saved = take("deferred", stage, m)
+            gradients[stage, value, saved] += 1
         else:
             kind = str(instruction).lstrip("0123456789")
-            backwards = sum(times for (what, _), times in computed[stage].items() if what == "B")
-            demand(kind != "P" or not computed[stage], instruction)
-            demand(kind != "D" or backwards >= count, instruction)
-            demand(kind != "O" or "D" in once[stage], instruction)
-            once[stage].append(kind)
-        position[stage] += 1
+            forwards = sum(times for (what, s, _), times in computed.items() if (what, s) == ("F", stage))
+            demand(kind != "P" or not forwards, instruction)
+            whole = sum(times for (s, *_), times in gradients.items() if s == stage)
+            demand(kind != "D" or whole >= count, instruction)
+            demand(kind != "O" or stage == lowest[group], instruction)
+            demand(kind != "O" or all(("D", s) in once[group] for s in owner if owner[s] == group), instruction)
+            once[group].append((kind, stage))
+        position[group] += 1
         return True
 
     while True:
-        open_stages = [s for s in range(num_stages) if position[s] < len(program.actions[s])]
-        if not open_stages:
+        open_groups = [g for g in range(len(rows)) if position[g] < len(rows[g])]
+        if not open_groups:
             break
-        rng.shuffle(open_stages)
-        demand(any([step(s) for s in open_stages]), "deadlock")
+        rng.shuffle(open_groups)
+        demand(any([step(g) for g in open_groups]), "deadlock")
 
-    demand(count > 0, "nothing is computed")
     demand(not any(channels.values()), "a send never completes")
-    demand(not any(values), "a value is left over")
-    expected = Counter({(kind, m): 1 for kind in ("FB" if training else "F") for m in range(count)})
-    demand(all(c == expected for c in computed), "not every microbatch once")
-    demand(all(sorted(kinds) == (["D", "O", "P"] if training else ["P"]) for kinds in once), "once")
-    for stage in range(num_stages) if training else ():
+    demand(not values, "a value is left over")
+    expected = Counter({(k, s, m): 1 for k in ("FB" if training else "F") for s in owner for m in range(count)})
+    demand(computed == expected, "not every microbatch once")
+    for group, kinds in enumerate(once):
+        stages = [s for s in sorted(owner) if owner[s] == group]
+        wanted = [("P", s) for s in stages]
+        wanted += [("D", s) for s in stages] + [("O", stages[0])] if training else []
+        demand(sorted(kinds) == sorted(wanted), "once")
+    for stage in range(len(owner)) if training else ():
         for m in range(count):
             saved: tuple = ("batch", m)
             for before in range(stage):
                 saved = ("F", before, saved)
             value: tuple = ("loss", m)
-            for after in range(num_stages - 1, stage, -1):
+            for after in range(last, stage, -1):
                 value = ("B", after, value)
-            demand(gradients[stage][value, saved] == 1, "wrong gradient")
+            demand(gradients[stage, value, saved] == 1, "wrong gradient")
 
 
 def accepts(program: Program) -> bool:
@@ -172,26 +209,70 @@ def test_every_program_is_accepted_runs_and_round_trips(program: Program) -> Non
     assert Program.parse(str(program)) == program
 
 
-@given(st.integers(1, 8), st.integers(1, 12), st.sampled_from(sorted(SCHEDULES)))
-@settings(max_examples=100, deadline=None)
-def test_in_flight_is_what_the_schedule_promises(num_stages: int, microbatches: int, name: str) -> None:
-    program = build_program(num_stages, microbatches, name)
-    bounds = []
-    for stage, row in enumerate(program.actions):
-        held = peak = 0
+@given(st.integers(1, 8), st.integers(1, 20), st.sampled_from(CASES))
+@settings(max_examples=150, deadline=None)
+def test_in_flight_is_what_the_schedule_promises(num_groups: int, microbatches: int, case: tuple[str, int]) -> None:
+    name, virtual = case
+    program = build_program(num_groups, microbatches, name, virtual=virtual)
+    schedule = SCHEDULES[name]
+    bounds: list[list[int]] = [[], []]
+    for group, row in enumerate(program.actions):
+        held, deferred, peak, waiting = 0, 0, 0, 0
         for instruction in row:
-            held += isinstance(instruction, Forward) - isinstance(instruction, Backward)
-            peak = max(peak, held)
-        assert held == 0
-        assert peak == (min(num_stages - stage, microbatches) if name == "1f1b" else microbatches)
-        assert peak == SCHEDULES[name].in_flight(stage, num_stages, microbatches)
-        bounds.append(peak)
-    check(program, bounds)
-    check(program, max(bounds))
-    for stage in range(num_stages):
-        tighter = [b - (s == stage) for s, b in enumerate(bounds)]
-        with pytest.raises(ScheduleError, match=f"stage {stage}.*in flight; the bound is {tighter[stage]}"):
+            half = isinstance(instruction, BackwardInput)
+            held += isinstance(instruction, Forward) - isinstance(instruction, Backward) - half
+            deferred += half - isinstance(instruction, BackwardWeight)
+            peak, waiting = max(peak, held), max(waiting, deferred)
+        assert held == deferred == 0
+        by_hand = {
+            "gpipe": microbatches,
+            "1f1b": min(num_groups - group, microbatches),
+            "zb-h1": min(num_groups - group, microbatches),
+        }
+        if microbatches >= 2 * num_groups - 1:
+            by_hand["zb-v"] = 2 * num_groups
+        if microbatches % num_groups == 0:
+            warmup = (virtual - 1) * num_groups + 2 * (num_groups - 1 - group)
+            by_hand["interleaved"] = min(warmup + 1, microbatches * virtual)
+        assert peak == by_hand.get(name, peak)
+        if name == "zb-h1":
+            assert waiting == min(group + 1, microbatches)
+        assert schedule.splits_backward == (waiting > 0)
+        size = (group, num_groups, microbatches, virtual)
+        assert (peak, waiting) == (schedule.in_flight(*size), schedule.deferred(*size))
+        bounds[0].append(peak)
+        bounds[1].append(waiting)
+    check(program, *bounds)
+    check(program, *map(max, bounds))
+    for group in range(num_groups):
+        tighter = [b - (g == group) for g, b in enumerate(bounds[0])]
+        with pytest.raises(ScheduleError, match=f"group {group}.*in flight; the bound is {tighter[group]}"):
             check(program, tighter)
+        if bounds[1][group]:
+            tighter = [b - (g == group) for g, b in enumerate(bounds[1])]
+            with pytest.raises(ScheduleError, match=f"group {group}.*halves of a backward; the bound is"):
+                check(program, None, tighter)
+
+
+@given(st.integers(1, 8), st.integers(1, 20), st.sampled_from(CASES))
+@settings(max_examples=100, deadline=None)
+def test_every_stage_sums_its_gradients_in_one_order(num_groups: int, microbatches: int, case: tuple[str, int]) -> None:
+    program = build_program(num_groups, microbatches, case[0], virtual=case[1])
+    for group, row in enumerate(program.actions):
+        for stage in program.stages_of(group):
+            assert SCHEDULES[case[0]].group_of(stage, num_groups) == group
+            for kind in COMPUTE:
+                order = [i.microbatch for i in row if type(i) is kind and i.stage == stage]
+                assert order == sorted(order)
+
+
+def test_stages_that_a_schedule_cannot_lay_are_refused() -> None:
+    with pytest.raises(ValueError, match="'1f1b' runs 1 stage on each set of ranks, so 2 sets need 2 stages, not 4"):
+        build_program(2, 4, "1f1b", virtual=2)
+    with pytest.raises(ValueError, match="'zb-v' runs 2 stages"):
+        build_program(2, 4, "zb-v", virtual=1)
+    with pytest.raises(ValueError, match="3 sets cannot share 7 stages; the nearest counts are 6 and 9"):
+        SCHEDULES["interleaved"].check_stages(3, 7)
 
 
 def test_passes_add_one_kind_each_and_keep_the_rest() -> None:
@@ -210,7 +291,6 @@ def test_one_stage_needs_no_transfers_and_evaluation_no_backward() -> None:
     assert str(build_program(1, 2, "1f1b")) == "0P 0F0 0B0 0F1 0B1 0D 0O"
     assert str(build_program(1, 2, "gpipe")) == "0P 0F0 0F1 0B0 0B1 0D 0O"
     assert str(build_program(2, 1, "gpipe", training=False)) == "0P 0F0 0SA0>1\n1P 1RA0<0 1F0"
-    assert FORWARD_ONLY.name not in SCHEDULES
 
 
 def test_program_for_a_plan() -> None:
@@ -222,7 +302,11 @@ def test_program_for_a_plan() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((0, 1, "1f1b"), "pipeline=0"), ((2, 0, "1f1b"), "microbatches=0"), ((2, 2, "zigzag"), "one of 1f1b, gpipe")],
+    [
+        ((0, 1, "1f1b"), "pipeline=0"),
+        ((2, 0, "1f1b"), "microbatches=0"),
+        ((2, 2, "zigzag"), "one of 1f1b, gpipe, interleaved, zb-h1, zb-v"),
+    ],
 )
 def test_bad_arguments_say_what_was_expected(arguments, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -290,9 +374,8 @@ def test_verdict_agrees_with_the_executor_on_random_faults() -> None:
     rng = random.Random(1)
     accepted = Counter()
     for seed in range(4000):
-        program = build_program(
-            rng.randint(1, 4), rng.randint(1, 5), rng.choice(sorted(SCHEDULES)), training=rng.random() < 0.85
-        )
+        name, virtual = rng.choice(CASES)
+        program = build_program(rng.randint(1, 4), rng.randint(1, 5), name, rng.random() < 0.85, virtual)
         rows = rows_of(program)
         for _ in range(rng.choice((1, 1, 2))):
             rng.choice(FAULTS)([row for row in rows if row] if rows else rows, rng)
@@ -310,7 +393,7 @@ def _faulty(num_stages: int, microbatches: int, name: str, change) -> Program:
     return program_of(rows)
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
 @pytest.mark.parametrize(
     ("change", "reason", "marked"),
     [
@@ -320,7 +403,11 @@ def _faulty(num_stages: int, microbatches: int, name: str, change) -> Program:
         (lambda r: r[0].remove(SendActivation(0, 1, 1)), r"0SA1>1 is missing", r"\*missing\*"),
         (lambda r: r[1].insert(5, Forward(1, 0)), r"1F0 stands twice", r"\*1F0\*"),
         (lambda r: r[0].remove(OptimizerStep(0)), r"0O is missing", r"\*missing\*"),
-        (lambda r: r[2].insert(3, Forward(1, 0)), r"1F0 stands in the row of stage 2", r"\*1F0\*"),
+        (
+            lambda r: r[2].insert(3, Forward(1, 0)),
+            r"1F0 stands in the row of group 2, but stage 1 belongs to 1",
+            r"\*1F0\*",
+        ),
         (lambda r: r[0].append(ReceiveActivation(0, 0, 1)), r"0RA0<1 names a wrong peer", r"\*0RA0<1\*"),
         (lambda r: r[0].insert(0, r[0].pop(r[0].index(ReceiveGradient(0, 0, 1)))), "deadlock: .*0RG0<1", r"\*0RG0<1\*"),
     ],
@@ -332,6 +419,27 @@ def test_faults_are_named_and_marked_in_the_grid(name: str, change, reason: str,
     assert len(text.splitlines()) == 5 and text.splitlines()[1].startswith("step")
     assert re.search(marked, text)
     assert error.value.faults
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda r: r[0].remove(BackwardWeight(3, 2)), r"3D stands before the last backward"),
+        (lambda r: r[0].remove(BackwardInput(3, 2)), r"2RG2<3|0I2 uses what|3SG2>2 uses what 3B2"),
+        (lambda r: r[1].insert(0, r[1].pop(r[1].index(BackwardWeight(2, 1)))), r"2W1 uses what 2I1 has not produced"),
+        (lambda r: r[1].append(BackwardWeight(1, 0)), r"1W0 stands twice"),
+        (lambda r: r[1].insert(r[1].index(BackwardInput(2, 0)) + 1, Backward(2, 0)), r"2B0 stands twice"),
+        (lambda r: r[1].append(SendActivation(1, 0, 2)), r"1SA0>2 names a wrong peer"),
+        (lambda r: r[1].insert(0, r[1].pop(r[1].index(Forward(2, 1)))), r"2F1 uses what 1F1 has not produced"),
+        (lambda r: r[0].append(OptimizerStep(3)), r"3O stands for stage 0, the lowest of its group"),
+        (lambda r: r.reverse(), r"ascending order"),
+    ],
+)
+def test_faults_of_halves_and_of_stages_on_one_group(change, reason: str) -> None:
+    rows = rows_of(build_program(2, 3, "zb-v"))
+    change(rows)
+    with pytest.raises(ScheduleError, match=reason):
+        check(program_of(rows))
 
 
 def test_messages_out_of_order_are_refused_although_counts_match() -> None:
@@ -346,7 +454,7 @@ def test_messages_out_of_order_are_refused_although_counts_match() -> None:
 
 def test_grid_shows_the_staircase() -> None:
     lines = grid(Program(tuple(tuple(SCHEDULES["gpipe"].order(s, 3, 2)) for s in range(3)))).splitlines()
-    assert lines[1].split() == ["stage", "0", "0F0", "0F1", "0B0", "0B1"]
+    assert lines[1].split() == ["group", "0", "0F0", "0F1", "0B0", "0B1"]
     assert [line.index(f"{s}F0") for s, line in enumerate(lines[1:])] == sorted(
         {line.index(f"{s}F0") for s, line in enumerate(lines[1:])}
     )

@@ -186,7 +186,7 @@ def test_conversions_do_what_they_say(degree):
     torch.manual_seed(degree)
     for have, want in itertools.product(PLACEMENTS, PLACEMENTS):
         values = [v.clone().requires_grad_() for v in _random_values(have, degree)]
-        converted = convert(values, have, want)
+        converted = convert(values, (have,), (want,), (degree,))
         said = conversion(have, want)
         _assert_equal(converted, _act(said.forward, values, have, want, degree), want)
         seeds = _random_values(dual(want), degree)

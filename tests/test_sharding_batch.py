@@ -175,8 +175,8 @@ def test_chunks_add_up_to_the_whole(name):
     for shards, degree in ((2, 1), (8, 1), (2, 2), (4, 2), (2, 2), (2, 2)):
         layout = batch_layout(graph, shards)
         assert layout.conflict is None and layout.placements[graph.loss] == PARTIAL
-        chosen = {op.name: draw.choice(strategies(graph, op, degree, shards)) for op in graph.ops}
-        found, found_gradients = run_emulated(graph, values, shards, degree, chosen)
+        chosen = {op.name: (draw.choice(strategies(graph, op, degree, shards)),) for op in graph.ops}
+        found, found_gradients = run_emulated(graph, values, shards, (degree,), chosen)
         torch.testing.assert_close(found, loss, rtol=1e-6, atol=1e-8)
         for parameter, gradient in gradients.items():
             torch.testing.assert_close(found_gradients[parameter], gradient, rtol=1e-6, atol=1e-8, msg=parameter)

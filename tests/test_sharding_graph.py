@@ -8,8 +8,7 @@ import models
 import pytest
 import torch
 from emulated_graph import reference, run_emulated
-
-from autopar.sharding.strategies import strategies
+from plan_cases import random_strategies
 
 EXACT = ("build_llama", "build_gpt2", "build_mlp", "build_conv_net", "build_tied_lm", "build_two_inputs")
 
@@ -19,9 +18,11 @@ def test_random_strategies_give_the_modules_loss_and_gradients(name):
     torch.manual_seed(0)
     graph, values, loss, gradients = reference(*getattr(models, name)())
     draw = random.Random(name)
-    for shards, degree in ((1, 2), (2, 2), (4, 2), (1, 4), (4, 1)):
-        chosen = {op.name: draw.choice(strategies(graph, op, degree, shards)) for op in graph.ops}
-        found, found_gradients = run_emulated(graph, values, shards, degree, chosen)
+    for shards, degrees in (
+        (1, (2,)), (2, (2,)), (4, (2,)), (1, (4,)), (4, (1,)), (1, (2, 2)), (2, (2, 2)), (1, (4, 2)), (1, (2, 2, 2))
+    ):  # fmt: skip
+        chosen = {op.name: random_strategies(graph, op, degrees, shards, draw) for op in graph.ops}
+        found, found_gradients = run_emulated(graph, values, shards, degrees, chosen)
         torch.testing.assert_close(found, loss, rtol=1e-9, atol=1e-9)
         for parameter, gradient in gradients.items():
             torch.testing.assert_close(found_gradients[parameter], gradient, rtol=1e-7, atol=1e-9, msg=parameter)

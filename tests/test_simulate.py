@@ -18,12 +18,15 @@ from autopar.schedule.build import build_program
 from autopar.schedule.check import ScheduleError
 from autopar.schedule.instructions import Program, SendActivation, parse_instruction
 from autopar.schedule.orders import SCHEDULES
-from autopar.schedule.step_time import _LAST_BACKWARD, lower_bound_s, step_time_s
+from autopar.schedule.step_time import lower_bound_s, step_time_s
 from autopar.simulate import simulate, simulate_program, stage_peak_bytes
 from autopar.timeline import Event, Timeline
 
 ZERO = StageCost(*[0.0] * 4, 0, *[0.0] * 4, *[0] * 7)
-degrees = (st.integers(1, 8), st.integers(1, 20), st.sampled_from(sorted(SCHEDULES)))
+PLAIN = ("gpipe", "1f1b")
+# Schedule and stages per group, with a schedule of any number taking several.
+CASES = [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("zb-v", 2), *(("interleaved", v) for v in (1, 2, 3))]
+degrees = (st.integers(1, 8), st.integers(1, 20), st.sampled_from(PLAIN))
 
 
 def random_cost(rng: random.Random, transfer_s: float) -> StageCost:
@@ -38,7 +41,13 @@ def random_cost(rng: random.Random, transfer_s: float) -> StageCost:
         optimizer_s=some(1.0), parameter_bytes=rng.randrange(1000), gradient_bytes=rng.randrange(1000),
         optimizer_bytes=rng.randrange(1000), unsharded_bytes=rng.randrange(1000), activation_bytes=rng.randrange(1000),
         forward_peak_bytes=rng.randrange(1000), backward_peak_bytes=rng.randrange(1000),
+        deferred_bytes=rng.randrange(1000),
     )  # fmt: skip
+
+
+def split_cost(rng: random.Random, transfer_s: float) -> StageCost:
+    cost = random_cost(rng, transfer_s)
+    return replace(cost, backward_weight_s=cost.backward_s * rng.choice((0.0, 0.5, 1.0, rng.random())))
 
 
 # ---------------------------------------------------------------------------------------------------- closed forms
@@ -53,6 +62,43 @@ def test_equal_stages_take_the_closed_form(num_stages: int, microbatches: int, n
     assert line.bubble_fraction() == pytest.approx((num_stages - 1) / (microbatches + num_stages - 1), abs=1e-12)
     assert step_time_s(num_stages, microbatches, name, costs) == pytest.approx(line.step_time_s, rel=1e-12)
     assert lower_bound_s(num_stages, microbatches, name, costs) == pytest.approx(line.step_time_s, rel=1e-12)
+
+
+@given(st.integers(1, 7), st.integers(1, 5), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_interleaved_bubble_is_that_of_one_small_stage(
+    num_groups: int, rounds: int, virtual: int, f: int, b: int
+) -> None:
+    """Narayanan et al. 2021, section 2.2.2: t_pb = (p - 1)(t_f + t_b) / v, with t_f / v here the time of one stage."""
+    costs = [replace(ZERO, forward_s=f, backward_s=b)] * (num_groups * virtual)
+    microbatches = num_groups * rounds
+    line = simulate_program(build_program(num_groups, microbatches, "interleaved", virtual=virtual), costs)
+    assert line.step_time_s == microbatches * virtual * (f + b) + (num_groups - 1) * (f + b)
+    assert step_time_s(num_groups, microbatches, "interleaved", costs) == line.step_time_s
+
+
+@given(st.integers(1, 7), st.integers(0, 12), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_zero_bubble_h1_bubble_of_the_paper(num_groups: int, more: int, f: int, i: int, w: int) -> None:
+    """Qi et al. 2023, table 1: (p - 1)(T_F + T_B - T_W), for W that fit where it puts them and m >= p."""
+    w = min(w, f, i)
+    costs = [replace(ZERO, forward_s=f, backward_s=i + w, backward_weight_s=w)] * num_groups
+    line = simulate_program(build_program(num_groups, num_groups + more, "zb-h1"), costs)
+    assert line.step_time_s == (num_groups + more) * (f + i + w) + (num_groups - 1) * (f + i - w)
+
+
+@given(st.integers(1, 7), st.integers(0, 12), st.integers(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_zero_bubble_v_never_waits_once_it_has_begun(num_groups: int, more: int, t: int) -> None:
+    """Qi et al. 2023, section 6: no bubble for T_F = T_B = T_W; a step without its start-up is all work."""
+    microbatches = 2 * num_groups - 1 + more
+    costs = [replace(ZERO, forward_s=t, backward_s=2 * t, backward_weight_s=t)] * (2 * num_groups)
+    line = simulate_program(build_program(num_groups, microbatches, "zb-v"), costs)
+    work_s = 6 * t * microbatches
+    assert line.step_time_s == work_s + (num_groups - 1) * t
+    for group, events in line.by_rank().items():
+        compute = [e for e in events if e.kind in "FIW"]
+        assert compute[0].start_s == group * t and compute[-1].end_s == group * t + work_s
 
 
 @given(st.integers(1, 8), st.integers(1, 20), st.integers(1, 9), st.integers(0, 9))
@@ -92,8 +138,9 @@ def test_events_respect_the_order_of_each_stage_and_of_messages() -> None:
     rng = random.Random(3)
     for _ in range(60):
         num_stages, microbatches = rng.randint(1, 5), rng.randint(1, 8)
-        costs = [random_cost(rng, 1.0) for _ in range(num_stages)]
-        program = build_program(num_stages, microbatches, rng.choice(sorted(SCHEDULES)))
+        name, virtual = rng.choice(CASES)
+        costs = [split_cost(rng, 1.0) for _ in range(num_stages * virtual)]
+        program = build_program(num_stages, microbatches, name, virtual=virtual)
         line = simulate_program(program, costs)
         tokens = line.by_token()
         for row in program.actions:
@@ -124,7 +171,7 @@ def test_fast_step_time_equals_the_simulator_and_the_bound_holds() -> None:
     rng = random.Random(5)
     tight = 0
     for _ in range(500):
-        num_stages, microbatches, name = rng.randint(1, 7), rng.randint(1, 32), rng.choice(sorted(SCHEDULES))
+        num_stages, microbatches, name = rng.randint(1, 7), rng.randint(1, 32), rng.choice(PLAIN)
         transfer_s = rng.choice((0.0, 0.1, 1.0, 5.0))
         costs = [random_cost(rng, transfer_s) for _ in range(num_stages)]
         expected_s = simulate_program(build_program(num_stages, microbatches, name), costs).step_time_s
@@ -133,6 +180,17 @@ def test_fast_step_time_equals_the_simulator_and_the_bound_holds() -> None:
         assert bound_s <= expected_s * (1 + 1e-12)
         tight += bound_s >= expected_s * (1 - 1e-9)
     assert tight > 40
+
+
+def test_fast_step_time_equals_the_simulator_for_every_schedule() -> None:
+    rng = random.Random(8)
+    for _ in range(250):
+        num_groups, microbatches, (name, virtual) = rng.randint(1, 6), rng.randint(1, 20), rng.choice(CASES)
+        transfer_s = rng.choice((0.0, 0.1, 1.0, 5.0))
+        costs = [split_cost(rng, transfer_s) for _ in range(num_groups * virtual)]
+        program = build_program(num_groups, microbatches, name, virtual=virtual)
+        expected_s = simulate_program(program, costs).step_time_s
+        assert step_time_s(num_groups, microbatches, name, costs) == pytest.approx(expected_s, rel=1e-9, abs=1e-12)
 
 
 def test_fast_step_time_over_many_microbatches_where_it_skips() -> None:
@@ -144,10 +202,12 @@ def test_fast_step_time_over_many_microbatches_where_it_skips() -> None:
             assert step_time_s(num_stages, 400, "1f1b", costs) == pytest.approx(expected_s, rel=1e-9)
 
 
-def test_every_schedule_has_a_fast_step_time() -> None:
-    assert set(_LAST_BACKWARD) == set(SCHEDULES)
-    with pytest.raises(ValueError, match="one of 1f1b, gpipe"):
+def test_a_step_time_wants_the_stages_that_the_schedule_runs() -> None:
+    assert {name for name, _ in CASES} == set(SCHEDULES)
+    with pytest.raises(ValueError, match="one of 1f1b, gpipe, interleaved, zb-h1, zb-v"):
         step_time_s(1, 1, "zigzag", [ZERO])
+    with pytest.raises(ValueError, match="need 4 stages, not 3"):
+        step_time_s(2, 1, "zb-v", [ZERO] * 3)
 
 
 # -------------------------------------------------------------------------------------------------------- memory
@@ -172,7 +232,7 @@ def test_peak_memory_by_hand() -> None:
     assert line.peak_memory_bytes == {0: 334, 1: 334, 2: 334}
 
 
-@given(*degrees, st.integers(0, 2**32))
+@given(st.integers(1, 8), st.integers(1, 20), st.sampled_from((*PLAIN, "zb-h1")), st.integers(0, 2**32))
 @settings(max_examples=80, deadline=None)
 def test_peak_memory_from_the_bound_equals_the_walk(num_stages: int, microbatches: int, name: str, seed: int) -> None:
     rng = random.Random(seed)
@@ -212,6 +272,19 @@ def test_sixteen_thousand_ranks_fold_to_their_stages() -> None:
         assert len(events) == 2 and replace(events[0], rank=events[1].rank) == events[1]
     forward_only = simulate(None, small, None, model=MadeUpCosts(), training=False)
     assert forward_only.step_time_s == one.step_time_s / 2 == 9.0
+
+
+def test_memory_of_several_stages_and_of_halves_by_hand() -> None:
+    cost = replace(
+        ZERO, parameter_bytes=100, gradient_bytes=100, optimizer_bytes=200, activation_bytes=10, forward_peak_bytes=4,
+        backward_peak_bytes=6, deferred_bytes=3, reduce_s=1.0,
+    )  # fmt: skip
+    # Megatron's order for P = 2, V = 2: 5 and 3 forwards in flight at most, the last one's backward before any other.
+    line = simulate_program(build_program(2, 4, "interleaved", virtual=2), [cost] * 4)
+    assert line.peak_memory_bytes == {0: 800 + 50 + 6, 1: 800 + 30 + 6}
+    # ZB-H1 for P = 3: 3, 2, 1 in flight. Group 1 puts off one W: F2 finds I0 .. W0 open; group 2 has F3 beside W1 and W2.
+    line = simulate_program(build_program(3, 5, "zb-h1"), [cost] * 3)
+    assert line.peak_memory_bytes == {0: 400 + 30 + 6, 1: 400 + 20 + 3 + 6, 2: 400 + 10 + 6 + 6}
 
 
 def test_the_simulator_refuses_what_the_checker_refuses() -> None:

@@ -73,20 +73,44 @@ _PARTS: dict[str, _Part] = {
         _link(300e9, _NVLINK_LATENCY_S),
         _link(25e9, _NETWORK_LATENCY_S),
     ),
+    # NVIDIA A800 data sheet: an A100 with NVLink at 400 GB/s both ways.
+    "a800-80gb": _Part(
+        80e9,
+        2039e9,
+        {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12},
+        _link(200e9, _NVLINK_LATENCY_S),
+        _link(25e9, _NETWORK_LATENCY_S),
+    ),
     # NVIDIA H100 data sheet, SXM5: 67 Tflop/s FP32, 1,979 Tflop/s BF16/FP16 with sparsity (half of it dense), 3.35
     # TB/s, NVLink 900 GB/s both ways. Network: DGX H100, 8 x 400 Gb/s NDR.
     "h100-80gb": _Part(
         80e9,
         3350e9,
-        {"float32": 67e12, "bfloat16": 989.5e12, "float16": 989.5e12},
+        {"float32": 67e12, "bfloat16": 989.5e12, "float16": 989.5e12, "float8": 1979e12},
         _link(450e9, _NVLINK_LATENCY_S),
+        _link(50e9, _NETWORK_LATENCY_S),
+    ),
+    # An H100 with 96 GB of HBM2e at 2.4 TB/s and 500 W (torchtitan's measurements of 2024 name it).
+    "h100-96gb": _Part(
+        96e9,
+        2400e9,
+        {"float32": 67e12, "bfloat16": 989.5e12, "float16": 989.5e12, "float8": 1979e12},
+        _link(450e9, _NVLINK_LATENCY_S),
+        _link(50e9, _NETWORK_LATENCY_S),
+    ),
+    # NVIDIA H800 data sheet: an H100 with NVLink at 400 GB/s both ways.
+    "h800-80gb": _Part(
+        80e9,
+        3350e9,
+        {"float32": 67e12, "bfloat16": 989.5e12, "float16": 989.5e12, "float8": 1979e12},
+        _link(200e9, _NVLINK_LATENCY_S),
         _link(50e9, _NETWORK_LATENCY_S),
     ),
     # NVIDIA H200 data sheet, SXM: compute as H100, 141 GB at 4.8 TB/s.
     "h200-141gb": _Part(
         141e9,
         4800e9,
-        {"float32": 67e12, "bfloat16": 989.5e12, "float16": 989.5e12},
+        {"float32": 67e12, "bfloat16": 989.5e12, "float16": 989.5e12, "float8": 1979e12},
         _link(450e9, _NVLINK_LATENCY_S),
         _link(50e9, _NETWORK_LATENCY_S),
     ),
@@ -126,10 +150,21 @@ _LAUNCH_S = 5e-6
 PRESETS = tuple(_PARTS)
 
 
-def preset(name: str, hosts: int = 1, devices_per_host: int = 8, inter: Link | None = None) -> Cluster:
+def preset(
+    name: str,
+    hosts: int = 1,
+    devices_per_host: int = 8,
+    inter: Link | None = None,
+    *,
+    software: str = "torch",
+    intra_bytes_per_s: float | None = None,
+    inter_bytes_per_s: float | None = None,
+) -> Cluster:
     """A cluster of `hosts` x `devices_per_host` parts of one kind.
 
-    inter: the link between hosts, per device, in place of the part's usual one.
+    inter: the link between hosts, per device, in place of the part's usual one. software: the stack that trains
+    (cost/constants.py). intra_bytes_per_s, inter_bytes_per_s: nominal rates per device and direction, in place of the
+    part's.
     Raises ValueError for a name that is not in `PRESETS`, naming the nearest.
     """
     part = _PARTS.get(name.lower())
@@ -146,4 +181,9 @@ def preset(name: str, hosts: int = 1, devices_per_host: int = 8, inter: Link | N
         backward_launch_s=_LAUNCH_S,
         asynchronous=name.lower() != "cpu",
     )
-    return Cluster(device, hosts, devices_per_host, part.intra, inter or part.inter, f"preset {name.lower()}")
+    intra, inter = part.intra, inter or part.inter
+    if intra_bytes_per_s:
+        intra = _link(intra_bytes_per_s, intra.latency_s)
+    if inter_bytes_per_s:
+        inter = _link(inter_bytes_per_s, inter.latency_s)
+    return Cluster(device, hosts, devices_per_host, intra, inter, f"preset {name.lower()}", software)

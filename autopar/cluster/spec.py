@@ -112,7 +112,10 @@ class Cluster:
     """`num_hosts` hosts of `devices_per_host` equal devices; ranks are numbered host by host.
 
     intra: the link between two devices of one host; inter: between devices of different hosts, per device.
-    source: where the numbers come from ("probe", "preset h100-80gb", a path).
+    source: where the numbers come from ("probe", "preset h100-80gb", a path). software: the stack that trains, one of
+        cost/constants.py; "" where everything is measured.
+    hosts_per_switch: on one leaf switch; 0: one switch has them all. oversubscription: how many times the ports of a
+        leaf exceed its uplinks.
     """
 
     device: Device
@@ -121,12 +124,21 @@ class Cluster:
     intra: Link
     inter: Link
     source: str = ""
+    software: str = ""
+    hosts_per_switch: int = 0
+    oversubscription: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("num_hosts", "devices_per_host"):
             count = getattr(self, name)
             if not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} of a cluster must be a whole number of at least 1; got {count!r}")
+        count = self.hosts_per_switch
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(f"hosts_per_switch of a cluster must be a whole number, 0 for all; got {count!r}")
+        _positive("oversubscription of a cluster", self.oversubscription)
+        if self.oversubscription < 1:
+            raise ValueError(f"oversubscription of a cluster must be at least 1; got {self.oversubscription!r}")
 
     @property
     def world_size(self) -> int:
@@ -189,6 +201,9 @@ class Cluster:
                 intra=_link(data["intra"]),
                 inter=_link(data["inter"]),
                 source=data.get("source", ""),
+                software=data.get("software", ""),
+                hosts_per_switch=data.get("hosts_per_switch", 0),
+                oversubscription=data.get("oversubscription", 1.0),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where} is not a complete cluster ({type(error).__name__}: {error})") from None

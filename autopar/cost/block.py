@@ -1,41 +1,86 @@
-"""Seconds of one op, one conversion and one block, per rank and microbatch. Blocks of one kind are priced once."""
+"""Seconds of one op, one conversion and one block, per rank and microbatch. Blocks of one kind are priced once.
+
+On a device that computes asynchronously a pass of a block takes the longer of what the device works and of what the
+host needs to launch it; the difference stands as class "launch" among the compute seconds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..cluster.rates import FLOP_CLASSES
 from ..cluster.spec import Cluster
 from ..graph import Block, Graph, Op
+from ..plan import Recompute
 from ..sharding.batch import batch_layout
 from ..sharding.flow import Run, Step
 from ..sharding.placement import Action, Placement, Split, conversion
 from ..sharding.strategy import Strategy
 from .collectives import collective_s
-from .compute import seconds_by_class
+from .compute import host_s, seconds_by_class
+from .constants import Constants, constants_of
 from .corrections import Corrections
 from .kernels import Call, Kernel, kernels
 from .local import LocalShapes
+from .precision import computed_tensors
 from .storage import Storages, storages
 
 Both = tuple[float, float]
 Table = dict[str, Both]
 
+COLLECTIVE_ACTIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+
+
+@dataclass(frozen=True, slots=True)
+class OpSeconds:
+    """(forward, backward) of one op on one rank: by compute class on the device, and on the host that launches it."""
+
+    forward: Mapping[str, float]
+    backward: Mapping[str, float]
+    host: Both
+
 
 @dataclass(frozen=True, slots=True)
 class BlockSeconds:
-    """compute: (forward, backward) seconds by class; collectives: by "<link>/<collective>", link "intra" or "inter"."""
+    """compute: (forward, backward) seconds by class; collectives: by "<link>/<collective>", link "intra" or "inter";
+    both of the device. host: seconds of launching. cheap_host_s: of launching in the forward what is not counted in
+    flops, which selective recomputation does again.
+    """
 
     compute: Mapping[str, Both]
     collectives: Mapping[str, Both]
+    host: Both
+    cheap_host_s: float
+    tensor_overlap: float
 
-    @property
-    def forward_s(self) -> float:
-        return sum(f for f, _ in self.compute.values()) + sum(f for f, _ in self.collectives.values())
+    def passes(self, recompute: Recompute) -> tuple[Mapping[str, Both], Mapping[str, Both]]:
+        """(compute, collectives) with what is computed again in the backward, exposed communication alone, and
+        the class "launch" for the time that the device waits for the host."""
+        again = {name: forward for name, (forward, _) in self.compute.items() if _again(name, recompute)}
+        compute = {name: (f, b + again.get(name, 0.0)) for name, (f, b) in self.compute.items()}
+        # What is sent is as expensive as a product: selective recomputation keeps it.
+        whole = recompute == "full"
+        collectives = {name: (f, b + f if whole else b) for name, (f, b) in self.collectives.items()}
+        host = (
+            self.host[0],
+            self.host[1] + {"none": 0.0, "selective": self.cheap_host_s, "full": self.host[0]}[recompute],
+        )
+        busy = [sum(pair[way] for pair in compute.values()) for way in (0, 1)]
+        if self.tensor_overlap and collectives:
+            sent = [sum(pair[way] for pair in collectives.values()) for way in (0, 1)]
+            seen = [1 - self.tensor_overlap * min(c, w) / c if c else 1.0 for c, w in zip(sent, busy, strict=True)]
+            collectives = {name: (f * seen[0], b * seen[1]) for name, (f, b) in collectives.items()}
+        if any(host):
+            total = [sum(pair[way] for pair in collectives.values()) + busy[way] for way in (0, 1)]
+            waits = tuple(max(0.0, h - t) for h, t in zip(host, total, strict=True))
+            if any(waits):
+                compute["launch"] = (waits[0], waits[1])
+        return compute, collectives
 
-    @property
-    def backward_s(self) -> float:
-        return sum(b for _, b in self.compute.values()) + sum(b for _, b in self.collectives.values())
+
+def _again(compute_class: str, recompute: Recompute) -> bool:
+    return recompute == "full" or (recompute == "selective" and compute_class not in FLOP_CLASSES)
 
 
 def add(table: Table, name: str, forward_s: float, backward_s: float) -> None:
@@ -45,13 +90,22 @@ def add(table: Table, name: str, forward_s: float, backward_s: float) -> None:
 
 
 class Pricer:
-    """Prices of ops and conversions of one graph on one cluster."""
+    """Prices of ops and conversions of one graph on one cluster, computed in one precision."""
 
-    def __init__(self, graph: Graph, cluster: Cluster, corrections: Corrections) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        cluster: Cluster,
+        corrections: Corrections,
+        constants: Constants | None = None,
+        precision: str = "float32",
+    ) -> None:
         self.graph, self.cluster, self.corrections = graph, cluster, corrections
+        self.constants = constants or constants_of(cluster)
+        self.tensors = computed_tensors(graph, precision)
         self.storages: Storages = storages(graph)
         self._local: dict[int, LocalShapes] = {}
-        self._ops: dict[tuple, tuple[dict[str, float], dict[str, float]]] = {}
+        self._ops: dict[tuple, OpSeconds] = {}
         # Ops at the same position of isomorphic blocks have one price.
         first: dict[int, Block] = {}
         self._representative: dict[str, str] = {}
@@ -62,11 +116,11 @@ class Pricer:
     def local(self, shards: int) -> LocalShapes:
         if shards not in self._local:
             placements = batch_layout(self.graph, shards).placements if shards > 1 else {}
-            self._local[shards] = LocalShapes(self.graph, shards, placements)
+            self._local[shards] = LocalShapes(self.graph, shards, placements, self.tensors)
         return self._local[shards]
 
-    def op_seconds(self, op: Op, strategy: Strategy | None, shards: int) -> tuple[dict[str, float], dict[str, float]]:
-        """(forward, backward) seconds by compute class of `op` on one rank; collectives inside it do not count."""
+    def op_seconds(self, op: Op, strategy: Strategy | None, shards: int) -> OpSeconds:
+        """Seconds of `op` on one rank; collectives inside it do not count."""
         key = (self._representative.get(op.name, op.name), strategy, shards)
         found = self._ops.get(key)
         if found is None:
@@ -76,19 +130,22 @@ class Pricer:
                 [replace(kernel, amount=kernel.amount * more) for kernel in part]
                 for part in kernels(self._call(op, strategy, shards))
             )
-            device = self.cluster.device
-            found = self._ops[key] = (
-                seconds_by_class(device, forward, False, self.corrections),
-                seconds_by_class(device, backward, True, self.corrections),
+            device, corrections, constants = self.cluster.device, self.corrections, self.constants
+            found = self._ops[key] = OpSeconds(
+                seconds_by_class(device, forward, False, corrections, constants),
+                seconds_by_class(device, backward, True, corrections, constants),
+                (host_s(device, forward, False, constants), host_s(device, backward, True, constants)),
             )
         return found
+
+    def collective_s(self, kind: str, size_bytes: float, ranks: Sequence[int]) -> float:
+        return collective_s(self.cluster, kind, size_bytes, tuple(ranks), self.corrections, self.constants)
 
     def inner_collective(self, op: Op, strategy: Strategy | None, shards: int, ranks: Sequence[int]) -> float:
         """Seconds of the small all-reduces inside a special algorithm, all in the forward."""
         if strategy is None or not strategy.collective_bytes:
             return 0.0
-        size = strategy.collective_bytes / shards
-        return collective_s(self.cluster, "all_reduce", size, tuple(ranks), self.corrections)
+        return self.collective_s("all_reduce", strategy.collective_bytes / shards, ranks)
 
     def conversion_actions(
         self, tensor: str, have: Placement, want: Placement, shards: int
@@ -104,11 +161,12 @@ class Pricer:
         """(communication, local copies) of one action on a tensor of `size` whole bytes. adjoint: in the backward."""
         if action == "":
             return 0.0, 0.0
-        moves = action in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-        wire_s = collective_s(self.cluster, action, size, ranks, self.corrections) if moves else 0.0
+        wire_s = self.collective_s(action, size, ranks) if action in COLLECTIVE_ACTIONS else 0.0
         copied = _copied_bytes(action, source, target, size, len(ranks))
-        device = self.cluster.device
-        seconds = seconds_by_class(device, [Kernel("copy", copied, copied, "", launches=3)], adjoint, self.corrections)
+        if not copied and self.cluster.device.asynchronous:
+            return wire_s, 0.0
+        copy = [Kernel("copy", copied, copied, "", launches=1 if self.cluster.device.asynchronous else 3)]
+        seconds = seconds_by_class(self.cluster.device, copy, adjoint, self.corrections, self.constants)
         return wire_s, sum(seconds.values())
 
     def block_seconds(
@@ -121,29 +179,40 @@ class Pricer:
         """
         compute: Table = {}
         collectives: Table = {}
+        host = [0.0, 0.0]
+        cheap_host_s = 0.0
+        launch_s = self.constants.collective_launch_s if self.cluster.device.asynchronous else 0.0
         link = "inter" if self.cluster.crosses_hosts(ranks) else "intra"
         for step in steps:
             if isinstance(step, Run):
-                forward, backward = self.op_seconds(step.op, step.strategy, shards)
-                for name, seconds in forward.items():
+                op = self.op_seconds(step.op, step.strategy, shards)
+                for name, seconds in op.forward.items():
                     add(compute, name, seconds, 0.0)
-                for name, seconds in backward.items():
+                for name, seconds in op.backward.items():
                     add(compute, name, 0.0, seconds)
+                host[0] += op.host[0]
+                host[1] += op.host[1]
+                if not any(name in FLOP_CLASSES for name in op.forward):
+                    cheap_host_s += op.host[0]
                 inner_s = self.inner_collective(step.op, step.strategy, shards, ranks)
-                add(collectives, f"{link}/all_reduce", inner_s, 0.0)
+                if inner_s:
+                    add(collectives, f"{link}/all_reduce", inner_s, 0.0)
+                    host[0] += launch_s
                 continue
             forward_action, backward_action, size = self.conversion_actions(step.tensor, step.have, step.want, shards)
             wire_s, copy_s = self.action_seconds(*forward_action, size, ranks, False)
             add(collectives, f"{link}/{forward_action[0]}", wire_s, 0.0)
             add(compute, "copy", copy_s, 0.0)
+            host[0] += launch_s if wire_s else 0.0
             if backward_action is not None and not (step.tensor in at_rest and backward_action[0] == "all_reduce"):
                 wire_s, copy_s = self.action_seconds(*backward_action, size, ranks, True)
                 add(collectives, f"{link}/{backward_action[0]}", 0.0, wire_s)
                 add(compute, "copy", 0.0, copy_s)
-        return BlockSeconds(compute, collectives)
+                host[1] += launch_s if wire_s else 0.0
+        return BlockSeconds(compute, collectives, (host[0], host[1]), cheap_host_s, self.constants.tensor_overlap)
 
     def _call(self, op: Op, strategy: Strategy | None, shards: int) -> Call:
-        local, tensors = self.local(shards), self.graph.tensors
+        local, tensors = self.local(shards), self.tensors
         degree = axis_degree(strategy)
         in_places = strategy.inputs if strategy else (None,) * len(op.inputs)
         out_places = strategy.outputs if strategy else (None,) * len(op.outputs)
@@ -155,6 +224,7 @@ class Pricer:
             tuple(local.shape(n, p, degree) for n, p in zip(op.outputs, out_places, strict=True)),
             op.name in self.storages.copies,
             tuple(len(self.graph.consumers[name]) for name in op.inputs),
+            self.constants.products_in,
         )
 
 

@@ -20,6 +20,7 @@ class Kernel:
     """amount: flops or bytes; at: the size at which to look up the rate; launches: calls that it takes.
 
     adjoint: look up the class's "_backward" rate. moved_bytes: what a class counted in flops reads and writes.
+    shape: of a matmul, (batch, m, n, k); of attention, (batch x heads, query length, key length, head size); else ().
     """
 
     compute_class: str
@@ -29,6 +30,7 @@ class Kernel:
     launches: int = 1
     adjoint: bool = False
     moved_bytes: float = 0.0
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Call:
     """An op with local shapes, in the order of its inputs and outputs.
 
     copies: a view op that cannot alias its input. shared_uses: per input, how many consumers add to its gradient.
+    products_in: dtype that linear layers cast their operands to, "" for none.
     """
 
     op: Op
@@ -45,6 +48,12 @@ class Call:
     out_shapes: tuple[Shape, ...]
     copies: bool
     shared_uses: tuple[int, ...]
+    products_in: str = ""
+
+    @property
+    def product_dtype(self) -> str:
+        """What a product computes in: the tensors' dtype, unless linear layers cast their operands down."""
+        return self.products_in if self.products_in and self.name == "linear" else self.dtype
 
     @property
     def name(self) -> str:
@@ -106,29 +115,49 @@ def _bytes(
 # -- contractions
 
 
-def _products(call: Call, flops: float, compute_class: str = "matmul") -> tuple[Kernels, Kernels]:
-    """One product forward, and one per input (of the first two) that needs a gradient backward."""
+def _products(
+    call: Call, flops: float, compute_class: str = "matmul", shape: tuple[int, ...] = ()
+) -> tuple[Kernels, Kernels]:
+    """One product forward, and one per input (of the first two matrices) that needs a gradient backward.
+
+    shape: (batch, m, n, k) of the forward; the gradients' products are (m, k, n) and (k, n, m).
+    """
     moved = call.in_bytes + call.out_bytes()
-    forward = [Kernel(compute_class, flops, flops, call.dtype, moved_bytes=moved)]
+    dtype = call.product_dtype if compute_class == "matmul" else call.dtype
+    forward = [Kernel(compute_class, flops, flops, dtype, moved_bytes=moved, shape=shape)]
     backward = []
-    for i in call.differentiable:
-        if len(call.shapes[i]) > 1:
-            backward.append(Kernel(compute_class, flops, flops, call.dtype, adjoint=True, moved_bytes=moved))
+    turns = [(0, 1, 3, 2), (0, 3, 2, 1)]
+    matrices = 0
+    for i in range(len(call.tensors)):
+        matrix = len(call.shapes[i]) > 1
+        matrices += matrix
+        if i not in call.differentiable:
+            continue
+        if matrix:
+            turned = tuple(shape[j] for j in turns[min(matrices, 2) - 1]) if shape else ()
+            backward.append(Kernel(compute_class, flops, flops, dtype, adjoint=True, moved_bytes=moved, shape=turned))
         else:  # a bias: its gradient is a sum over the rows of the result's
             backward.append(_bytes("reduction", call.out_bytes()))
     return forward, backward
 
 
 def _linear(call: Call) -> tuple[Kernels, Kernels]:
-    return _products(call, 2.0 * math.prod(call.shapes[0]) * call.shapes[1][0])
+    rows, width, out = math.prod(call.shapes[0][:-1]), call.shapes[0][-1], call.shapes[1][0]
+    return _products(call, 2.0 * rows * width * out, shape=(1, rows, out, width))
 
 
 def _matmul(call: Call) -> tuple[Kernels, Kernels]:
-    return _products(call, 2.0 * math.prod(call.out_shapes[0]) * call.shapes[0][-1])
+    out, inner = call.out_shapes[0], call.shapes[0][-1]
+    flops = 2.0 * math.prod(out) * inner
+    if len(call.shapes[0]) < 2 or len(call.shapes[1]) < 2:
+        return _products(call, flops)
+    return _products(call, flops, shape=(math.prod(out[:-2]), out[-2], out[-1], inner))
 
 
 def _addmm(call: Call) -> tuple[Kernels, Kernels]:
-    return _products(call, 2.0 * math.prod(call.out_shapes[0]) * call.shapes[1][-1])
+    out, inner = call.out_shapes[0], call.shapes[1][-1]
+    shape = (1, out[0], out[1], inner) if len(out) == 2 else ()
+    return _products(call, 2.0 * math.prod(out) * inner, shape=shape)
 
 
 def _einsum(call: Call) -> tuple[Kernels, Kernels]:
@@ -160,8 +189,9 @@ def _attention(call: Call) -> tuple[Kernels, Kernels]:
     if call.argument(5, "is_causal", False):
         head_flops /= 2
     flops = heads * head_flops
-    forward = [Kernel("attention", flops, head_flops, call.dtype)]
-    backward = [Kernel("attention", flops, head_flops, call.dtype, adjoint=True)]
+    shape = (heads, query[-2], key[-2], query[-1])
+    forward = [Kernel("attention", flops, head_flops, call.dtype, shape=shape)]
+    backward = [Kernel("attention", flops, head_flops, call.dtype, adjoint=True, shape=shape)]
     return forward, backward
 
 
@@ -268,7 +298,12 @@ def _dropout(call: Call) -> tuple[Kernels, Kernels]:
 
 
 def _loss(call: Call) -> tuple[Kernels, Kernels]:
+    """On logits of a narrower type it computes in float32, and makes a copy in that first."""
     size = call.bytes(0)
+    if call.tensors[0].dtype.itemsize < 4:
+        wide = math.prod(call.shapes[0]) * 4
+        forward = [_bytes("copy", size + wide), _bytes("loss", 2 * wide)]
+        return forward, [_bytes("loss", 5 * wide, adjoint=True), _bytes("copy", size + wide)]
     return [_bytes("loss", 2 * size)], [_bytes("loss", 5 * size, adjoint=True)]
 
 
@@ -304,3 +339,11 @@ _CLASSES: dict[Callable[[Call], tuple[Kernels, Kernels]], tuple[str, ...]] = {
     _create: ("arange", "zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "eye"),
 }
 _TABLE = {name: function for function, names in _CLASSES.items() for name in names}
+_IN_FLOPS = frozenset(
+    name for f in (_linear, _matmul, _addmm, _einsum, _convolution, _attention) for name in _CLASSES[f]
+)
+
+
+def counted_in_flops(op: Op) -> bool:
+    """Products, convolutions and attention: what selective recomputation keeps."""
+    return base_name(op.target) in _IN_FLOPS

@@ -1,4 +1,4 @@
-"""Local shapes: what one rank holds of a tensor, given the cut of the batch and its placement on the model axis."""
+"""Local shapes: what one rank holds of a tensor, given the cut of the batch and its placements on the model axes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..graph import Graph, Shape
+from ..graph import Graph, Shape, Tensor
 from ..sharding.placement import Placement, Split
 
 
@@ -21,16 +21,23 @@ def cut(shape: Shape, placement: Placement | None, parts: int) -> Shape:
 class LocalShapes:
     """Shapes on one rank, when the batch is cut into `shards` (data ranks x microbatches).
 
-    batch: placement of every tensor on the axis that cuts the batch.
+    batch: placement of every tensor on the axis that cuts the batch. computed: the tensors in the precision that the
+    blocks compute in, where it is not the graph's.
     """
 
     graph: Graph
     shards: int
     batch: Mapping[str, Placement]
+    computed: Mapping[str, Tensor] | None = None
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """As the blocks compute them."""
+        return self.graph.tensors if self.computed is None else self.computed
 
     def shape(self, tensor: str, placement: Placement | None = None, degree: int = 1) -> Shape:
         """placement, degree: on the model axis."""
         return cut(cut(self.graph.tensors[tensor].shape, self.batch.get(tensor), self.shards), placement, degree)
 
     def size_bytes(self, tensor: str, placement: Placement | None = None, degree: int = 1) -> int:
-        return math.prod(self.shape(tensor, placement, degree)) * self.graph.tensors[tensor].dtype.itemsize
+        return math.prod(self.shape(tensor, placement, degree)) * self.tensors[tensor].dtype.itemsize

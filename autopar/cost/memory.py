@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ..graph import Block, Graph, Op
 from ..sharding.flow import Convert, Run, Step
 from ..sharding.placement import Placement, Split, conversion
+from .kernels import counted_in_flops
 from .local import LocalShapes
 from .storage import VIEWS, Storages, base_name
 
@@ -32,7 +33,8 @@ class BlockMemory:
         when nothing is saved (the first forward under recompute).
     backward_peak_bytes: most that is alive in the backward beyond saved_bytes, the gradients of the block's outputs
         among it; parameter gradients count only where they are temporary.
-    parameter_bytes: one entry per `Block.parameters`.
+    parameter_bytes: one entry per `Block.parameters`. selective_bytes: of the results that selective recomputation
+        keeps, those of ops counted in flops.
     """
 
     saved_bytes: int
@@ -46,6 +48,7 @@ class BlockMemory:
     bare_peak_bytes: int
     backward_peak_bytes: int
     parameter_bytes: tuple[int, ...]
+    selective_bytes: int = 0
 
 
 # A storage is named by the tensor (and its placement) that made it.
@@ -93,6 +96,7 @@ def block_memory(view: BlockView, accumulate: bool) -> BlockMemory:
         parameter_bytes=tuple(
             view.size(name, place) for name, place in zip(block.parameters, view.parameter_placements, strict=True)
         ),
+        selective_bytes=sum(size for key, size in walk.expensive.items() if key in walk.made),
     )
 
 
@@ -130,6 +134,7 @@ class _Walk:
         self.savers: dict[_Key, int] = {}  # storage -> the first step that saves it: its backward is the last user
         self.extra: dict[int, int] = {}  # step -> bytes that autograd keeps besides
         self.scratch: dict[int, tuple[int, int]] = {}
+        self.expensive: dict[_Key, int] = {}  # results of ops counted in flops
         self.where: dict[tuple[str, str], _Key] = {}
         self.have: dict[str, str] = {}
         for name, place in zip(view.block.inputs, view.input_placements, strict=True):
@@ -196,6 +201,8 @@ class _Walk:
             else:
                 keys[name] = self._make(name, place, index)
             self.have[name] = str(place)
+        if counted_in_flops(op):
+            self.expensive.update((keys[name], self.sizes[keys[name]]) for name in op.outputs)
         for name in op.saves:
             key = keys.get(name)
             if key is not None and self.view.graph.tensors[key[0]].role not in ("parameter", "input", "buffer"):

@@ -1,12 +1,11 @@
 """The cost model: seconds and bytes of every stage of a plan, from a graph, a cluster, and what was learnt.
 
     forward   = ops + conversions + side ops, per microbatch
-    backward  = their gradients (+ the forward again under recompute) + sums of gradients over microbatches
-    reduction = bucketed all-reduce over data (ZeRO 0), or per-block reduce-scatter (ZeRO 3), part of it hidden
-    memory    = parameters, gradients and AdamW's two float32 moments at rest, activations by storage (cost/memory.py)
+    backward  = their gradients (+ what is computed again) + sums of gradients over microbatches
+    reduction = over data, as the ZeRO level has it (cost/data_axis.py), part of it hidden
+    memory    = what lies at rest by precision and ZeRO level, activations by storage (cost/memory.py)
 
-Assumed: the optimizer is AdamW. Ignored: differences between the ranks of a stage, slowdown of compute by transfers
-other than what `Link.overlap` holds, and fragmentation of the allocator.
+Assumed: the optimizer is AdamW. Ignored: differences between the ranks of a stage.
 """
 
 from __future__ import annotations
@@ -16,30 +15,30 @@ from dataclasses import dataclass
 
 from ..cluster.spec import Cluster
 from ..graph import Block, Graph, Op
-from ..plan import Layout, Plan, Stage
+from ..plan import Layout, Plan, Recompute, Stage
 from ..sharding.batch import batch_layout
 from ..sharding.flow import Step, block_flow
 from ..sharding.placement import SHARED, Placement, conversion, parse_placement
 from ..sharding.strategy import Strategy
-from .block import Both, Pricer, Table, add
+from .block import BlockSeconds, Both, Pricer, Table, add
 from .collectives import collective_s
 from .compute import kernel_s, optimizer_s
+from .constants import Constants, constants_of
 from .corrections import Corrections
+from .data_axis import BlockLoad, DataTraffic, data_traffic
 from .kernels import Kernel
 from .memory import BlockMemory, BlockView, block_memory
-from .stage_memory import StageMemory, stage_memory
+from .stage_memory import OPTIMIZER_BYTES_PER_ELEMENT, StageMemory, stage_memory
 from .types import StageCost
 
-# DistributedDataParallel's default bucket (Li et al., VLDB 2020, section 3.2).
-BUCKET_BYTES = 25 * 2**20
-
-# AdamW keeps two moments in float32 per parameter element.
-OPTIMIZER_BYTES_PER_ELEMENT = 8
+__all__ = ["OPTIMIZER_BYTES_PER_ELEMENT", "Breakdown", "Constants", "Corrections", "CostModel"]
 
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Predicted seconds of one microbatch: (forward, backward) by compute class, and by "<link>/<collective>"."""
+    """Predicted seconds of one microbatch: (forward, backward) by compute class, and by "<link>/<collective>".
+
+    Class "launch" is the time that an asynchronous device waits for the host."""
 
     compute: Mapping[str, Both]
     collectives: Mapping[str, Both]
@@ -52,26 +51,47 @@ class _Setting:
     shards: int
     tensor_ranks: tuple[int, ...]
     accumulate: bool
+    precision: str
 
     def key(self, cluster: Cluster) -> tuple:
-        return self.shards, len(self.tensor_ranks), cluster.crosses_hosts(self.tensor_ranks), self.accumulate
+        crosses = cluster.crosses_hosts(self.tensor_ranks)
+        return self.shards, len(self.tensor_ranks), crosses, self.accumulate, self.precision
 
 
-@dataclass(frozen=True, slots=True)
 class _BlockPrice:
-    compute: Mapping[str, Both]
-    collectives: Mapping[str, Both]
-    memory: BlockMemory
-    shared_bytes: float
+    """One block on one rank and microbatch. shared_bytes: of gradients that are summed over the model axis."""
+
+    def __init__(self, seconds: BlockSeconds, memory: BlockMemory, shared_bytes: float) -> None:
+        self.seconds, self.memory, self.shared_bytes = seconds, memory, shared_bytes
+        self._passes: dict[str, tuple[Mapping[str, Both], Mapping[str, Both], Both]] = {}
+
+    def passes(self, recompute: Recompute) -> tuple[Mapping[str, Both], Mapping[str, Both], Both]:
+        """(compute, collectives, (forward, backward) seconds of all of it)."""
+        if recompute not in self._passes:
+            compute, collectives = self.seconds.passes(recompute)
+            pairs = (*compute.values(), *collectives.values())
+            self._passes[recompute] = compute, collectives, (sum(f for f, _ in pairs), sum(b for _, b in pairs))
+        return self._passes[recompute]
 
 
 class CostModel:
-    """Prices of `graph` on `cluster`. Not thread-safe: answers are remembered."""
+    """Prices of `graph` on `cluster`. Not thread-safe: answers are remembered.
 
-    def __init__(self, graph: Graph, cluster: Cluster, corrections: Corrections | None = None) -> None:
+    constants: in place of those that cost/constants.py has for the cluster.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        cluster: Cluster,
+        corrections: Corrections | None = None,
+        *,
+        constants: Constants | None = None,
+    ) -> None:
         self.graph, self.cluster = graph, cluster
         self.corrections = corrections or Corrections()
-        self._pricer = Pricer(graph, cluster, self.corrections)
+        self.constants = constants or constants_of(cluster)
+        self._pricers: dict[str, Pricer] = {}
         self._layouts: dict[Layout, int] = {}
         self._layout_ids: dict[int, tuple[Layout, int]] = {}
         self._blocks: dict[tuple, _BlockPrice] = {}
@@ -80,32 +100,47 @@ class CostModel:
         self._reads: dict[int, frozenset[str]] = {}
         self._side_order = tuple(op for op in graph.ops if op.name in graph.side_ops)
 
+    def _pricer(self, precision: str) -> Pricer:
+        if precision not in self._pricers:
+            self._pricers[precision] = Pricer(self.graph, self.cluster, self.corrections, self.constants, precision)
+        return self._pricers[precision]
+
     # -- ops and conversions
 
-    def op_s(self, op: Op, strategy: Strategy | None, *, shards: int) -> Both:
+    def op_s(self, op: Op, strategy: Strategy | None, *, shards: int, precision: str = "float32") -> Both:
         """(forward, backward) seconds of `op` for one microbatch on one rank, with its inner collectives.
 
-        shards: data degree x microbatches, which cut the batch. Inner collectives are priced within a host.
+        shards: data degree x microbatches, which cut the batch. Inner collectives are priced within a host. What the
+        host of an asynchronous device needs to launch is not here: a block takes the longer of the two sums.
         """
-        forward, backward = self._pricer.op_seconds(op, strategy, shards)
+        pricer = self._pricer(precision)
+        found = pricer.op_seconds(op, strategy, shards)
         inner_s = 0.0
         if strategy is not None and strategy.collective_bytes:
             ranks = tuple(range(min(max(2, strategy.degree), self.cluster.world_size)))
-            inner_s = self._pricer.inner_collective(op, strategy, shards, ranks)
-        return sum(forward.values()) + inner_s, sum(backward.values())
+            inner_s = pricer.inner_collective(op, strategy, shards, ranks)
+        return sum(found.forward.values()) + inner_s, sum(found.backward.values())
 
     def compute_class(self, op: Op) -> str:
         """The class of cluster/rates.py in which the op spends most of its forward; "view" where it spends nothing."""
-        seconds, _ = self._pricer.op_seconds(op, None, 1)
+        seconds = self._pricer("float32").op_seconds(op, None, 1).forward
         return max(seconds, key=lambda name: seconds[name], default="view")
 
     def conversion_s(
-        self, tensor: str, have: Placement, want: Placement, *, shards: int, ranks: tuple[int, ...]
+        self,
+        tensor: str,
+        have: Placement,
+        want: Placement,
+        *,
+        shards: int,
+        ranks: tuple[int, ...],
+        precision: str = "float32",
     ) -> Both:
         """(forward, backward) seconds of turning `tensor` from `have` into `want` on the axis of global `ranks`."""
-        forward, backward, size = self._pricer.conversion_actions(tensor, have, want, shards)
-        forward_s = sum(self._pricer.action_seconds(*forward, size, ranks, False))
-        return forward_s, sum(self._pricer.action_seconds(*backward, size, ranks, True)) if backward else 0.0
+        pricer = self._pricer(precision)
+        forward, backward, size = pricer.conversion_actions(tensor, have, want, shards)
+        forward_s = sum(pricer.action_seconds(*forward, size, ranks, False))
+        return forward_s, sum(pricer.action_seconds(*backward, size, ranks, True)) if backward else 0.0
 
     # -- stages
 
@@ -117,6 +152,7 @@ class CostModel:
             self._key(plan, stage),
             stage.ranks,
             index > 0,
+            self._first_of_group(plan, index),
             (following.ranks, following.data, following.tensor) if following else None,
             tuple((s.start, s.stop, s.ranks) for s in plan.stages) if self._ties(stage) else None,
         )
@@ -125,18 +161,31 @@ class CostModel:
         return self._stages[key]
 
     def breakdown(self, plan: Plan, index: int) -> Breakdown:
-        """Where the seconds of one microbatch of stage `index` go; the recomputed forward is in the backward's."""
+        """Where the seconds of one microbatch of stage `index` go; what is computed again is in the backward's."""
         stage = plan.stages[index]
         compute: Table = {}
         collectives: Table = {}
         for (_, price), recompute in zip(self._prices(plan, stage), stage.block_recompute, strict=True):
-            for table, part in ((compute, price.compute), (collectives, price.collectives)):
+            parts = price.passes(recompute)
+            for table, part in ((compute, parts[0]), (collectives, parts[1])):
                 for name, (forward_s, backward_s) in part.items():
-                    add(table, name, forward_s, backward_s + (forward_s if recompute == "full" else 0.0))
-        for op in self._sides(stage, stage.data * plan.microbatches)[1]:
-            for name, seconds in self._pricer.op_seconds(op, None, stage.data * plan.microbatches)[0].items():
+                    add(table, name, forward_s, backward_s)
+        shards = stage.data * plan.microbatches
+        for op in self._sides(stage, shards)[1]:
+            for name, seconds in self._pricer(plan.precision).op_seconds(op, None, shards).forward.items():
                 add(compute, name, seconds, 0.0)
+        if self._asynchronous:
+            add(compute, "launch", self.constants.microbatch_s, 0.0)
         return Breakdown(compute, collectives)
+
+    @property
+    def _asynchronous(self) -> bool:
+        return self.cluster.device.asynchronous
+
+    @staticmethod
+    def _first_of_group(plan: Plan, index: int) -> bool:
+        """Whether no earlier stage runs on the same ranks."""
+        return all(plan.stages[i].ranks != plan.stages[index].ranks for i in range(index))
 
     def _stage(self, plan: Plan, index: int) -> StageCost:
         stage = plan.stages[index]
@@ -144,35 +193,30 @@ class CostModel:
         breakdown = self.breakdown(plan, index)
         tables = (*breakdown.compute.values(), *breakdown.collectives.values())
         forward_s, backward_s = sum(f for f, _ in tables), sum(b for _, b in tables)
-        memory = stage_memory(self.graph, self._pricer.local, plan, index, prices, OPTIMIZER_BYTES_PER_ELEMENT)
+        pricer = self._pricer(plan.precision)
+        memory = stage_memory(self.graph, pricer.local, plan, index, prices, self.constants)
         if plan.microbatches > 1:
             size = 3.0 * sum(memory.local_bytes.values())
-            backward_s += kernel_s(self.cluster.device, Kernel("pointwise", size, size, ""), True, self.corrections)
-        data_ranks = stage.ranks[:: stage.tensor]
-        reduce_s = reduce_overlap_s = 0.0
-        if stage.data > 1 and stage.zero == 0:
-            reduce_s, reduce_overlap_s = self._replicated_reduction(memory, data_ranks, backward_s)
-        elif stage.data > 1:
-            exposed_forward_s, exposed_backward_s, reduce_s, reduce_overlap_s = self._sharded_transfers(
-                prices, data_ranks, stage
-            )
-            forward_s += exposed_forward_s
-            backward_s += exposed_backward_s
+            kernel = Kernel("pointwise", size, size, "")
+            backward_s += kernel_s(self.cluster.device, kernel, True, self.corrections, self.constants)
+        traffic = self._data_traffic(stage, prices, memory, backward_s)
         send_s, boundary_bytes = self._send(plan, index, prices[-1][1].memory.output_bytes)
+        once_s = self.constants.step_s if self._asynchronous and self._first_of_group(plan, index) else 0.0
         factor = self.corrections.memory
         return StageCost(
-            forward_s=forward_s,
-            backward_s=backward_s,
-            prologue_s=self._prologue(stage, plan.microbatches),
+            forward_s=forward_s + traffic.forward_s,
+            backward_s=backward_s + traffic.backward_s,
+            prologue_s=self._prologue(stage, plan.microbatches, plan.precision) + once_s,
             send_s=send_s,
             boundary_bytes=boundary_bytes,
-            reduce_s=reduce_s,
-            reduce_overlap_s=reduce_overlap_s,
-            reduce_model_s=self._model_reduction(plan, index, prices),
+            reduce_s=traffic.reduce_s,
+            reduce_overlap_s=traffic.reduce_overlap_s,
+            reduce_model_s=self._model_reduction(plan, index, prices) + traffic.after_s,
             optimizer_s=optimizer_s(
                 self.cluster.device,
-                (b / (stage.data if stage.zero == 3 else 1) for b in memory.local_bytes.values()),
+                (4.0 * count for count in memory.held_elements.values()),
                 self.corrections,
+                self.constants,
             ),
             parameter_bytes=memory.parameter_bytes,
             gradient_bytes=memory.gradient_bytes,
@@ -186,7 +230,9 @@ class CostModel:
     # -- blocks
 
     def _prices(self, plan: Plan, stage: Stage) -> list[tuple[Block, _BlockPrice]]:
-        setting = _Setting(stage.data * plan.microbatches, stage.ranks[: stage.tensor], plan.microbatches > 1)
+        setting = _Setting(
+            stage.data * plan.microbatches, stage.ranks[: stage.tensor], plan.microbatches > 1, plan.precision
+        )
         blocks = self.graph.blocks[stage.start : stage.stop]
         layouts = [found[0] if found else None for found in plan.layouts_of(stage)]
         return [(b, self._block(b, layout, setting)) for b, layout in zip(blocks, layouts, strict=True)]
@@ -198,23 +244,18 @@ class CostModel:
         return self._blocks[key]
 
     def _price_block(self, block: Block, layout: Layout | None, setting: _Setting) -> _BlockPrice:
-        steps = block_flow(self.graph, block, layout, setting.shards)
+        steps = block_flow(self.graph, block, (layout,) if layout else (), setting.shards)
         places = [[None] * len(block.inputs), [None] * len(block.parameters)]
         if layout is not None:
             places = [[parse_placement(t) for t in tokens] for tokens in (layout.inputs, layout.parameters)]
-        local = self._pricer.local(setting.shards)
+        pricer = self._pricer(setting.precision)
+        local = pricer.local(setting.shards)
         degree = len(setting.tensor_ranks)
         at_rest = frozenset(block.parameters)
-        seconds = self._pricer.block_seconds(steps, setting.shards, setting.tensor_ranks, at_rest)
-        view = BlockView(
-            self.graph, block, steps, local, degree, self._pricer.storages, tuple(places[0]), tuple(places[1])
-        )
-        return _BlockPrice(
-            seconds.compute,
-            seconds.collectives,
-            block_memory(view, setting.accumulate),
-            self._summed_bytes(block, steps, layout, local.size_bytes),
-        )
+        seconds = pricer.block_seconds(steps, setting.shards, setting.tensor_ranks, at_rest)
+        view = BlockView(self.graph, block, steps, local, degree, pricer.storages, tuple(places[0]), tuple(places[1]))
+        summed = self._summed_bytes(block, steps, layout, local.size_bytes)
+        return _BlockPrice(seconds, block_memory(view, setting.accumulate), summed)
 
     def _summed_bytes(self, block: Block, steps: tuple[Step, ...], layout: Layout | None, size) -> float:
         """Bytes of parameters whose gradients are summands on the model axis, to be reduced once per step."""
@@ -241,48 +282,38 @@ class CostModel:
     def _key(self, plan: Plan, stage: Stage) -> tuple:
         layouts = tuple(self._layout_number(plan.layouts[i]) for row in stage.layouts for i in row)
         return (
-            stage.start, stage.stop, layouts, stage.data, stage.axes, plan.microbatches, stage.recompute, stage.zero
+            stage.start, stage.stop, layouts, stage.data, stage.axes, plan.microbatches, stage.recompute, stage.zero,
+            stage.zero_group, plan.precision,
         )  # fmt: skip
 
     # -- communication outside blocks
 
-    def _replicated_reduction(self, memory: StageMemory, ranks: tuple[int, ...], backward_s: float) -> Both:
-        """(seconds, of them hidden) of the bucketed all-reduce of all gradients."""
-        size = sum(memory.trainable_bytes.values())
-        buckets = max(1, round(size / BUCKET_BYTES))
-        one_s = collective_s(self.cluster, "all_reduce", size / buckets, ranks, self.corrections)
-        reduce_s = buckets * one_s
-        # The last bucket is full only when the backward has ended, so nothing hides it.
-        hidden_s = self.cluster.link(ranks).overlap * min(reduce_s - one_s, backward_s)
-        return reduce_s, hidden_s
+    def _data_traffic(
+        self, stage: Stage, prices: list[tuple[Block, _BlockPrice]], memory: StageMemory, backward_s: float
+    ) -> DataTraffic:
+        if stage.data == 1:
+            return DataTraffic()
+        overlap = self.cluster.link(stage.ranks[:: stage.tensor]).overlap
+        if self._asynchronous:
+            overlap = min(1.0, overlap * (self.constants.gather_overlap if stage.zero == 3 else self.constants.overlap))
+        loads = []
+        for (block, price), recompute in zip(prices, stage.block_recompute, strict=True):
+            f, b = price.passes(recompute)[2]
+            sizes = dict(zip(block.parameters, price.memory.parameter_bytes, strict=True))
+            trained = sum(size for name, size in sizes.items() if self.graph.tensors[name].requires_grad)
+            loads.append(BlockLoad(sum(sizes.values()), trained * self._reduced_share(), f, b))
+        if stage.zero != 3:
+            # Parameters that several blocks of the stage use are reduced once, and everything hides behind the whole.
+            trained = sum(memory.trainable_bytes.values()) * self._reduced_share()
+            loads = [BlockLoad(sum(memory.local_bytes.values()), trained, 0.0, backward_s)]
+        return data_traffic(stage, loads, overlap, self.constants, self._collective_s)
 
-    def _sharded_transfers(
-        self, prices: list[tuple[Block, _BlockPrice]], ranks: tuple[int, ...], stage: Stage
-    ) -> tuple[float, float, float, float]:
-        """ZeRO 3: (exposed gathers in the forward, in the backward, reduce-scatters, hidden part of those).
+    def _reduced_share(self) -> float:
+        """Bytes of a gradient as it is reduced, per byte of its parameter as used."""
+        return self.constants.reduced_bytes / 2.0 if self.constants.reduced_bytes and self._asynchronous else 1.0
 
-        Each block's parameters are gathered while the block before computes, and again in the backward; gradients are
-        scattered block by block while the next block's backward runs.
-        """
-        overlap = self.cluster.link(ranks).overlap
-        forward_s = backward_s = reduce_s = hidden_s = 0.0
-        previous: _BlockPrice | None = None
-        for _, price in prices:
-            size = sum(price.memory.parameter_bytes)
-            if size == 0:
-                previous = price
-                continue
-            gather_s = collective_s(self.cluster, "all_gather", size, ranks, self.corrections)
-            scatter_s = collective_s(self.cluster, "reduce_scatter", size, ranks, self.corrections)
-            computing = [0.0, 0.0]
-            if previous is not None:
-                computing = [sum(pair[way] for pair in previous.compute.values()) for way in (0, 1)]
-            forward_s += gather_s - overlap * min(gather_s, computing[0])
-            backward_s += gather_s - overlap * min(gather_s, computing[1])
-            reduce_s += scatter_s
-            hidden_s += overlap * min(scatter_s, computing[1])
-            previous = price
-        return forward_s, backward_s, reduce_s, hidden_s
+    def _collective_s(self, kind: str, size_bytes: float, ranks: tuple[int, ...]) -> float:
+        return collective_s(self.cluster, kind, size_bytes, ranks, self.corrections, self.constants)
 
     def _model_reduction(self, plan: Plan, index: int, prices: list[tuple[Block, _BlockPrice]]) -> float:
         """Gradients summed once per step over the model axis, and over the stages that share a parameter."""
@@ -291,7 +322,7 @@ class CostModel:
         summed = sum(price.shared_bytes for _, price in prices)
         if summed:
             ranks = stage.ranks[: stage.tensor]
-            seconds += collective_s(self.cluster, "all_reduce", summed, ranks, self.corrections)
+            seconds += self._collective_s("all_reduce", summed, ranks)
         for name in self._ties(stage):
             holders = tuple(
                 s.ranks[0]
@@ -300,7 +331,7 @@ class CostModel:
             )
             block, price = next((b, p) for b, p in prices if name in b.parameters)
             size = price.memory.parameter_bytes[block.parameters.index(name)]
-            seconds += collective_s(self.cluster, "all_reduce", size, holders, self.corrections)
+            seconds += self._collective_s("all_reduce", size, holders)
         return seconds
 
     def _ties(self, stage: Stage) -> tuple[str, ...]:
@@ -316,17 +347,18 @@ class CostModel:
         received = sent * stage.data // following.data
         size = max(sent, received)
         ranks = (stage.ranks[0], following.ranks[0])
-        return collective_s(self.cluster, "send", size, ranks, self.corrections), size
+        return self._collective_s("send", size, ranks), size
 
     # -- side ops
 
-    def _prologue(self, stage: Stage, microbatches: int) -> float:
+    def _prologue(self, stage: Stage, microbatches: int, precision: str) -> float:
         """Batch-wide values, microbatch by microbatch, and their all-reduce over data."""
         shards = stage.data * microbatches
         ops, _ = self._sides(stage, shards)
-        seconds = microbatches * sum(sum(self._pricer.op_seconds(op, None, shards)[0].values()) for op in ops)
+        pricer = self._pricer(precision)
+        seconds = microbatches * sum(sum(pricer.op_seconds(op, None, shards).forward.values()) for op in ops)
         if ops:
-            seconds += collective_s(self.cluster, "all_reduce", 8, stage.ranks[:: stage.tensor], self.corrections)
+            seconds += self._collective_s("all_reduce", 8, stage.ranks[:: stage.tensor])
         return seconds
 
     def _sides(self, stage: Stage, shards: int) -> tuple[list[Op], list[Op]]:

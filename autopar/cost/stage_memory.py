@@ -1,4 +1,9 @@
-"""Bytes of a stage per rank: what lies at rest, what a microbatch keeps, and the peaks while it runs."""
+"""Bytes of a stage per rank: what lies at rest, what a microbatch keeps, and the peaks while it runs.
+
+The caching allocator of a GPU keeps freed blocks and rounds sizes up, so what a program holds of the device exceeds its
+tensors by a share of what comes and goes (`Constants.allocator_share`), and by the driver's context, library workspaces
+and communication buffers (`context_bytes`). Both are 0 on CPUs.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +12,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..graph import Block, Graph
-from ..plan import Plan
+from ..plan import Plan, Recompute, Stage
+from .constants import Constants
 from .local import LocalShapes
 from .memory import BlockMemory
+
+# AdamW keeps two moments in float32 per parameter element.
+OPTIMIZER_BYTES_PER_ELEMENT = 8
 
 
 class Priced(Protocol):
@@ -19,7 +28,8 @@ class Priced(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """As `StageCost`; local_bytes, trainable_bytes: of each (trainable) parameter before data sharding, by name."""
+    """As `StageCost`; local_bytes, trainable_bytes: of each (trainable) parameter as used, before data sharding, by
+    name; held_elements: of each parameter, after it, that this rank's optimizer updates."""
 
     parameter_bytes: int
     gradient_bytes: int
@@ -30,6 +40,25 @@ class StageMemory:
     backward_peak_bytes: int
     local_bytes: dict[str, int]
     trainable_bytes: dict[str, int]
+    held_elements: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class AtRest:
+    """Bytes per parameter element at rest. narrow_copy: of the whole copy that blocks compute with, 0 for none."""
+
+    parameter: float
+    gradient: float
+    optimizer: float
+    narrow_copy: float = 0.0
+
+
+def at_rest(wide_bytes: float, used_bytes: float, constants: Constants) -> AtRest:
+    """wide_bytes, used_bytes: of an element in the module, and as blocks compute with it."""
+    if used_bytes >= wide_bytes:
+        return AtRest(wide_bytes, wide_bytes, OPTIMIZER_BYTES_PER_ELEMENT)
+    copy = used_bytes if constants.narrow_copy else 0.0
+    return AtRest(constants.parameter_bytes, constants.gradient_bytes, constants.optimizer_bytes, copy)
 
 
 def stage_memory(
@@ -38,7 +67,7 @@ def stage_memory(
     plan: Plan,
     index: int,
     prices: Sequence[tuple[Block, Priced]],
-    optimizer_bytes_per_element: int,
+    constants: Constants,
 ) -> StageMemory:
     """The memory of stage `index`, of blocks with these prices."""
     stage = plan.stages[index]
@@ -47,93 +76,115 @@ def stage_memory(
     for (block, _), memory in zip(prices, memories, strict=True):
         sizes.update(zip(block.parameters, memory.parameter_bytes, strict=True))
     trainable = {name: size for name, size in sizes.items() if graph.tensors[name].requires_grad}
-    elements = sum(size // graph.tensors[name].dtype.itemsize for name, size in trainable.items())
-    cut = stage.data if stage.zero == 3 else 1
-    activation, forward_peak, backward_peak = _recomputed(memories) if stage.recompute else _kept(memories)
-    if index > 0 and not stage.recompute:  # what arrives is kept, because its gradient travels on
+    group = stage.zero_group or stage.data
+    cuts = [group if stage.zero >= level else 1 for level in (1, 2, 3)]
+    resting = [0.0, 0.0, 0.0]
+    held: dict[str, float] = {}
+    tensors = local(1).tensors
+    for name, size in sizes.items():
+        elements = size // tensors[name].dtype.itemsize
+        rest = at_rest(graph.tensors[name].dtype.itemsize, tensors[name].dtype.itemsize, constants)
+        resting[0] += elements * (rest.parameter / cuts[2] + (rest.narrow_copy if stage.zero < 3 else 0.0))
+        if name in trainable:
+            resting[1] += elements * rest.gradient / cuts[1]
+            resting[2] += elements * rest.optimizer / cuts[0]
+            held[name] = elements / cuts[0]
+    activation, forward_peak, backward_peak = _activations(memories, stage.block_recompute)
+    if index > 0 and stage.block_recompute[0] == "none":  # what arrives is kept, because its gradient travels on
         first = memories[0]
         activation += sum(b for b, saved in zip(first.input_bytes, first.saves_input, strict=True) if not saved)
     # The stage's last output waits for its gradient; a loss is a scalar.
     if index + 1 < len(plan.stages):
         last = memories[-1]
         activation += sum(b for b, saved in zip(last.output_bytes, last.saves_output, strict=True) if not saved)
+    slack = 1.0 + constants.allocator_share
     inputs = _batch_inputs(graph, prices, local(stage.data))
+    unsharded = _gathered(memories, sum(trainable.values()), stage, plan.microbatches, constants)
     return StageMemory(
-        parameter_bytes=-(-sum(sizes.values()) // cut) + inputs,
-        gradient_bytes=-(-sum(trainable.values()) // cut),
-        optimizer_bytes=-(-elements * optimizer_bytes_per_element // cut),
-        unsharded_bytes=_gathered(memories, sum(trainable.values()), plan.microbatches) if cut > 1 else 0,
-        activation_bytes=activation,
-        forward_peak_bytes=forward_peak,
-        backward_peak_bytes=backward_peak,
+        parameter_bytes=_ceil(resting[0]) + inputs,
+        gradient_bytes=_ceil(resting[1]),
+        optimizer_bytes=_ceil(resting[2]),
+        unsharded_bytes=int(unsharded * slack + constants.context_bytes),
+        activation_bytes=int(activation * slack),
+        forward_peak_bytes=int(forward_peak * slack),
+        backward_peak_bytes=int(backward_peak * slack),
         local_bytes=sizes,
         trainable_bytes=trainable,
+        held_elements=held,
     )
 
 
-def _kept(memories: Sequence[BlockMemory]) -> tuple[int, int, int]:
-    """(activation, forward peak, backward peak) bytes when every block's activations are kept.
+def _ceil(size: float) -> int:
+    return -int(-size // 1)
+
+
+def _activations(memories: Sequence[BlockMemory], choices: Sequence[Recompute]) -> tuple[int, int, int]:
+    """(activation, forward peak, backward peak) bytes of one microbatch.
 
     Both peaks are beyond `activation`, which counts from the forward's start to the backward's end: while a block runs
-    forward, later blocks have not saved yet, and in its backward they have let go.
+    forward, later blocks have not saved yet, and in its backward they have let go. A block that is computed again keeps
+    its inputs and, if selectively, the results of its expensive ops; the rest comes back, whole, for its own backward.
     """
     held = []  # what each block adds to what is kept
+    kept = []  # of it, what the block makes
     sides: dict[str, int] = {}
-    read = _read_sides(memories)
-    before: BlockMemory | None = None
-    for memory in memories:
-        size = memory.saved_bytes
+    outputs_kept: Sequence[bool] = ()
+    for memory, choice in zip(memories, choices, strict=True):
+        own = {"none": memory.saved_bytes, "selective": memory.selective_bytes, "full": 0}[choice]
+        size = own
         for position, saved in enumerate(memory.saves_input):
             # An input's storage counts here unless the block before has counted it as its output.
-            if saved and not (before is not None and before.saves_output[position]):
+            counted = bool(outputs_kept) and outputs_kept[position]
+            if (saved or choice != "none") and not counted:
                 size += memory.input_bytes[position]
-        for name, bytes_ in memory.side_bytes:
+        for name, bytes_ in memory.side_bytes if choice == "none" else memory.read_side_bytes:
             if name not in sides:
                 sides[name] = bytes_
                 size += bytes_
         held.append(size)
-        before = memory
+        kept.append(own)
+        # Passing through, an input stays counted where it was.
+        outputs_kept = memory.saves_output if choice == "none" else ()
     activation = sum(held)
     forward = backward = done = 0
-    for memory, size in zip(memories, held, strict=True):
-        forward = max(forward, done + (size - memory.saved_bytes) + memory.forward_peak_bytes)
+    for memory, choice, size, own in zip(memories, choices, held, kept, strict=True):
+        if choice == "none":
+            forward = max(forward, done + (size - own) + memory.forward_peak_bytes)
+            done += size
+            backward = max(backward, done + memory.backward_peak_bytes)
+            continue
+        # The bare peak starts with the inputs, which `size` has counted.
+        inputs = sum(memory.input_bytes)
+        forward = max(forward, done + max(0, size - own - inputs) + own + memory.bare_peak_bytes)
         done += size
-        backward = max(backward, done + memory.backward_peak_bytes)
+        # While it comes back, the gradients of its outputs wait; `backward_peak_bytes` has them already.
+        waiting = sum(memory.output_bytes)
+        again = max(memory.forward_peak_bytes + waiting, memory.saved_bytes + memory.backward_peak_bytes)
+        backward = max(backward, done - own + again)
+    # Side tensors are made once per microbatch and stay until its forward ends.
+    read = sum({name: size for memory in memories for name, size in memory.read_side_bytes}.values())
     forward += max(0, read - sum(sides.values()))
     return activation, max(0, forward - activation), max(0, backward - activation)
 
 
-def _read_sides(memories: Sequence[BlockMemory]) -> int:
-    """Side tensors are made once per microbatch and stay until its forward ends."""
-    return sum({name: size for memory in memories for name, size in memory.read_side_bytes}.values())
+def _gathered(
+    memories: Sequence[BlockMemory], gradient_bytes: int, stage: Stage, microbatches: int, constants: Constants
+) -> int:
+    """What lies whole while blocks compute, besides what is at rest.
 
-
-def _recomputed(memories: Sequence[BlockMemory]) -> tuple[int, int, int]:
-    """The same when only block inputs are kept: a block's activations come back, whole, for its own backward."""
-    activation = sum(sum(memory.input_bytes) for memory in memories) + _read_sides(memories)
-    forward = backward = 0
-    done = _read_sides(memories)
-    for memory in memories:
-        inputs = sum(memory.input_bytes)
-        done += inputs
-        # The bare peak starts with the inputs, which `done` has counted.
-        forward = max(forward, done - inputs + memory.bare_peak_bytes)
-        # While it comes back, the gradients of its outputs wait; `backward_peak_bytes` has them already.
-        waiting = sum(memory.output_bytes)
-        again = max(memory.forward_peak_bytes + waiting, memory.saved_bytes + memory.backward_peak_bytes)
-        backward = max(backward, done + again)
-    return activation, max(0, forward - activation), max(0, backward - activation)
-
-
-def _gathered(memories: Sequence[BlockMemory], gradient_bytes: int, microbatches: int) -> int:
-    """ZeRO 3: the block at work and the one prefetched lie whole, with whole gradients on their way to be scattered.
-
-    fully_shard frees a block's parameters after its forward and keeps one reduce-scatter input at a time. With several
-    microbatches gradients are scattered in the last backward only, and lie whole until then.
+    ZeRO 3: the block at work and the one prefetched, with whole gradients on their way to be scattered. fully_shard
+    frees a block's parameters after its forward and keeps one reduce-scatter input at a time. With several microbatches
+    gradients are scattered in the last backward only, and lie whole until then, unless each microbatch scatters. ZeRO 2:
+    the gradients of the block at work, in front of their reduction.
     """
     sizes = [sum(memory.parameter_bytes) for memory in memories]
+    if stage.zero == 2:
+        return 2 * max(sizes)
+    if stage.zero < 3:
+        return 0
     pairs = [a + b for a, b in zip(sizes, sizes[1:], strict=False)] or sizes
-    return max(pairs) + (2 * max(sizes) if microbatches == 1 else gradient_bytes + max(sizes))
+    once = microbatches == 1 or constants.scatter_each
+    return max(pairs) + (2 * max(sizes) if once else gradient_bytes + max(sizes))
 
 
 def _batch_inputs(graph: Graph, prices: Sequence[tuple[Block, Priced]], local: LocalShapes) -> int:

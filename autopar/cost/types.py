@@ -20,6 +20,8 @@ class StageCost:
         communication buffers alive during compute (ZeRO 3).
     activation_bytes: what one in-flight microbatch keeps between its forward and its backward.
     forward_peak_bytes, backward_peak_bytes: extra transient bytes while a microbatch's forward (backward) runs.
+    backward_weight_s: the part of backward_s that a schedule with split backwards can put off (gradients of weights).
+    deferred_bytes: what one microbatch keeps between the halves of such a backward.
     """
 
     forward_s: float
@@ -38,3 +40,10 @@ class StageCost:
     activation_bytes: int
     forward_peak_bytes: int
     backward_peak_bytes: int
+    backward_weight_s: float = 0.0
+    deferred_bytes: int = 0
+
+    @property
+    def backward_input_s(self) -> float:
+        """The part of backward_s that the stage before waits for."""
+        return self.backward_s - self.backward_weight_s

@@ -9,8 +9,8 @@ exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..cost.collectives import collective_s
@@ -25,6 +25,8 @@ from ..sharding.placement import Placement, Split, conversion
 from ..sharding.strategies import strategies
 from ..sharding.strategy import Strategy
 from .layout_chain import ChainSolution, chain_frontier, chain_layouts
+from .layout_costs import Seconds2
+from .layout_elimination import Order
 from .layout_options import LayoutOptions, layout_options
 from .problem import Chain, Problem, Shape
 
@@ -38,6 +40,8 @@ class LayoutChains:
     def __init__(self) -> None:
         self._options: dict[tuple, LayoutOptions] = {}
         self._fastest: dict[tuple, ChainSolution] = {}
+        self._orders: dict[Hashable, Order] = {}
+        self._answers: dict[tuple[int, int], Answers] = {}
 
     def of(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
         """Distinct chains for `shape`, the fastest first; the empty chain where there is no tensor axis."""
@@ -64,15 +68,33 @@ class LayoutChains:
 
     def pass_s(self, problem: Problem, tensor: int) -> float:
         """Forward and backward of the whole model and batch on `tensor` ranks: no layout is faster."""
-        prices = PassPrices(problem, Shape(1, 1, tensor, 1, "1f1b", 0), False)
-        return chain_layouts(layout_options(problem.graph, tensor, prices), 0, len(problem.graph.blocks)).time_s
+        shape = Shape(1, 1, tensor, 1, "1f1b", 0)
+        prices = PassPrices(problem, shape, False, self._answers_of(shape))
+        options = layout_options(problem.graph, tensor, prices, self._orders)
+        return chain_layouts(options, 0, len(problem.graph.blocks)).time_s
 
     def _options_of(self, problem: Problem, shape: Shape, recompute: str) -> LayoutOptions:
-        prices = AxisPrices(problem, shape, recompute == "full")
+        prices = AxisPrices(problem, shape, recompute == "full", self._answers_of(shape))
         key = (shape.data, shape.tensor, shape.microbatches, shape.zero, recompute, prices.in_flight)
         if key not in self._options:
-            self._options[key] = layout_options(problem.graph, shape.tensor, prices)
+            self._options[key] = layout_options(problem.graph, shape.tensor, prices, self._orders)
         return self._options[key]
+
+    def _answers_of(self, shape: Shape) -> Answers:
+        return self._answers.setdefault((shape.tensor, shape.shards), Answers())
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the cost model said for one tensor degree and one share of the batch, whatever else a shape is.
+
+    Tensors of one size and kind, which lie alike on the batch, have their conversions in common.
+    """
+
+    ops: dict[tuple[str, str], Seconds2] = field(default_factory=dict)
+    conversions: dict[tuple, Seconds2] = field(default_factory=dict)
+    strategies: dict[int, tuple[Strategy, ...]] = field(default_factory=dict)
+    classes: dict[str, tuple] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,31 +104,49 @@ class AxisPrices:
     problem: Problem
     shape: Shape
     recompute: bool
+    answers: Answers = field(default_factory=Answers)
 
     def strategies(self, op: Op) -> tuple[Strategy, ...]:
         """Those that do not cut the batch: that is the data axis's part, and a shape says how much of it there is."""
         found = strategies(self.problem.graph, op, self.shape.tensor, self.shape.shards)
         # Ops at one position of isomorphic blocks have one tuple of strategies, which the graph's analysis keeps.
-        if id(found) not in self._kept:
-            self._kept[id(found)] = tuple(strategy for strategy in found if not self._cuts_batch(op, strategy))
-        return self._kept[id(found)]
+        kept = self.answers.strategies
+        if id(found) not in kept:
+            kept[id(found)] = tuple(strategy for strategy in found if not self._cuts_batch(op, strategy))
+        return kept[id(found)]
 
     def _cuts_batch(self, op: Op, strategy: Strategy) -> bool:
         placed = zip((*op.inputs, *op.outputs), (*strategy.inputs, *strategy.outputs), strict=True)
         return any(isinstance(place, Split) and self._rows.get(name) == place for name, place in placed)
 
-    def op_s(self, op: Op, strategy: Strategy) -> tuple[float, float]:
-        return self._twice(self._model.op_s(op, strategy, shards=self.shape.shards))
+    def op_s(self, op: Op, strategy: Strategy) -> Seconds2:
+        known, key = self.answers.ops, (op.name, strategy.key)
+        if key not in known:
+            known[key] = self._model.op_s(op, strategy, shards=self.shape.shards)
+        return self._twice(known[key])
 
-    def conversion_s(self, tensor: str, have: Placement, want: Placement) -> tuple[float, float]:
+    def conversion_s(self, tensor: str, have: Placement, want: Placement) -> Seconds2:
         if have == want:
             return (0.0, 0.0)
-        ranks = self.shape.ranks(0)[: self.shape.tensor]
-        forward_s, backward_s = self._model.conversion_s(tensor, have, want, shards=self.shape.shards, ranks=ranks)
-        is_parameter = self.problem.graph.tensors[tensor].role == "parameter"
+        known, key = self.answers.conversions, (self._class(tensor), have, want)
+        if key not in known:
+            ranks = self.shape.ranks(0)[: self.shape.tensor]
+            known[key] = self._model.conversion_s(tensor, have, want, shards=self.shape.shards, ranks=ranks)
+        forward_s, backward_s = known[key]
+        is_parameter = key[0][0] == "parameter"
         if is_parameter and conversion(have, want).backward == "all_reduce":
             backward_s /= self.shape.microbatches
         return self._twice((forward_s, backward_s))
+
+    def _class(self, name: str) -> tuple:
+        """What the conversions of a tensor depend on."""
+        known = self.answers.classes
+        if name not in known:
+            tensor = self.problem.graph.tensors[name]
+            known[name] = (
+                tensor.role, tensor.shape, tensor.dtype, tensor.requires_grad, self._local.batch.get(name)
+            )  # fmt: skip
+        return known[name]
 
     def rest_s(self, parameter: str, placement: Placement) -> float:
         if not self.problem.graph.tensors[parameter].requires_grad:
@@ -114,7 +154,7 @@ class AxisPrices:
         cluster, data = self.problem.cluster, self.shape.data
         size = self._local.size_bytes(parameter, placement, self.shape.tensor)
         held = size / data if self.shape.zero == 3 else size
-        step_s = optimizer_s(cluster.device, [held], self._model.corrections)
+        step_s = optimizer_s(cluster.device, [held], self._model.corrections, self._model.constants)
         each_s = 0.0
         if data > 1:
             ranks = self.shape.ranks(0)[:: self.shape.tensor]
@@ -153,7 +193,7 @@ class AxisPrices:
             return 0.0
         return self.in_flight * self._local.size_bytes(tensor, placement, self.shape.tensor)
 
-    def _twice(self, seconds: tuple[float, float]) -> tuple[float, float]:
+    def _twice(self, seconds: Seconds2) -> Seconds2:
         """Recomputation runs the forward again in front of the backward."""
         forward_s, backward_s = seconds
         return (forward_s, backward_s + forward_s) if self.recompute else seconds
@@ -167,10 +207,6 @@ class AxisPrices:
         shards = self.shape.shards
         placements = batch_layout(self.problem.graph, shards).placements if shards > 1 else {}
         return LocalShapes(self.problem.graph, shards, placements)
-
-    @cached_property
-    def _kept(self) -> dict[int, tuple[Strategy, ...]]:
-        return {}
 
     @cached_property
     def _rows(self) -> Mapping[str, Placement]:
@@ -189,7 +225,7 @@ class AxisPrices:
 class PassPrices(AxisPrices):
     """Of a microbatch alone, without what happens once per step."""
 
-    def conversion_s(self, tensor: str, have: Placement, want: Placement) -> tuple[float, float]:
+    def conversion_s(self, tensor: str, have: Placement, want: Placement) -> Seconds2:
         forward_s, backward_s = super().conversion_s(tensor, have, want)
         is_parameter = self.problem.graph.tensors[tensor].role == "parameter"
         return forward_s, 0.0 if is_parameter and conversion(have, want).backward == "all_reduce" else backward_s

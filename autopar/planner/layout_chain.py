@@ -6,10 +6,10 @@ With V_b[p, q] the optimum of block b that is entered in state p and left in sta
     F_{b+1}[q] = min_p F_b[p] + V_b[p, q]                                      _shortest_path
     answer     = min over the allowed exit states of F_stop
 
-The V are integer programs, so they are solved lazily: an entry not yet solved is replaced by its lower bound
-max(V_b[p, *], V_b[*, q]), a program with the other side left free; the path found on the bounds is then solved block
-by block, and the search is repeated until every entry on the best path is exact. As bounds only rise, that path is
-optimal.
+Elimination gives a whole V at once. Where a block is too wide for it, the V are integer programs, which are solved
+lazily: an entry not yet solved is replaced by its lower bound max(V_b[p, *], V_b[*, q]), a program with the other side
+left free; the path found on the bounds is then solved block by block, and the search is repeated until every entry on
+the best path is exact. As bounds only rise, that path is optimal.
 
 Parameters that several blocks use have one placement at rest in all of them: `chain_layouts` enumerates these outside
 (they are few: a tied embedding), and counts their bytes and what follows from them once.
@@ -194,7 +194,13 @@ def _solve_chain(
 
     bounds, exact = [], []
     for b, before, after in zip(range(start, stop), states, states[1:], strict=False):
-        if len(before) == 1 or len(after) == 1:  # as many programs as bounds would take
+        whole = options.table(b, shared, weight)
+        if whole is not None:
+            rows = slice(None) if b > start or entry is None else [options.states(b).index(entry)]
+            columns = slice(None) if b + 1 < stop or exit is None else [options.states(b + 1).index(exit)]
+            table = whole[rows][:, columns]
+            exact.append(np.ones(table.shape, dtype=bool))
+        elif len(before) == 1 or len(after) == 1:  # as many programs as bounds would take
             table = np.array([[value(b, p, q) for q in after] for p in before])
             exact.append(np.ones(table.shape, dtype=bool))
         else:

@@ -1,21 +1,25 @@
 """Optimal layouts of every kind of block, by how its inputs arrive and its outputs leave; solved when first asked for.
 
 A boundary is the cut in front of a block (boundary i lies before block i); its state is one placement per tensor that
-crosses it. Blocks of one kind share one integer program and its solutions, position by position. What else tells two
-blocks apart is part of the key: which of their tensors take gradients, and the placements of parameters that other
-blocks use as well.
+crosses it. Blocks of one kind share one model and its solutions, position by position. What else tells two blocks apart
+is part of the key: which of their tensors take gradients, and the placements of parameters that other blocks use as
+well. Elimination (layout_elimination.py) answers for all states of both boundaries at once; the few blocks that are too
+wide for it are integer programs (layout_program.py), one per pair of states.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from ..graph import Block, Graph, Op
 from ..sharding.placement import REPLICATED, Placement, Split
 from .layout_costs import LayoutCosts
+from .layout_elimination import Elimination, Order, Solved, TooWide
 from .layout_model import BlockModel, block_model, rest_candidates
 from .layout_program import BlockProgram, Infeasible, Selection
 from .layouts import BlockSolution, solution
@@ -27,26 +31,44 @@ State = tuple[Placement, ...]
 MAX_STATES = 64
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Kind:
-    """One integer program, the block it was built from, and what it has been asked so far."""
+    """One model of a block, the block it was built from, and what it has been asked so far.
+
+    tables: None where the block is too wide for them; then programs are solved instead.
+    """
 
     block: Block
     model: BlockModel
-    program: BlockProgram
     shared_parameters: tuple[str, ...]
+    tables: Elimination | None
+    solved: dict[float, Solved] = field(default_factory=dict)
+    program: BlockProgram | None = None
     selections: dict[tuple, Selection | None] = field(default_factory=dict)
-    solutions: dict[Selection, BlockSolution] = field(default_factory=dict)
+    solutions: dict[tuple[tuple[int, ...], float], BlockSolution] = field(default_factory=dict)
+
+    def fixed(self, inputs: State | None, outputs: State | None) -> dict[int, int]:
+        """The options of the boundary's choices in these states."""
+        found = {}
+        for role, names, state in (("input", self.block.inputs, inputs), ("output", self.block.outputs, outputs)):
+            for name, placement in zip(names, state or (), strict=state is not None):
+                choice = self.model.index[role, name]
+                found[choice] = self.model.choices[choice].options.index(placement)
+        return found
 
 
 class LayoutOptions:
     """Solutions for all blocks of `graph` on a model axis of `degree` ranks, under one set of prices."""
 
-    def __init__(self, graph: Graph, degree: int, costs: LayoutCosts) -> None:
+    def __init__(
+        self, graph: Graph, degree: int, costs: LayoutCosts, orders: dict[Hashable, Order] | None = None
+    ) -> None:
         self.graph, self.degree, self.costs = graph, degree, costs
+        self._orders = {} if orders is None else orders
         self._states = [self._boundary_states(i) for i in range(len(graph.blocks) + 1)]
         self._signatures = [self._signature(block) for block in graph.blocks]
         self._kinds: dict[tuple, _Kind] = {}
+        self._tables: dict[tuple, np.ndarray] = {}
 
     def states(self, boundary: int) -> tuple[State, ...]:
         """The states of the cut in front of block `boundary` (behind the last block for len(blocks)) that are tried.
@@ -54,6 +76,26 @@ class LayoutOptions:
         Each crossing tensor is replicated or split as the ops next to the cut can produce or want it.
         """
         return self._states[boundary]
+
+    def table(self, index: int, shared_parameters: Mapping[str, Placement], memory_weight: float) -> np.ndarray | None:
+        """objective_s[state in front of block `index`, state behind it]; None where only programs can tell.
+
+        Infinite where every layout needs a forbidden conversion.
+        """
+        kind, key = self._kind(index, shared_parameters)
+        if kind.tables is None:
+            return None
+        before, after = self._states[index], self._states[index + 1]
+        question = (key, memory_weight, before, after)
+        if question not in self._tables:
+            all_s = self._solved(kind, memory_weight).objective_s
+            rows, columns = (
+                [tuple(kind.fixed(*state).values()) for state in states]
+                for states in ([(p, None) for p in before], [(None, q) for q in after])
+            )
+            found = np.array([[all_s[(*row, *column)] for column in columns] for row in rows])
+            self._tables[question] = found.reshape(len(before), len(after))
+        return self._tables[question]
 
     def objective_s(
         self,
@@ -63,12 +105,12 @@ class LayoutOptions:
         shared_parameters: Mapping[str, Placement],
         memory_weight: float,
     ) -> float:
-        """The least objective of block `index`; infinite where every layout needs a forbidden conversion.
+        """The least objective of block `index`, by its program; infinite where a forbidden conversion is needed.
 
         inputs, outputs: states of its two boundaries; None leaves a state free, which gives a lower bound for every
         state of it.
         """
-        _, found = self._select(index, inputs, outputs, shared_parameters, memory_weight)
+        found = self._select(self._kind(index, shared_parameters)[0], inputs, outputs, memory_weight)
         return math.inf if found is None else found.objective_s
 
     def solution(
@@ -79,15 +121,20 @@ class LayoutOptions:
         shared_parameters: Mapping[str, Placement],
         memory_weight: float,
     ) -> BlockSolution:
-        """The layout behind `objective_s`, which must be finite, held against its price."""
-        kind, found = self._select(index, inputs, outputs, shared_parameters, memory_weight)
+        """The layout behind the objective, which must be finite, held against its price."""
+        kind, _ = self._kind(index, shared_parameters)
+        question = (inputs, outputs, memory_weight)
+        if question not in kind.selections and kind.tables is not None:
+            kind.selections[question] = self._selection(kind, inputs, outputs, memory_weight)
+        found = self._select(kind, inputs, outputs, memory_weight)
         assert found is not None, f"block {index} cannot go from {inputs} to {outputs}"
-        if found not in kind.solutions:
+        known = (found.options, memory_weight)
+        if known not in kind.solutions:
             block, shared = kind.block, kind.shared_parameters
-            kind.solutions[found] = solution(
+            kind.solutions[known] = solution(
                 self.graph, block, self.degree, self.costs, kind.model, found, memory_weight, shared
             )
-        return kind.solutions[found]
+        return kind.solutions[known]
 
     def candidates(self, parameter: str) -> tuple[Placement, ...]:
         """Placements at rest of `parameter` that its uses in all blocks suggest."""
@@ -101,8 +148,8 @@ class LayoutOptions:
 
     @property
     def num_solved(self) -> int:
-        """Integer programs solved so far."""
-        return sum(len(kind.selections) for kind in self._kinds.values())
+        """Eliminations and integer programs solved so far."""
+        return sum(len(k.solved) if k.tables else len(k.selections) for k in self._kinds.values())
 
     def _boundary_states(self, boundary: int) -> tuple[State, ...]:
         blocks = self.graph.blocks
@@ -139,49 +186,68 @@ class LayoutOptions:
         gradients = tuple(self.graph.tensors[name].requires_grad for name in names)
         return block.kind, gradients, self.graph.loss in names
 
-    def _select(
-        self,
-        index: int,
-        inputs: State | None,
-        outputs: State | None,
-        shared_parameters: Mapping[str, Placement],
-        memory_weight: float,
-    ) -> tuple[_Kind, Selection | None]:
+    def _kind(self, index: int, shared_parameters: Mapping[str, Placement]) -> tuple[_Kind, tuple]:
         parameters = self.graph.blocks[index].parameters
         key = (self._signatures[index], tuple(shared_parameters.get(name) for name in parameters))
         if key not in self._kinds:
             shared = {name: shared_parameters[name] for name in parameters if name in shared_parameters}
             self._kinds[key] = self._build(index, shared)
-        kind, question = self._kinds[key], (inputs, outputs, memory_weight)
-        if question not in kind.selections:
-            kind.selections[question] = self._solve(kind, inputs, outputs, memory_weight)
-        return kind, kind.selections[question]
+        return self._kinds[key], key
 
     def _build(self, index: int, shared: dict[str, Placement]) -> _Kind:
         block = self.graph.blocks[index]
         alike = [b for b, s in zip(self.graph.blocks, self._signatures, strict=True) if s == self._signatures[index]]
         inputs, outputs = (
             [list(dict.fromkeys(column)) for column in zip(*itertools.chain(*boundaries), strict=True)]
-            for boundaries in ([self._states[b.index] for b in alike], [self._states[b.index + 1] for b in alike])
+            for boundaries in (
+                dict.fromkeys(self._states[b.index] for b in alike),
+                dict.fromkeys(self._states[b.index + 1] for b in alike),
+            )
         )
         model = block_model(self.graph, block, self.costs, inputs, outputs, shared)
-        return _Kind(block, model, BlockProgram(model), tuple(shared))
+        return _Kind(block, model, tuple(shared), self._eliminate(block, model))
 
-    def _solve(self, kind: _Kind, inputs: State | None, outputs: State | None, weight: float) -> Selection | None:
-        fixed = {}
-        for role, names, state in (("input", kind.block.inputs, inputs), ("output", kind.block.outputs, outputs)):
-            if state is not None:
-                for name, placement in zip(names, state, strict=True):
-                    choice = kind.model.index[role, name]
-                    fixed[choice] = kind.model.choices[choice].options.index(placement)
+    def _eliminate(self, block: Block, model: BlockModel) -> Elimination | None:
+        boundary = [model.index["input", n] for n in block.inputs] + [model.index["output", n] for n in block.outputs]
         try:
-            return kind.program.solve(weight, fixed=fixed)
-        except Infeasible:
+            return Elimination(model, boundary, self._orders)
+        except TooWide:
             return None
 
+    def _solved(self, kind: _Kind, weight: float) -> Solved:
+        if weight not in kind.solved:
+            kind.solved[weight] = kind.tables.table(weight)
+        return kind.solved[weight]
 
-def layout_options(graph: Graph, degree: int, costs: LayoutCosts) -> LayoutOptions:
-    """Nothing is solved yet: `LayoutOptions.solution` solves on demand and remembers."""
+    def _selection(self, kind: _Kind, inputs: State, outputs: State, weight: float) -> Selection:
+        """The minimiser that elimination remembers."""
+        fixed, solved = kind.fixed(inputs, outputs), self._solved(kind, weight)
+        options = solved.selection(fixed)
+        time_s, memory_bytes = kind.model.price(options)
+        objective_s = time_s + weight * memory_bytes
+        bound_s = min(objective_s, float(solved.objective_s[tuple(fixed.values())]))
+        return Selection(options, time_s, memory_bytes, objective_s, bound_s, True, True)
+
+    def _select(
+        self, kind: _Kind, inputs: State | None, outputs: State | None, memory_weight: float
+    ) -> Selection | None:
+        question = (inputs, outputs, memory_weight)
+        if question not in kind.selections:
+            kind.program = kind.program or BlockProgram(kind.model)
+            try:
+                kind.selections[question] = kind.program.solve(memory_weight, fixed=kind.fixed(inputs, outputs))
+            except Infeasible:
+                kind.selections[question] = None
+        return kind.selections[question]
+
+
+def layout_options(
+    graph: Graph, degree: int, costs: LayoutCosts, orders: dict[Hashable, Order] | None = None
+) -> LayoutOptions:
+    """Nothing is solved yet: `LayoutOptions.solution` solves on demand and remembers.
+
+    orders: orders of elimination that other prices of the same graph have found and this one may reuse.
+    """
     if degree < 1:
         raise ValueError(f"degree {degree}: a model axis has at least one rank")
-    return LayoutOptions(graph, degree, costs)
+    return LayoutOptions(graph, degree, costs, orders)

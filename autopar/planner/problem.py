@@ -143,6 +143,8 @@ class Problem:
     costs: Costs
     chains: ChainSource
     constraints: Constraints = Constraints()
+    # Whether the runtime executes stages of different meshes beside each other; methods search them only then.
+    unequal_stages: bool = False
 
     def __post_init__(self) -> None:
         self._check_batch()

@@ -12,10 +12,21 @@ from ..graph import Graph
 from ..plan import Plan
 from .auto import auto
 from .chains import LayoutChains
+from .methods.alpa import alpa
+from .methods.dapple import dapple
 from .methods.exhaustive import exhaustive
+from .methods.pipedream import pipedream
+from .methods.piper import piper
 from .problem import Constraints, Costs, Problem
 
-METHODS: dict[str, Callable[[Problem, bool], Plan]] = {"auto": auto, "exhaustive": exhaustive}
+METHODS: dict[str, Callable[[Problem, bool], Plan]] = {
+    "auto": auto,
+    "exhaustive": exhaustive,
+    "pipedream": pipedream,
+    "dapple": dapple,
+    "piper": piper,
+    "alpa": alpa,
+}
 
 
 def search(

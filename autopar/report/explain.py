@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..graph import Block, Graph, Op
 from ..plan import Layout, Plan, Stage
-from ..sharding.flow import find_strategy
+from ..sharding.flow import find_strategies
 from ..sharding.placement import Split, parse_placement
 from ..sharding.strategy import Strategy
 from .naming import describe_layouts
@@ -152,7 +152,7 @@ def ops_in_words(graph: Graph, block: Block, layout: Layout, shards: int) -> lis
     placed = dict(zip(block.parameters, layout.parameters, strict=True))
     lines = []
     for op, key in zip(graph.block_ops(block), layout.strategies, strict=True):
-        strategy = find_strategy(graph, op, key, layout.degree, shards)
+        (strategy,) = find_strategies(graph, op, (key,), (layout.degree,), shards)
         names = [name for name in dict.fromkeys(op.inputs) if name in placed]
         words = _common_name(op, strategy, names)
         if not (names or words):

@@ -36,7 +36,7 @@ def describe_layouts(graph: Graph, blocks: Sequence[Block], layouts: Sequence[La
     for block, layout in zip(blocks, layouts, strict=True):
         if (block.kind, layout) not in seen:
             seen.add((block.kind, layout))
-            _Reader(graph, block_flow(graph, block, layout, shards)).collect(facts)
+            _Reader(graph, block_flow(graph, block, (layout,), shards)).collect(facts)
     return f"tensor {layouts[0].degree}: {facts.words()}"
 
 

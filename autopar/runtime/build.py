@@ -15,14 +15,15 @@ from ..graph import Graph
 from ..plan import Plan, Stage
 from ..schedule.build import program_for
 from ..schedule.instructions import Instruction
-from ..sharding.placement import REPLICATED, SHARED, Placement, parse_placement
+from ..sharding.axes import Places
+from ..sharding.placement import REPLICATED
 from .executor import Executor, block_function
 from .groups import Groups, build_groups
 from .ownership import Holder, Ownership
 from .recorder import Recorder
 from .replicas import Replicas
 from .shards import Shards
-from .stage import CompiledStage, compile_stage, stage_layouts
+from .stage import CompiledStage, compile_stage, placed
 from .storage import ParameterSpec, StageAxes, Storage
 from .transport import Transport
 
@@ -47,7 +48,7 @@ class Runtime:
         Gloo closes a group's connections when the last reference to it goes, and only then do ranks that wait fail.
         """
         self.executor.transport.abandon()
-        for axis in (self.groups.data, self.groups.tensor, self.groups.all_of_stage):
+        for axis in self.groups.lines.values():
             axis.group = None
         self.groups.forward.clear()
         self.groups.backward.clear()
@@ -55,26 +56,25 @@ class Runtime:
 
 def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, ...]]:
     """Per stage, its parameters in order of first use, and where every rank of every stage holds them."""
-    placed: dict[str, dict[int, Placement]] = {}
+    at_rest: dict[str, dict[int, Places]] = {}
     for s, stage in enumerate(plan.stages):
-        layouts = stage_layouts(plan, stage)
-        for block, layout in zip(graph.blocks[stage.start : stage.stop], layouts, strict=True):
-            tokens = layout.parameters if layout else ("R",) * len(block.parameters)
-            for name, token in zip(block.parameters, tokens, strict=True):
-                placed.setdefault(name, {}).setdefault(s, parse_placement(token))
+        for block, layouts in zip(graph.blocks[stage.start : stage.stop], plan.layouts_of(stage), strict=True):
+            for name, places in zip(block.parameters, placed(layouts, "parameters", block.parameters), strict=True):
+                at_rest.setdefault(name, {}).setdefault(s, places)
     found: dict[int, list[ParameterSpec]] = {s: [] for s in range(len(plan.stages))}
-    for name, places in placed.items():
+    for name, by_stage in at_rest.items():
         tensor = graph.tensors[name]
-        holders = tuple(_holder(plan.stages[s], place) for s, place in places.items())
+        holders = tuple(_holder(plan.stages[s], places) for s, places in by_stage.items())
         spec = ParameterSpec(tensor.fqn, tensor.dtype, Ownership(tensor.shape, holders), tensor.requires_grad)
-        for s in places:
+        for s in by_stage:
             found[s].append(spec)
     return {s: tuple(specs) for s, specs in found.items()}
 
 
-def _holder(stage: Stage, placement: Placement) -> Holder:
+def _holder(stage: Stage, places: Places) -> Holder:
+    first, *inner = zip(places, stage.axes, strict=True) if places else [(REPLICATED, 1)]
     shards = (stage.zero_group or stage.data) if stage.zero else 1
-    return Holder(stage.ranks, stage.data, stage.tensor, placement, shards)
+    return Holder(stage.ranks, stage.data, stage.tensor, first[0], shards, tuple(inner))
 
 
 def ownerships(graph: Graph, plan: Plan) -> dict[str, Ownership]:
@@ -98,13 +98,14 @@ def build_runtime(
     rank = dist.get_rank()
     groups = build_groups(plan)
     stage = plan.stages[groups.stage]
-    compiled = compile_stage(graph, plan, groups.stage, groups.tensor, device)
+    compiled = compile_stage(graph, plan, groups.stage, groups.model, device)
     by_stage = parameter_specs(graph, plan)
     specs = _with_reductions(graph, compiled, by_stage[groups.stage], rank)
     tied = {s.fqn: s for specs in by_stage.values() for s in specs if len(s.ownership.holders) > 1 and s.requires_grad}
     if not any(rank in s.ownership.ranks for s in tied.values()):
         tied = {}
-    axes = StageAxes(groups.data, groups.tensor, groups.all_of_stage, rank, device, groups.hybrid)
+    lines = groups.lines if len(stage.axes) > 1 else {}
+    axes = StageAxes(groups.data, groups.tensor, groups.all_of_stage, rank, device, lines, groups.hybrid)
     blocks = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled.blocks)}
     storage: Storage = (
         Shards(specs, blocks, values(specs), axes, level=stage.zero)
@@ -143,17 +144,12 @@ def build_runtime(
 def _with_reductions(
     graph: Graph, compiled: CompiledStage, specs: Sequence[ParameterSpec], rank: int
 ) -> tuple[ParameterSpec, ...]:
-    """The specs with SHARED in place of REPLICATED on this stage where gradients are summands per tensor rank."""
-    reduced = {graph.tensors[t].fqn for block in compiled.blocks for t in block.reduced}
+    """The specs with SHARED in place of REPLICATED on this stage where gradients are summands per rank of a model axis."""
+    reduced = {graph.tensors[t].fqn: numbers for block in compiled.blocks for t, numbers in block.reduced.items()}
     found = []
     for spec in specs:
         if spec.fqn in reduced:
-            holders = tuple(
-                Holder(h.ranks, h.data, h.tensor, SHARED, h.shards)
-                if rank in h.ranks and h.placement == REPLICATED
-                else h
-                for h in spec.ownership.holders
-            )
+            holders = tuple(h.with_sums(reduced[spec.fqn]) if rank in h.ranks else h for h in spec.ownership.holders)
             spec = ParameterSpec(spec.fqn, spec.dtype, Ownership(spec.ownership.shape, holders), spec.requires_grad)
         found.append(spec)
     return tuple(found)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from ..plan import Plan, Stage
@@ -15,7 +18,9 @@ from .axis import Axis
 class Groups:
     """This rank's place in the plan.
 
-    stage: index of its stage. data, tensor: its axes in the stage's mesh; all_of_stage: the axis of all its ranks.
+    stage: index of its stage. lines: its axes in the stage's mesh, by the dims of the mesh that they run along: 0 is
+    data, i + 1 the model axis i, and several dims together are one axis of all the ranks along them. data, tensor: the
+    first dim, all the others; all_of_stage: all dims.
     hybrid: the data axis as (copies, shards) where ZeRO shards over fewer than all data ranks, else None.
     forward, backward: by neighbouring stage, the two-rank group that carries activations (gradients) between this rank
     and its counterpart there; two groups, because on NCCL messages of one group wait for each other.
@@ -24,12 +29,28 @@ class Groups:
     plan: Plan
     rank: int
     stage: int
-    data: Axis
-    tensor: Axis
-    all_of_stage: Axis
+    lines: Mapping[tuple[int, ...], Axis]
     forward: dict[int, dist.ProcessGroup]
     backward: dict[int, dist.ProcessGroup]
     hybrid: tuple[Axis, Axis] | None = None
+
+    @property
+    def data(self) -> Axis:
+        return self.lines[0,]
+
+    @property
+    def tensor(self) -> Axis:
+        dims = max(self.lines, key=len)
+        return self.lines[dims[1:] or (1,)]
+
+    @property
+    def all_of_stage(self) -> Axis:
+        return self.lines[max(self.lines, key=len)]
+
+    @property
+    def model(self) -> dict[tuple[int, ...], Axis]:
+        """The model axes by their numbers, alone and several as one."""
+        return {tuple(i - 1 for i in dims): axis for dims, axis in self.lines.items() if 0 not in dims}
 
     def counterpart(self, stage: int) -> int:
         """The rank with this rank's coordinates in another stage."""
@@ -46,17 +67,16 @@ def build_groups(plan: Plan) -> Groups:
     rank = dist.get_rank()
     stage_of = {r: s for s, stage in enumerate(plan.stages) for r in stage.ranks}
     index = stage_of[rank]
-    axes: dict[str, Axis] = {}
+    found: dict[tuple[int, ...], Axis] = {}
     hybrid: tuple[Axis, Axis] | None = None
     for stage in plan.stages:
-        rows, columns = _mesh_lines(stage)
-        for name, lines in (("data", columns), ("tensor", rows), ("stage", [stage.ranks])):
-            axis = _axis(name, rank, lines)
-            axes |= {name: axis} if axis else {}
+        for dims in mesh_dims(stage):
+            axis = _axis(_name(stage, dims), rank, mesh_lines(stage, dims))
+            found |= {dims: axis} if axis else {}
         if 0 < stage.zero_group < stage.data:
-            copies, shards = _hybrid_lines(columns, stage.zero_group)
-            found = (_axis("copies", rank, copies), _axis("shards", rank, shards))
-            hybrid = found if rank in stage.ranks else hybrid
+            copies, shards = _hybrid_lines(mesh_lines(stage, (0,)), stage.zero_group)
+            pair = (_axis("copies", rank, copies), _axis("shards", rank, shards))
+            hybrid = pair if rank in stage.ranks else hybrid
     forward: dict[int, dist.ProcessGroup] = {}
     backward: dict[int, dist.ProcessGroup] = {}
     for first in range(len(plan.stages) - 1):
@@ -65,12 +85,29 @@ def build_groups(plan: Plan) -> Groups:
                 group = dist.new_group(list(pair))
                 if rank in pair:
                     made[first + 1 if rank == pair[0] else first] = group
-    return Groups(plan, rank, index, axes["data"], axes["tensor"], axes["stage"], forward, backward, hybrid)
+    return Groups(plan, rank, index, found, forward, backward, hybrid)
 
 
-def _mesh_lines(stage: Stage) -> tuple[list[list[int]], list[list[int]]]:
-    grid = [list(stage.ranks[d * stage.tensor : (d + 1) * stage.tensor]) for d in range(stage.data)]
-    return grid, [list(column) for column in zip(*grid, strict=True)]
+def mesh_dims(stage: Stage) -> Iterator[tuple[int, ...]]:
+    """Every choice of dims of the stage's (data, *axes) mesh; a stage without model axes counts as one of degree 1."""
+    count = 1 + max(1, len(stage.axes))
+    for length in range(1, count + 1):
+        yield from itertools.combinations(range(count), length)
+
+
+def mesh_lines(stage: Stage, dims: Sequence[int]) -> list[list[int]]:
+    """The sets of ranks that differ in their coordinates on these dims only, in row-major order."""
+    mesh = torch.tensor(stage.ranks).view(stage.data, *(stage.axes or (1,)))
+    others = [i for i in range(mesh.dim()) if i not in dims]
+    return mesh.permute(*others, *dims).reshape(-1, math.prod(mesh.shape[i] for i in dims)).tolist()
+
+
+def _name(stage: Stage, dims: tuple[int, ...]) -> str:
+    if dims == (0,):
+        return "data"
+    if 0 in dims:
+        return "stage" if len(dims) == 1 + max(1, len(stage.axes)) else "data x " + _name(stage, dims[1:])
+    return "tensor" if len(dims) == max(1, len(stage.axes)) else " x ".join(f"tensor{i - 1}" for i in dims)
 
 
 def _hybrid_lines(columns: Sequence[Sequence[int]], size: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from .build import Runtime
 from .failure import publish, stop_everyone
 from .measure import Measurement
 from .storage import deliver
+from .watchdog import TIMEOUT_S, Watchdog, ring
 
 
 class Output(SimpleNamespace):
@@ -41,13 +43,16 @@ class ParallelModule(nn.Module):
     plan: what runs. prediction: the simulator's Timeline for it. timeline: the latest measured one.
     """
 
-    def __init__(self, graph: Graph, runtime: Runtime, prediction: Timeline, device: torch.device) -> None:
+    def __init__(
+        self, graph: Graph, runtime: Runtime, prediction: Timeline, device: torch.device, timeout_s: float = TIMEOUT_S
+    ) -> None:
         super().__init__()
         self.graph = graph
         self.prediction = prediction
         self.device = device
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self.install(runtime)
+        self.watchdog = Watchdog(_instruction_of(weakref.ref(self)), timeout_s, device)
 
     def install(self, runtime: Runtime) -> None:
         """Run by `runtime` from now on."""
@@ -73,7 +78,7 @@ class ParallelModule(nn.Module):
         differentiable = torch.is_grad_enabled()
         actions = runtime.training_actions if differentiable else runtime.evaluation_actions
         try:
-            with self.measurement.step():
+            with self.watchdog.step(), self.measurement.step():
                 summand, gradients = runtime.executor.run(actions, batch, self.training)
                 loss = self._whole_loss(summand)
         except Exception as error:
@@ -189,6 +194,21 @@ def _find(key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return value
 
 
+def _instruction_of(model: weakref.ref[ParallelModule]) -> Callable[[], tuple[Any, int] | None]:
+    """What the model executes, for its watchdog; None once the model is gone."""
+
+    def current() -> tuple[Any, int] | None:
+        alive = model()
+        if alive is None:
+            return None
+        runtime = alive.runtime
+        return getattr(runtime.executor, "current", None), runtime.groups.stage
+
+    return current
+
+
 def _explained(error: Exception, runtime: Runtime) -> BaseException:
     action: Instruction | None = runtime.executor.current
-    return stop_everyone(error, f"in {action} of stage {runtime.groups.stage}" if action else "between instructions")
+    return stop_everyone(
+        error, f"in {action} of stage {runtime.groups.stage}" if action else "between instructions", ring
+    )

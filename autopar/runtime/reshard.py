@@ -43,13 +43,10 @@ def sources(old: Ownership, rank: int) -> tuple[int, ...]:
         return abs(candidate - rank), candidate
 
     holder = min(old.holders, key=lambda h: min(distance(r) for r in h.ranks))
-    nearest: dict[tuple[int, int], int] = {}
+    nearest: dict[tuple[int, ...], int] = {}
     for candidate in sorted(holder.ranks, key=distance):
-        tensor_index = holder.coordinates(candidate)[1]
-        part = (
-            holder.shard(candidate) if old.shape else 0,
-            tensor_index if holder.split else 0,
-        )
+        places = holder.model_coordinates(candidate)
+        part = (holder.shard(candidate) if old.shape else 0, *(places[axis] for axis, _ in holder.splits))
         nearest.setdefault(part, candidate)
     return tuple(sorted(nearest.values()))
 

@@ -1,14 +1,15 @@
 """Captured ops rewritten to local shapes, with the plan's conversions between them, as generated functions.
 
-A value is known by (tensor, placement on the batch axis, placement on the model axis). The batch axis is data times time:
-chunk c of `shards` is data rank c % data of microbatch c // data. Conversions on it are local (a slice of
-something whole, a summand's scale) because everything else was settled when the batch layout was made.
+A value is known by its tensor and how that lies on the axes: the batch axis and then the model axes, splits of one dim in
+absolute form (see sharding/axes.py). The batch axis is data times time: chunk c of `shards` is data rank c % data of
+microbatch c // data. Conversions on it are local (a slice of something whole, a summand's scale) because everything else
+was settled when the batch layout was made.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 
 from ..graph import DEVICE, Graph, Op, Ref, map_refs
 from ..ops import evaluation_form
+from ..sharding.axes import Change, Places, absolute, changes
 from ..sharding.batch import BatchLayout
 from ..sharding.flow import Run, Step
-from ..sharding.local import local_blocks, localize
+from ..sharding.local import BATCH, localize
 from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split, conversion
 from .axis import Axis
 from .collectives import COLLECTIVES, convert
@@ -56,20 +58,22 @@ class Chunk:
             return function(*args, **kwargs)
 
 
-_Value = tuple[str, Placement, Placement]
+_Value = tuple[str, Places]
 
 
 @dataclass
 class Rewriter:
-    """Rewrites steps of one stage. `model_axis` is None where the stage has no model axis.
+    """Rewrites steps of one stage.
 
+    degrees: of its model axes. axes: by the numbers of model axes, those axes as one ((0,): the first alone).
     training: whether random ops draw and norms use batch statistics.
     """
 
     graph: Graph
     batch: BatchLayout
     shards: int
-    model_axis: Axis | None
+    degrees: tuple[int, ...]
+    axes: Mapping[tuple[int, ...], Axis]
     device: torch.device
     training: bool = True
 
@@ -83,13 +87,13 @@ class Rewriter:
         emitter = _Emitter(self)
         arguments = (
             ("chunk", ["=chunk"]),
-            ("s", [emitter.given(t, REPLICATED) for t in batch]),
-            ("w", [emitter.given(t, REPLICATED, REPLICATED) for t in whole]),
+            ("s", [emitter.given(t, self.whole) for t in batch]),
+            ("w", [emitter.given(t, self.whole, REPLICATED) for t in whole]),
         )
         for op in ops:
-            emitter.run(Run(op, None))
+            emitter.run(Run(op, ()))
         results = [
-            emitter.value(t, REPLICATED if t in whole else self.batch.placements[t], REPLICATED) for t in outputs
+            emitter.value(t, REPLICATED if t in whole else self.batch.placements[t], self.whole) for t in outputs
         ]
         return compile_calls(name, emitter.calls, arguments, results)
 
@@ -97,35 +101,39 @@ class Rewriter:
         self,
         name: str,
         steps: Sequence[Step],
-        parameters: Sequence[tuple[str, Placement]],
-        inputs: Sequence[tuple[str, Placement]],
+        parameters: Sequence[tuple[str, Places]],
+        inputs: Sequence[tuple[str, Places]],
         sides: Sequence[str],
-        outputs: Sequence[tuple[str, Placement]],
+        outputs: Sequence[tuple[str, Places]],
         keeps: bool = False,
     ) -> Callable[..., tuple[torch.Tensor, ...]]:
         """function(chunk, parameters, activations, sides) -> outputs.
 
-        keeps: whether expensive calls go through `Chunk.keep_op` and `Chunk.keep_conversion`.
-
-        parameters, inputs: tensor names with their model-axis placement as passed; sides are whole; outputs: names with
-        the model-axis placement wanted.
+        parameters, inputs: tensor names with their placement on each model axis as passed; sides are whole; outputs:
+        names with the placements wanted. keeps: whether expensive calls go through `Chunk.keep_op` and
+        `Chunk.keep_conversion`.
         """
         emitter = _Emitter(self)
         arguments = (
             ("chunk", ["=chunk"]),
-            ("p", [emitter.given(t, place) for t, place in parameters]),
-            ("x", [emitter.given(t, place) for t, place in inputs]),
-            ("s", [emitter.given(t, REPLICATED, REPLICATED if t in self.batch.prologue else None) for t in sides]),
+            ("p", [emitter.given(t, places) for t, places in parameters]),
+            ("x", [emitter.given(t, places) for t, places in inputs]),
+            ("s", [emitter.given(t, self.whole, REPLICATED if t in self.batch.prologue else None) for t in sides]),
         )
         for step in steps:
             if isinstance(step, Run):
                 emitter.run(step)
-        results = [emitter.value(t, self.batch.placements[t], place) for t, place in outputs]
+        results = [emitter.value(t, self.batch.placements[t], places) for t, places in outputs]
         return compile_calls(name, emitter.calls, arguments, results, "chunk" if keeps else "")
 
     @property
-    def degree(self) -> int:
-        return self.model_axis.size if self.model_axis else 1
+    def whole(self) -> Places:
+        """Replicated on all model axes."""
+        return (REPLICATED,) * len(self.degrees)
+
+    @property
+    def all_degrees(self) -> tuple[int, ...]:
+        return (self.shards, *self.degrees)
 
 
 class _Emitter:
@@ -135,28 +143,32 @@ class _Emitter:
         self.batch = rewriter.batch
         self.calls: list[Call] = []
         self.values: dict[_Value, str] = {}
-        self.placed: dict[str, Placement] = {}  # model-axis placement of each tensor as produced or passed
+        self.placed: dict[str, Places] = {}  # batch and model placements of each tensor as produced or passed
 
-    def given(self, tensor: str, place: Placement, on_batch: Placement | None = None) -> str:
-        self.placed[tensor] = place
-        return self._define((tensor, on_batch or self.batch.placements[tensor], place))
+    def given(self, tensor: str, places: Places, on_batch: Placement | None = None) -> str:
+        self.placed[tensor] = (on_batch or self.batch.placements[tensor], *places)
+        return self._define((tensor, self._state(self.placed[tensor])))
+
+    def _state(self, places: Places) -> Places:
+        return absolute(places, self.rewriter.all_degrees)
 
     def _define(self, value: _Value) -> str:
-        name = f"{value[0]}|{value[1]}|{value[2]}"
+        name = "|".join(map(str, (value[0], *value[1])))
         self.values[value] = name
         return name
 
     def run(self, step: Run) -> None:
         """Emit one op: its operands as it wants them, then the call on local sizes."""
         op = step.op if self.rewriter.training else evaluation_form(step.op)
-        strategy = step.strategy
-        on_batch = self.batch.strategies[op.name]
-        operands: list[str] = []
-        for i, tensor in enumerate(op.inputs):
-            want = strategy.inputs[i] if strategy else REPLICATED
-            operands.append(self.value(tensor, on_batch.inputs[i], want))
         rewriter = self.rewriter
-        local = localize(self.graph, op, on_batch, rewriter.shards, strategy, rewriter.degree)
+        on_batch = self.batch.strategies[op.name]
+        # Side ops have no strategy, and run whole.
+        inputs, outputs_placed = step.inputs, step.outputs
+        if not step.strategies:
+            inputs, outputs_placed = (rewriter.whole,) * len(op.inputs), (rewriter.whole,) * len(op.outputs)
+        operands = [self.value(*wanted) for wanted in zip(op.inputs, on_batch.inputs, inputs, strict=True)]
+        degrees = rewriter.degrees if step.strategies else ()
+        local = localize(self.graph, op, on_batch, rewriter.shards, step.strategies, degrees)
         named = iter(operands)
         args, kwargs = map_refs((tuple(local.args), tuple(v for _, v in local.kwargs)), lambda _: Ref(next(named)))
         assert next(named, None) is None, f"localize dropped an operand of {op.name}"
@@ -164,71 +176,69 @@ class _Emitter:
         kwargs = tuple(zip((key for key, _ in local.kwargs), kwargs, strict=True))
         if op.no_grad:
             args = map_refs(args, self._detached)
-        args = tuple(Ref("chunk") if axis == "batch" else rewriter.model_axis for axis in local.axes) + args
+        args = tuple(Ref("chunk") if axes == BATCH else rewriter.axes[axes] for axes in local.axes) + args
         function = local.function
-        outputs = tuple(
-            self._define((t, on_batch.outputs[i], strategy.outputs[i] if strategy else REPLICATED))
-            for i, t in enumerate(op.outputs)
-        )
-        for i, t in enumerate(op.outputs):
-            self.placed[t] = strategy.outputs[i] if strategy else REPLICATED
+        made = zip(op.outputs, outputs_placed, on_batch.outputs, strict=True)
+        outputs = tuple(self.given(t, places, cut) for t, places, cut in made)
         if op.random and rewriter.training:
             key = op.name
-            if strategy and any(isinstance(p, Split) for p in strategy.outputs):
-                key = f"{key}@{rewriter.model_axis.rank}"  # type: ignore[union-attr]
+            for i, strategy in enumerate(step.strategies):
+                if any(isinstance(p, Split) for p in strategy.outputs):
+                    key = f"{key}@{rewriter.axes[i,].rank}"
             splits_batch = any(isinstance(p, Split) for p in on_batch.outputs)
             args = (Ref("chunk"), key, splits_batch, function, *args)
             function = Chunk.draw
         keep = "op" if op.target.split(".")[1] in EXPENSIVE_OPS else ""
         self.calls.append(Call(function, args, kwargs, outputs, op.returns_sequence, keep))
 
-    def value(self, tensor: str, on_batch: Placement, on_model: Placement) -> str:
+    def value(self, tensor: str, on_batch: Placement, on_model: Places) -> str:
         """The name of `tensor` placed so, converting it where no one has asked for it yet."""
-        wanted = (tensor, on_batch, on_model)
-        if wanted in self.values:
-            return self.values[wanted]
         placed = self.placed[tensor]
-        if on_model == placed:
-            return self._convert_batch(tensor, on_batch, placed)
-        source = self.value(tensor, on_batch, placed)
-        splits = [(on_batch, self.rewriter.shards)]
+        state = self._state(placed)
         shape = self.graph.tensors[tensor].shape
+        path = changes(shape, placed, (on_batch, *on_model), self.rewriter.all_degrees)
+        known = max((i + 1 for i, change in enumerate(path) if (tensor, change.after) in self.values), default=0)
+        if known:
+            state = path[known - 1].after
+        for change in path[known:]:
+            self._change(tensor, change, produced=change.before == self._state(placed))
+            state = change.after
+        return self.values[tensor, state]
 
-        def blocks(place: Placement) -> int:
-            if not isinstance(place, Split):
-                return 1
-            return local_blocks(shape, [*splits, (place, self.rewriter.degree)], 1)
+    def _change(self, tensor: str, change: Change, produced: bool) -> None:
+        """produced: whether what is converted is the tensor as its op made it."""
+        source = self.values[tensor, change.before]
+        if change.axes == (0,):
+            self._change_batch(tensor, source, change)
+            return
+        axis = self.rewriter.axes[tuple(i - 1 for i in change.axes)]
+        blocks = (change.have_blocks, change.want_blocks)
+        private = produced and self._is_private(tensor)
+        name = self._define((tensor, change.after))
+        arguments = (Ref(source), axis, change.have, change.want, *blocks, private)
+        keep = "conversion" if conversion(change.have, change.want).forward in COLLECTIVES else ""
+        self.calls.append(Call(convert, arguments, (), (name,), keep=keep))
 
-        name = self._define(wanted)
-        axis = self.rewriter.model_axis
-        assert axis is not None
-        arguments = (axis, placed, on_model, blocks(placed), blocks(on_model), self._is_private(tensor))
-        keep = "conversion" if conversion(placed, on_model).forward in COLLECTIVES else ""
-        self.calls.append(Call(convert, (Ref(source), *arguments), (), (name,), keep=keep))
-        return name
-
-    def _convert_batch(self, tensor: str, want: Placement, placed: Placement) -> str:
-        have = self.batch.placements[tensor]
-        source = self.values[(tensor, have, placed)]
-        shards = self.rewriter.shards
-        name = self._define((tensor, want, placed))
+    def _change_batch(self, tensor: str, source: str, change: Change) -> None:
+        shards, have, want = self.rewriter.shards, change.have, change.want
         if shards == 1 or (have in (REPLICATED, SHARED) and want in (REPLICATED, SHARED)):
-            self.values[(tensor, want, placed)] = source
-            return source
+            self.values[tensor, change.after] = source
+            return
+        name = self._define((tensor, change.after))
         if isinstance(want, Split) and not isinstance(have, Split):
-            local = local_blocks(self.graph.tensors[tensor].shape, [(placed, self.rewriter.degree), (want, shards)], 1)
-            self.calls.append(Call(_slice_chunk, (Ref(source), Ref("chunk"), want.dim, local), (), (name,)))
+            self.calls.append(
+                Call(_slice_chunk, (Ref(source), Ref("chunk"), want.dim, change.want_blocks), (), (name,))
+            )
         elif want == PARTIAL and not isinstance(have, Split):
             self.calls.append(Call(torch.mul, (Ref(source), 1.0 / shards), (), (name,)))
         else:
             raise AssertionError(f"{tensor} lies as {have} on the batch axis and is wanted as {want}")
-        return name
 
     def _detached(self, ref: Ref) -> Ref:
         name = f"{ref.name}|detached"
         if name not in self.values.values():
             self.calls.append(Call(torch.Tensor.detach, (ref,), (), (name,)))
-            self.values[(name, REPLICATED, REPLICATED)] = name
+            self.values[name, ()] = name
         return Ref(name)
 
     def _is_private(self, tensor: str) -> bool:

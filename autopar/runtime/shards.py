@@ -31,7 +31,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from ..sharding.placement import SHARED
 from .axis import Axis
 from .replicas import BUCKET_BYTES, GradientReducer
 from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, data_mesh, reduction_axis
@@ -235,16 +234,17 @@ class Shards:
             if leaf.grad is not None:
                 gradients[fqn] = leaf.grad
                 leaf.grad = None
-        summands: list[Tensor] = []
+        summands: dict[tuple[int, ...], list[Tensor]] = {}
         for fqn, parameter in self._slices.items():
             if parameter.grad is None:
                 continue
             gradients[fqn] = local_tensor(parameter.grad)
             parameter.grad = None
-            holder = self._specs[fqn].ownership.holder(self._axes.rank)
-            if holder.placement == SHARED and holder.tensor > 1:
-                summands.append(gradients[fqn])
-        _sum_in_place(summands, self._axes.tensor)
+            numbers = self._specs[fqn].ownership.holder(self._axes.rank).summed
+            if numbers:
+                summands.setdefault(numbers, []).append(gradients[fqn])
+        for numbers, tensors in summands.items():
+            _sum_in_place(tensors, self._axes.along(numbers, False))
         return gradients
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..graph import Block, Graph, Op
-from ..plan import Layout, Plan, Recompute, Stage
+from ..plan import Layout, Plan, Recompute
+from ..sharding.axes import Places
 from ..sharding.batch import BatchLayout, batch_layout
-from ..sharding.flow import Convert, block_flow
+from ..sharding.flow import Run, block_flow, layout_places
 from ..sharding.local import local_shape
-from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split, parse_placement
+from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Split
 from .axis import Axis
 from .rewrite import Rewriter
 from .transport import TensorSpec
@@ -25,11 +26,13 @@ BlockFunction = Callable[..., tuple[Tensor, ...]]
 class CompiledBlock:
     """function(chunk, parameters, activations, sides) -> outputs, in training and in evaluation.
 
-    recompute: what `call_block` computes again in the backward."""
+    parameters: with their placement at rest on each model axis.
+    recompute: what `call_block` computes again in the backward.
+    """
 
     block: Block
-    parameters: tuple[tuple[str, Placement], ...]
-    reduced: frozenset[str]
+    parameters: tuple[tuple[str, Places], ...]
+    reduced: Mapping[str, frozenset[int]]
     inputs: tuple[str, ...]
     sides: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -40,7 +43,7 @@ class CompiledBlock:
 
 @dataclass(frozen=True, eq=False)
 class CompiledStage:
-    """blocks, in order; `reduced` of a block are the parameters whose gradient is a summand per rank of the model axis.
+    """blocks, in order; `reduced` of a block: the parameters whose gradient is a summand per rank, and of which model axes.
 
     sides: side tensors that the blocks read, made per microbatch by `side_function(chunk, batch, whole)`.
     whole: values of the prologue; `prologue_function(chunk, batch, ())` gives one microbatch's summands of them
@@ -65,25 +68,26 @@ class CompiledStage:
     batch_splits: Mapping[str, bool]
 
 
-def compile_stage(graph: Graph, plan: Plan, index: int, tensor_axis: Axis, device: torch.device) -> CompiledStage:
-    """Rewrite the blocks of stage `index` for the rank whose model axis is `tensor_axis`."""
+def compile_stage(
+    graph: Graph, plan: Plan, index: int, axes: Mapping[tuple[int, ...], Axis], device: torch.device
+) -> CompiledStage:
+    """Rewrite the blocks of stage `index` for one rank. axes: its model axes by number, alone and several as one."""
     stage = plan.stages[index]
     shards = stage.data * plan.microbatches
     batch = batch_layout(graph, shards)
-    rewriter = Rewriter(graph, batch, shards, tensor_axis if stage.tensor > 1 else None, device)
-    evaluation = Rewriter(graph, batch, shards, rewriter.model_axis, device, training=False)
-    layouts = stage_layouts(plan, stage)
+    rewriter = Rewriter(graph, batch, shards, stage.axes, axes, device)
+    evaluation = Rewriter(graph, batch, shards, stage.axes, axes, device, training=False)
+    layouts = plan.layouts_of(stage)
     members = graph.blocks[stage.start : stage.stop]
     # A replicated parameter used by a split op gets one summand of its gradient per rank. The reduction is linear in
     # the uses, so such a parameter enters every block as SHARED, which defers it to the end of the step.
-    reduced = {
-        t for block, layout in zip(members, layouts, strict=True) for t in _used_shared(graph, block, layout, shards)
-    }
+    reduced: dict[str, frozenset[int]] = {}
+    for block, of_block in zip(members, layouts, strict=True):
+        for name, numbers in _used_shared(graph, block, of_block, shards).items():
+            reduced[name] = reduced.get(name, frozenset()) | numbers
     blocks = [
-        _compile_block(
-            graph, block, layout, frozenset(reduced.intersection(block.parameters)), rewriter, evaluation, recompute
-        )
-        for block, layout, recompute in zip(members, layouts, stage.block_recompute, strict=True)
+        _compile_block(graph, block, of_block, reduced, rewriter, evaluation, recompute)
+        for block, of_block, recompute in zip(members, layouts, stage.block_recompute, strict=True)
     ]
     sides = tuple(dict.fromkeys(t for block in blocks for t in block.sides))
     whole, prologue_ops = _prologue(graph, batch, sides)
@@ -98,16 +102,17 @@ def compile_stage(graph: Graph, plan: Plan, index: int, tensor_axis: Axis, devic
     first, last = blocks[0], blocks[-1]
     receives = first.inputs if index > 0 else ()
     sends = last.outputs if index < len(plan.stages) - 1 else ()
-    tokens: dict[str, Placement] = {}
-    for names, layout, side in ((receives, layouts[0], "inputs"), (sends, layouts[-1], "outputs")):
-        places = getattr(layout, side) if layout else ["R"] * len(names)
-        tokens.update(zip(names, map(parse_placement, places), strict=False))
+    crossing: dict[str, Places] = {}
+    for names, of_block, side in ((receives, layouts[0], "inputs"), (sends, layouts[-1], "outputs")):
+        crossing.update(zip(names, placed(of_block, side, names), strict=bool(names)))
     specs = {
         name: (
-            local_shape(graph.tensors[name].shape, [(batch.placements[name], shards), (place, stage.tensor)]),
+            local_shape(
+                graph.tensors[name].shape, [(batch.placements[name], shards), *zip(places, stage.axes, strict=True)]
+            ),
             graph.tensors[name].dtype,
         )
-        for name, place in tokens.items()
+        for name, places in crossing.items()
     }
     return CompiledStage(
         index=index,
@@ -126,38 +131,35 @@ def compile_stage(graph: Graph, plan: Plan, index: int, tensor_axis: Axis, devic
     )
 
 
-def stage_layouts(plan: Plan, stage: Stage) -> list[Layout | None]:
-    """The layout of every block of a stage on its one model axis; None where there is no such axis."""
-    return [layouts[0] if layouts else None for layouts in plan.layouts_of(stage)]
+def placed(layouts: Sequence[Layout], side: str, names: Sequence[str]) -> list[Places]:
+    """The placements on each model axis of a block's "inputs", "outputs" or "parameters", which are `names`."""
+    return layout_places(layouts, side) if layouts else [()] * len(names)
 
 
 def _compile_block(
     graph: Graph,
     block: Block,
-    layout: Layout | None,
-    reduced: frozenset[str],
+    layouts: Sequence[Layout],
+    reduced: Mapping[str, frozenset[int]],
     training: Rewriter,
     evaluation: Rewriter,
     recompute: Recompute,
 ) -> CompiledBlock:
-    steps = block_flow(graph, block, layout, training.shards)
-    at_rest = [REPLICATED] * len(block.parameters)
-    arriving = [REPLICATED] * len(block.inputs)
-    leaving = [REPLICATED] * len(block.outputs)
-    if layout is not None:
-        at_rest = [parse_placement(t) for t in layout.parameters]
-        arriving = [parse_placement(t) for t in layout.inputs]
-        leaving = [parse_placement(t) for t in layout.outputs]
-    parameters = tuple(zip(block.parameters, at_rest, strict=True))
-    inputs = tuple(zip(block.inputs, arriving, strict=True))
-    outputs = list(zip(block.outputs, leaving, strict=True))
+    steps = block_flow(graph, block, layouts, training.shards)
+    parameters = tuple(zip(block.parameters, placed(layouts, "parameters", block.parameters), strict=True))
+    inputs = tuple(zip(block.inputs, placed(layouts, "inputs", block.inputs), strict=True))
+    outputs = list(zip(block.outputs, placed(layouts, "outputs", block.outputs), strict=True))
     produced = {t for op in graph.block_ops(block) for t in op.outputs}
     if graph.loss in produced:
-        outputs = [(t, p) for t, p in outputs if t != graph.loss] + [(graph.loss, REPLICATED)]
+        outputs = [(t, p) for t, p in outputs if t != graph.loss] + [(graph.loss, training.whole)]
     own = {*block.inputs, *block.parameters, *produced}
     read = (t for op in graph.block_ops(block) for t in op.inputs)
     sides = tuple(dict.fromkeys(t for t in read if t not in own))
-    entering = [(t, SHARED if t in reduced else p) for t, p in parameters]
+    reduced = {t: reduced[t] for t in block.parameters if t in reduced}
+    entering = [
+        (t, tuple(SHARED if i in reduced.get(t, ()) else place for i, place in enumerate(places)))
+        for t, places in parameters
+    ]
     name, keeps = f"block{block.index}", recompute == "selective"
     return CompiledBlock(
         block=block,
@@ -172,16 +174,19 @@ def _compile_block(
     )
 
 
-def _used_shared(graph: Graph, block: Block, layout: Layout | None, shards: int) -> list[str]:
-    """Parameters of the block that are replicated at rest and used as SHARED."""
-    if layout is None:
-        return []
-    at_rest = dict(zip(block.parameters, layout.parameters, strict=True))
-    return [
-        step.tensor
-        for step in block_flow(graph, block, layout, shards)
-        if isinstance(step, Convert) and step.want == SHARED and at_rest.get(step.tensor) == str(REPLICATED)
-    ]
+def _used_shared(graph: Graph, block: Block, layouts: Sequence[Layout], shards: int) -> dict[str, frozenset[int]]:
+    """Parameters of the block that are replicated at rest and used as SHARED, with the model axes where they are."""
+    at_rest = dict(zip(block.parameters, placed(layouts, "parameters", block.parameters), strict=True))
+    found: dict[str, frozenset[int]] = {}
+    for step in block_flow(graph, block, layouts, shards):
+        if not isinstance(step, Run):
+            continue
+        for name, wanted in zip(step.op.inputs, step.inputs, strict=True):
+            pairs = enumerate(zip(at_rest.get(name, ()), wanted, strict=False))
+            numbers = frozenset(i for i, pair in pairs if pair == (REPLICATED, SHARED))
+            if numbers:
+                found[name] = found.get(name, frozenset()) | numbers
+    return found
 
 
 def _prologue(graph: Graph, batch: BatchLayout, sides: Sequence[str]) -> tuple[tuple[str, ...], list[Op]]:

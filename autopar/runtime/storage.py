@@ -11,8 +11,8 @@ collected apart from the `.grad` of the parameters at rest until `deliver` adds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..sharding.placement import SHARED, Split
+from ..sharding.placement import Split
 from .axis import Axis
 from .ownership import Ownership
 from .torch_private import dtensor_spec, local_tensor, strided_shard, wrap_local
@@ -35,6 +35,7 @@ class StageAxes:
     """The axes of a stage's (data, tensor) mesh as this rank sees them, and the axis of all its ranks together.
 
     `stage` is needed only where both data and tensor have more than one rank and some parameter is SHARED.
+    lines: where the tensor axis consists of several model axes, `Groups.lines`.
     hybrid: where ZeRO shards over fewer than all data ranks, the data axis as two: (copies, shards), of which the second
     varies faster; None elsewhere.
     """
@@ -44,12 +45,25 @@ class StageAxes:
     stage: Axis
     rank: int
     device: torch.device
+    lines: Mapping[tuple[int, ...], Axis] = field(default_factory=dict)
     hybrid: tuple[Axis, Axis] | None = None
 
     @property
     def data_axes(self) -> tuple[Axis, ...]:
-        """The data axis as the DTensors at rest see it, outermost first."""
-        return self.hybrid or (self.data,)
+        """The data axis as the DTensors at rest see it, outermost first; () where it has one rank."""
+        return self.hybrid or ((self.data,) if self.data.size > 1 else ())
+
+    @property
+    def model(self) -> tuple[Axis, ...]:
+        """The model axes, outermost first."""
+        single = sorted(dims for dims in self.lines if len(dims) == 1 and dims != (0,))
+        return tuple(self.lines[dims] for dims in single) or ((self.tensor,) if self.tensor.size > 1 else ())
+
+    def along(self, numbers: tuple[int, ...], data: bool) -> Axis:
+        """The axis along these model axes and, with `data`, the data axis."""
+        if not self.lines:
+            return (self.stage if numbers else self.data) if data else self.tensor
+        return self.lines[((0,) if data else ()) + tuple(i + 1 for i in numbers)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,28 +126,27 @@ class AtRest:
 
 
 def stage_mesh(axes: StageAxes) -> DeviceMesh:
-    """The mesh of the stage's DTensors over process groups that exist: ("tensor", "data") without axes of size 1, with
-    ("copies", "shards") in place of "data" under hybrid ZeRO."""
-    if axes.tensor.size == 1:
-        if axes.data.size == 1:
-            raise ValueError("a stage of one rank has no mesh; its parameters are plain tensors")
+    """The mesh of the stage's DTensors over process groups that exist: the model axes and "data" (under hybrid ZeRO
+    "copies" and "shards"), those of size 1 left out."""
+    if not axes.model:
         return data_mesh(axes)
-    if axes.data.size == 1:
-        return _mesh((axes.tensor,), torch.tensor(axes.tensor.ranks), axes.device)
-    ranks = torch.tensor(axes.stage.ranks).view(axes.data.size, axes.tensor.size).t()
-    return _mesh((axes.tensor, *axes.data_axes), ranks, axes.device)
+    kept = (*axes.model, *axes.data_axes)
+    ranks = torch.tensor(axes.stage.ranks if axes.data_axes else axes.tensor.ranks)
+    mesh = ranks.view(axes.data.size, *(axis.size for axis in axes.model))
+    return _mesh(kept, mesh.movedim(0, -1), axes.device)
 
 
 def data_mesh(axes: StageAxes) -> DeviceMesh:
     """The mesh of the data axis alone: 1-D, or (copies, shards) under hybrid ZeRO."""
+    if not axes.data_axes:
+        raise ValueError("a stage of one rank has no mesh; its parameters are plain tensors")
     return _mesh(axes.data_axes, torch.tensor(axes.data.ranks), axes.device)
 
 
-def _mesh(kept: tuple[Axis, ...], ranks: Tensor, device: torch.device) -> DeviceMesh:
-    ranks = ranks.reshape([axis.size for axis in kept])
-    return DeviceMesh.from_group(
-        [axis.group for axis in kept], device.type, ranks, mesh_dim_names=tuple(axis.name for axis in kept)
-    )
+def _mesh(kept: Sequence[Axis], ranks: Tensor, device: torch.device) -> DeviceMesh:
+    groups, names = [axis.group for axis in kept], tuple(axis.name for axis in kept)
+    ranks = ranks.reshape([axis.size for axis in kept]).contiguous()
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)
 
 
 def at_rest(specs: Iterable[ParameterSpec], values: Mapping[str, Tensor], axes: StageAxes) -> dict[str, nn.Parameter]:
@@ -151,9 +164,8 @@ def at_rest(specs: Iterable[ParameterSpec], values: Mapping[str, Tensor], axes: 
         if mesh is not None:
             holder = holders[spec.fqn]
             placements = []
-            if axes.tensor.size > 1:
-                split = holder.split
-                placements.append(_dtensor_split(split) if split else Replicate())
+            splits = dict(holder.splits)
+            placements += [_dtensor_split(splits[i]) if i in splits else Replicate() for i in range(len(axes.model))]
             if axes.data.size > 1:
                 placements += [Replicate()] * (len(axes.data_axes) - 1)
                 placements.append(Shard(0) if holder.shards > 1 and spec.ownership.shape else Replicate())
@@ -170,10 +182,8 @@ def _dtensor_split(split: Split):
 
 def reduction_axis(spec: ParameterSpec, axes: StageAxes) -> Axis | None:
     """The axis over which a whole (not data-sharded) gradient must be summed; None where it is whole already."""
-    shared = spec.ownership.holder(axes.rank).placement == SHARED and axes.tensor.size > 1
-    if axes.data.size > 1:
-        return axes.stage if shared else axes.data
-    return axes.tensor if shared else None
+    numbers = spec.ownership.holder(axes.rank).summed
+    return axes.along(numbers, axes.data.size > 1) if numbers or axes.data.size > 1 else None
 
 
 @torch.no_grad()

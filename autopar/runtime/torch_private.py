@@ -57,6 +57,12 @@ def default_store() -> dist.Store | None:
     return dist.distributed_c10d._get_default_store()
 
 
+def own_connection() -> dist.Store | None:
+    """The default store over a connection of its own, for another thread: one client serves one call at a time."""
+    store = default_store()
+    return None if store is None else store.clone()
+
+
 def abort_process_groups() -> None:
     """Close this rank's connections of every group, so that ranks that wait for it fail instead of waiting on."""
     if dist.is_initialized():

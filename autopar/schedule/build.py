@@ -6,24 +6,32 @@ from autopar.plan import Plan
 
 from .check import check
 from .instructions import Program
-from .orders import FORWARD_ONLY, schedule_named
+from .orders import schedule_named
 from .passes import add_optimizer, add_prologue, add_reduction, add_transfers
 
 
-def build_program(num_stages: int, microbatches: int, schedule: str, training: bool = True) -> Program:
-    """What each stage executes in one step, checked.
+def build_program(
+    num_groups: int, microbatches: int, schedule: str, training: bool = True, virtual: int | None = None
+) -> Program:
+    """What each group executes in one step, checked.
 
-    schedule: a name of `orders.SCHEDULES`. training=False gives the evaluation program, whatever the schedule.
-    ValueError for degrees below 1 or an unknown schedule.
+    schedule: a name of `orders.SCHEDULES`. training=False gives its evaluation program. virtual: stages per group, None
+    for the least that the schedule runs. ValueError for degrees below 1, an unknown schedule, or stages that it cannot lay.
     """
-    if num_stages < 1 or microbatches < 1:
-        raise ValueError(f"pipeline={num_stages} and microbatches={microbatches} must both be at least 1")
+    if num_groups < 1 or microbatches < 1:
+        raise ValueError(f"pipeline={num_groups} and microbatches={microbatches} must both be at least 1")
     chosen = schedule_named(schedule)
-    if not training:
-        chosen = FORWARD_ONLY
-    stages = range(num_stages)
-    program = Program(tuple(tuple(chosen.order(s, num_stages, microbatches)) for s in stages))
-    check(program, [chosen.in_flight(s, num_stages, microbatches) for s in stages], complete=False)
+    virtual = max(1, chosen.virtual) if virtual is None else virtual
+    chosen.check_stages(num_groups, num_groups * virtual)
+    order = chosen.order if training else chosen.forward
+    sizes = [(group, num_groups, microbatches, virtual) for group in range(num_groups)]
+    program = Program(tuple(tuple(order(*size)) for size in sizes))
+    check(
+        program,
+        [chosen.in_flight(*size) for size in sizes] if training else None,
+        [chosen.deferred(*size) for size in sizes] if training else None,
+        complete=False,
+    )
     passes = [add_transfers, add_prologue]
     if training:
         passes += [add_reduction, add_optimizer]
@@ -34,5 +42,6 @@ def build_program(num_stages: int, microbatches: int, schedule: str, training: b
 
 
 def program_for(plan: Plan, training: bool = True) -> Program:
-    """The program of a plan: `actions[s]` belongs to every rank of `plan.stages[s]`."""
-    return build_program(len(plan.stages), plan.microbatches, plan.schedule, training)
+    """The program of a plan: `actions[g]` belongs to every rank of `plan.groups[g]`."""
+    schedule_named(plan.schedule).check_stages(plan.pipeline, len(plan.stages))
+    return build_program(plan.pipeline, plan.microbatches, plan.schedule, training, len(plan.stages) // plan.pipeline)

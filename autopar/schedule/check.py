@@ -1,25 +1,32 @@
 """The checker: what a Program must satisfy before it is lowered further or interpreted.
 
-1. Every stage runs each microbatch's forward exactly once and, in training, its backward exactly once.
+1. Every stage stands in one group's list, and runs each microbatch's forward exactly once and, in training, its backward
+   exactly once: whole, or its input half and then its weight half.
 2. A value is produced before it is used, and everything received or computed for a neighbour is used:
-   RA -> F -> SA, and F, RG -> B -> SG.
+   RA -> F -> SA, and F, RG -> B or I -> SG, and I -> W. Between two stages of one group nothing is sent: there F of the
+   one stands before F of the next, and B or I the other way.
 3. Sends and receives between two stages match one to one in the order of their channel. There is one channel for each
    ordered pair of stages, so activations and gradients never share one.
 4. No deadlock under rendezvous semantics: a send is fired and completes when its receive is posted; a receive blocks
-   until its send was fired; a stage waits for its sends only at its end. Stages are deterministic and channels keep
+   until its send was fired; a group waits for its sends only at its end. Groups are deterministic and channels keep
    their order (a Kahn network), so one execution decides for all.
-5. No stage holds more microbatches between forward and backward than the schedule promised.
-6. Prologue before any forward, ReduceGradients after every backward, OptimizerStep after that, each once.
+5. No group holds more microbatches between forward and backward, nor between the halves of a backward, than the schedule
+   promised.
+6. Prologue before any forward of its stage, ReduceGradients after every backward of its stage, each once; one
+   OptimizerStep per group after all of these, under the lowest of its stages.
 
 What it does not check: times and bytes (the simulator's), and what happens inside an instruction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from .instructions import (
     Backward,
+    BackwardInput,
+    BackwardWeight,
     Forward,
     Instruction,
     OptimizerStep,
@@ -31,22 +38,22 @@ from .instructions import (
     SendActivation,
     SendGradient,
 )
+from .steps import RECEIVES as _RECEIVES
+from .steps import SENDS as _SENDS
+from .steps import Position, execution_steps, grid
 
-_SENDS = (SendActivation, SendGradient)
-_RECEIVES = (ReceiveActivation, ReceiveGradient)
-_TRAINING = (Backward, SendGradient, ReceiveGradient, ReduceGradients, OptimizerStep)
+# What gives the gradients of a stage's inputs; W is checked beside.
+_BACKWARDS = (Backward, BackwardInput)
+_TRAINING = (*_BACKWARDS, BackwardWeight, SendGradient, ReceiveGradient, ReduceGradients, OptimizerStep)
 _ONCE = (Prologue, ReduceGradients, OptimizerStep)
 _NEIGHBOUR = {SendActivation: 1, ReceiveActivation: -1, SendGradient: -1, ReceiveGradient: 1}
-# How much of a faulty program an error shows around the fault.
-_STEPS_SHOWN = 12
-_STAGES_SHOWN = 8
 
-Position = tuple[int, int]
-Key = tuple[Hashable, ...] | None
+Channel = tuple[int, int]
+Bound = int | Sequence[int] | None
 
 
 class ScheduleError(ValueError):
-    """A Program that must not run. The text ends with the rank x step grid, the fault between asterisks."""
+    """A Program that must not run. The text ends with the group x step grid, the fault between asterisks."""
 
     def __init__(self, reason: str, program: Program, faults: Collection[Position]):
         super().__init__(f"{reason}\n{grid(program, faults, window=True)}")
@@ -54,105 +61,196 @@ class ScheduleError(ValueError):
         self.faults = tuple(faults)
 
 
-def check(program: Program, max_in_flight: int | Sequence[int] | None = None, *, complete: bool = True) -> None:
+def check(program: Program, max_in_flight: Bound = None, max_deferred: Bound = None, *, complete: bool = True) -> None:
     """ScheduleError unless the program satisfies the rules above.
 
-    max_in_flight: the most microbatches that a stage may hold between forward and backward, one number or one per
-        stage; None does not bound them.
+    max_in_flight: the most microbatches, summed over its stages, that a group may hold between forward and backward, one
+        number or one per group; None does not bound them. max_deferred: the same between the halves of a backward.
     complete: whether every pass has run. Otherwise transfers, and the instructions that run once, may be missing
         altogether; where they are present they are checked in the same way.
     """
-    present = {type(instruction) for row in program.actions for instruction in row}
-    lowered = bool(present & {*_SENDS, *_RECEIVES}) or (complete and len(program.actions) > 1)
-    training = bool(present & set(_TRAINING))
-    required = {kind for kind in _ONCE if complete or kind in present}
-    if not training:
-        required &= {Prologue}
     _check_places(program)
+    present = {type(instruction) for row in program.actions for instruction in row}
     microbatches = 1 + max((i.microbatch for row in program.actions for i in row if isinstance(i, Forward)), default=-1)
     if microbatches == 0:
         raise ScheduleError("the program has no forward", program, ())
-    for stage in range(len(program.actions)):
-        bound = max_in_flight if max_in_flight is None or isinstance(max_in_flight, int) else max_in_flight[stage]
-        _check_stage(program, stage, microbatches, lowered, training, required, bound)
-    if lowered:
+    training = bool(present & set(_TRAINING))
+    rules = _Rules(
+        program,
+        microbatches,
+        lowered=bool(present & {*_SENDS, *_RECEIVES}) or (complete and len(program.actions) > 1),
+        training=training,
+        required=frozenset(k for k in _ONCE if (complete or k in present) and (training or k is Prologue)),
+    )
+    for group in range(len(program.actions)):
+        bounds = [b if b is None or isinstance(b, int) else b[group] for b in (max_in_flight, max_deferred)]
+        _RowCheck(rules, group).run(*bounds)
+    if rules.lowered:
         _check_channels(program)
     _check_deadlock(program)
 
 
 def _check_places(program: Program) -> None:
-    """Instructions stand in the row of their stage, and name the neighbour that their kind goes to."""
-    for stage, row in enumerate(program.actions):
+    """Each stage has one row, rows stand in the order of their first stages, and peers are neighbours elsewhere."""
+    home = program.home
+    for group, row in enumerate(program.actions):
         for index, instruction in enumerate(row):
-            if instruction.stage != stage:
-                raise ScheduleError(f"{instruction} stands in the row of stage {stage}", program, [(stage, index)])
+            stage = instruction.stage
+            if home[stage] != group:
+                reason = f"{instruction} stands in the row of group {group}, but stage {stage} belongs to {home[stage]}"
+                raise ScheduleError(reason, program, [(group, index)])
             away = _NEIGHBOUR.get(type(instruction))
             if away is not None:
                 peer = stage + away
-                if instruction.peer != peer or not 0 <= peer < len(program.actions):
-                    raise ScheduleError(f"{instruction} names a wrong peer", program, [(stage, index)])
+                if instruction.peer != peer or home.get(peer, group) == group:
+                    raise ScheduleError(f"{instruction} names a wrong peer", program, [(group, index)])
+    if list(home) != list(range(len(home))):
+        raise ScheduleError(f"stages {list(home)} have instructions, but stages count from 0 without gaps", program, ())
+    first = [min(program.stages_of(group), default=len(home)) for group in range(len(program.actions))]
+    if first != sorted(first):
+        raise ScheduleError(f"groups run stages from {first} on, but they stand in ascending order", program, ())
 
 
-def _check_stage(
-    program: Program,
-    stage: int,
-    microbatches: int,
-    lowered: bool,
-    training: bool,
-    required: set[type],
-    bound: int | None,
-) -> None:
-    """Rules 1, 2, 5 and 6 along one stage's list."""
-    row = program.actions[stage]
-    first, last = stage == 0, stage == len(program.actions) - 1
-    # What must stand before an instruction of a kind, for the same microbatch.
-    before: dict[type, tuple[type, ...]] = {SendActivation: (Forward,), SendGradient: (Backward,)}
-    before[Forward] = (ReceiveActivation,) if lowered and not first else ()
-    before[Backward] = (Forward, ReceiveGradient) if lowered and not last else (Forward,)
-    expected = {Forward: True, Backward: training}
-    expected |= {SendActivation: lowered and not last, ReceiveActivation: lowered and not first}
-    expected |= {SendGradient: training and lowered and not first, ReceiveGradient: training and lowered and not last}
-    seen: dict[type, set[int]] = {kind: set() for kind in expected}
-    once: set[type] = set()
+@dataclass(frozen=True)
+class _Rules:
+    """What all rows have in common. lowered: transfers are there; required: kinds that must stand once."""
 
-    def fault(reason: str, index: int) -> ScheduleError:
-        return ScheduleError(f"stage {stage}: {reason}", program, [(stage, index)])
+    program: Program
+    microbatches: int
+    lowered: bool
+    training: bool
+    required: frozenset[type]
 
-    for index, instruction in enumerate(row):
-        kind = type(instruction)
-        if kind in _ONCE:
-            if kind in once:
-                raise fault(f"{instruction} stands twice", index)
-            if kind is Prologue and seen[Forward]:
-                raise fault(f"{instruction} stands after a forward", index)
-            if kind is ReduceGradients and len(seen[Backward]) < microbatches:
-                raise fault(f"{instruction} stands before the last backward", index)
-            if kind is OptimizerStep and ReduceGradients not in once:
-                raise fault(f"{instruction} stands before gradients are reduced", index)
-            once.add(kind)
-            continue
-        microbatch = instruction.microbatch
-        if microbatch in seen[kind]:
-            raise fault(f"{instruction} stands twice", index)
-        for needed in before.get(kind, ()):
-            if microbatch not in seen[needed]:
-                raise fault(f"{instruction} uses what {_token(needed, stage, microbatch)} has not produced yet", index)
-        seen[kind].add(microbatch)
-        if kind is Forward and training and bound is not None:
-            held = len(seen[Forward]) - len(seen[Backward])
-            if held > bound:
-                raise fault(f"{instruction} makes {held} microbatches in flight; the bound is {bound}", index)
-    for kind, wanted in expected.items():
-        for microbatch in range(microbatches) if wanted else ():
-            if microbatch not in seen[kind]:
-                raise fault(f"{_token(kind, stage, microbatch)} is missing", len(row))
-        if len(seen[kind]) > (microbatches if wanted else 0):
-            strange = max(seen[kind])
-            index = next(k for k, i in enumerate(row) if type(i) is kind and i.microbatch == strange)
-            raise fault(f"{row[index]} belongs to nothing that is computed", index)
-    for kind in _ONCE:
-        if kind in required and kind not in once:
-            raise fault(f"{kind(stage)} is missing", len(row))
+    def before(self, kind: type, stage: int) -> tuple[tuple[tuple[type, ...], int], ...]:
+        """What must stand before an instruction, for the same microbatch: (any of these kinds, on which stage)."""
+        if kind is SendActivation:
+            return (((Forward,), stage),)
+        if kind is SendGradient:
+            return ((_BACKWARDS, stage),)
+        if kind is BackwardWeight:
+            return (((BackwardInput,), stage),)
+        if kind is Forward:
+            return self._arrival(stage, stage - 1, (Forward,), ReceiveActivation)
+        if kind in _BACKWARDS:
+            return (((Forward,), stage), *self._arrival(stage, stage + 1, _BACKWARDS, ReceiveGradient))
+        return ()
+
+    def _arrival(self, stage: int, peer: int, made_by: tuple[type, ...], received_by: type):
+        home = self.program.home
+        if peer not in home:
+            return ()
+        if home[peer] == home[stage]:
+            return ((made_by, peer),)
+        return (((received_by,), stage),) if self.lowered else ()
+
+    def expected(self, stage: int) -> dict[type, bool]:
+        """Kinds that stand once for every microbatch (True), or not at all. Halves of backwards are apart."""
+        home = self.program.home
+        before, after = (self.lowered and home.get(p, home[stage]) != home[stage] for p in (stage - 1, stage + 1))
+        return {
+            Forward: True,
+            Backward: self.training,
+            SendActivation: after,
+            ReceiveActivation: before,
+            SendGradient: self.training and before,
+            ReceiveGradient: self.training and after,
+        }
+
+
+class _RowCheck:
+    """Rules 1, 2, 5 and 6 along one group's list."""
+
+    def __init__(self, rules: _Rules, group: int):
+        self.rules, self.group = rules, group
+        self.row = rules.program.actions[group]
+        self.stages = rules.program.stages_of(group)
+        kinds = (*_NEIGHBOUR, Forward, *_BACKWARDS, BackwardWeight)
+        self.seen: dict[tuple[type, int], set[int]] = {(k, s): set() for k in kinds for s in self.stages}
+        self.once: set[tuple[type, int]] = set()
+        self.before = {key: rules.before(*key) for key in self.seen}
+        self.in_flight = self.deferred = 0
+
+    def run(self, max_in_flight: int | None, max_deferred: int | None) -> None:
+        for index, instruction in enumerate(self.row):
+            kind, stage = type(instruction), instruction.stage
+            if kind in _ONCE:
+                self._once(instruction, index)
+                continue
+            microbatch, seen = instruction.microbatch, self.seen[kind, stage]
+            if microbatch in seen or (kind in _BACKWARDS and self._ran(_BACKWARDS, stage, microbatch)):
+                raise self._fault(f"{instruction} stands twice", index)
+            for needed, where in self.before[kind, stage]:
+                if not self._ran(needed, where, microbatch):
+                    missing = _token(needed[0], where, microbatch)
+                    raise self._fault(f"{instruction} uses what {missing} has not produced yet", index)
+            seen.add(microbatch)
+            if kind is Forward:
+                self.in_flight += 1
+                self._bounded(self.in_flight, max_in_flight if self.rules.training else None, "in flight", index)
+            elif kind in _BACKWARDS:
+                self.in_flight -= 1
+                if kind is BackwardInput:
+                    self.deferred += 1
+                    self._bounded(self.deferred, max_deferred, "between the halves of a backward", index)
+            elif kind is BackwardWeight:
+                self.deferred -= 1
+        for stage in self.stages:
+            self._complete(stage)
+
+    def _once(self, instruction: Instruction, index: int) -> None:
+        kind, stage = type(instruction), instruction.stage
+        if (kind, stage) in self.once:
+            raise self._fault(f"{instruction} stands twice", index)
+        if kind is Prologue and self.seen[Forward, stage]:
+            raise self._fault(f"{instruction} stands after a forward", index)
+        if kind is ReduceGradients and not self._backward_is_over(stage):
+            raise self._fault(f"{instruction} stands before the last backward", index)
+        if kind is OptimizerStep:
+            if stage != self.stages[0]:
+                raise self._fault(f"{instruction} stands for stage {self.stages[0]}, the lowest of its group", index)
+            if any((ReduceGradients, s) not in self.once for s in self.stages):
+                raise self._fault(f"{instruction} stands before gradients are reduced", index)
+        self.once.add((kind, stage))
+
+    def _backward_is_over(self, stage: int) -> bool:
+        whole, halves, weights = (len(self.seen[k, stage]) for k in (*_BACKWARDS, BackwardWeight))
+        return whole + halves >= self.rules.microbatches and weights >= halves
+
+    def _ran(self, kinds: tuple[type, ...], stage: int, microbatch: int) -> bool:
+        return any(microbatch in self.seen[kind, stage] for kind in kinds)
+
+    def _bounded(self, held: int, bound: int | None, what: str, index: int) -> None:
+        if bound is not None and held > bound:
+            raise self._fault(f"{self.row[index]} makes {held} microbatches {what}; the bound is {bound}", index)
+
+    def _complete(self, stage: int) -> None:
+        microbatches = self.rules.microbatches
+        halves = self.seen[BackwardInput, stage]
+        for kind, wanted in self.rules.expected(stage).items():
+            seen = self.seen[kind, stage] | (halves if kind is Backward else set())
+            self._all_there(kind, stage, seen, range(microbatches) if wanted else ())
+        self._all_there(BackwardWeight, stage, self.seen[BackwardWeight, stage], sorted(halves))
+        for kind in self.rules.required:
+            where = self.stages[0] if kind is OptimizerStep else stage
+            if (kind, where) not in self.once:
+                raise self._fault(f"{kind(where)} is missing", len(self.row))
+
+    def _all_there(self, kind: type, stage: int, seen: Collection[int], wanted: Sequence[int]) -> None:
+        for microbatch in wanted:
+            if microbatch not in seen:
+                raise self._fault(f"{_token(kind, stage, microbatch)} is missing", len(self.row))
+        if len(seen) > len(wanted):
+            strange = max(seen)
+            index = next(k for k, i in enumerate(self.row) if i.stage == stage and _is(i, kind, strange))
+            raise self._fault(f"{self.row[index]} belongs to nothing that is computed", index)
+
+    def _fault(self, reason: str, index: int) -> ScheduleError:
+        return ScheduleError(f"group {self.group}: {reason}", self.rules.program, [(self.group, index)])
+
+
+def _is(instruction: Instruction, kind: type, microbatch: int) -> bool:
+    kinds = _BACKWARDS if kind is Backward else (kind,)
+    return isinstance(instruction, kinds) and instruction.microbatch == microbatch
 
 
 def _token(kind: type, stage: int, microbatch: int) -> str:
@@ -162,133 +260,32 @@ def _token(kind: type, stage: int, microbatch: int) -> str:
 
 def _check_channels(program: Program) -> None:
     """Rule 3. Counts agree already, since each stage sends and receives every microbatch once."""
-    sent: dict[Position, list[int]] = {}
+    sent: dict[Channel, list[int]] = {}
     for row in program.actions:
         for instruction in row:
             if isinstance(instruction, _SENDS):
                 sent.setdefault((instruction.stage, instruction.peer), []).append(instruction.microbatch)
-    taken: dict[Position, int] = {}
-    for stage, row in enumerate(program.actions):
+    taken: dict[Channel, int] = {}
+    for group, row in enumerate(program.actions):
         for index, instruction in enumerate(row):
             if isinstance(instruction, _RECEIVES):
-                channel = (instruction.peer, stage)
+                channel = (instruction.peer, instruction.stage)
                 position = taken.get(channel, 0)
                 taken[channel] = position + 1
                 found = sent[channel][position]
                 if found != instruction.microbatch:
                     raise ScheduleError(
                         f"{instruction} would receive microbatch {found}: message {position} from stage "
-                        f"{instruction.peer} to stage {stage} is not the one that the receiver expects",
+                        f"{channel[0]} to stage {channel[1]} is not the one that the receiver expects",
                         program,
-                        [(stage, index)],
+                        [(group, index)],
                     )
 
 
 def _check_deadlock(program: Program) -> None:
     """Rule 4."""
     steps = execution_steps(program)
-    stuck = [(s, len(done)) for s, done in enumerate(steps) if len(done) < len(program.actions[s])]
+    stuck = [(g, len(done)) for g, done in enumerate(steps) if len(done) < len(program.actions[g])]
     if stuck:
-        waits = ", ".join(f"stage {s} at {program.actions[s][k]}" for s, k in stuck)
+        waits = ", ".join(f"group {g} at {program.actions[g][k]}" for g, k in stuck)
         raise ScheduleError(f"deadlock: {waits}", program, stuck)
-
-
-def dependencies(program: Program) -> tuple[list[list[Key]], list[list[Key]]]:
-    """Per stage and instruction: the key that it waits for, and the key that it makes available (None: none).
-
-    Keys are messages, (from, to, how manyth), once the program has transfers. Before, a forward waits for the same
-    microbatch's forward one stage earlier, and a backward for the backward one stage later.
-    """
-    lowered = any(isinstance(i, _SENDS + _RECEIVES) for row in program.actions for i in row)
-    last = len(program.actions) - 1
-    needs: list[list[Key]] = []
-    provides: list[list[Key]] = []
-    for stage, row in enumerate(program.actions):
-        count: dict[Position, int] = {}
-        need: list[Key] = [None] * len(row)
-        provide: list[Key] = [None] * len(row)
-        for index, instruction in enumerate(row):
-            kind = type(instruction)
-            if lowered and kind in _NEIGHBOUR:
-                send = kind in _SENDS
-                channel = (stage, instruction.peer) if send else (instruction.peer, stage)
-                position = count.get(channel, 0)
-                count[channel] = position + 1
-                (provide if send else need)[index] = (*channel, position)
-            elif not lowered and kind in (Forward, Backward):
-                source = stage - 1 if kind is Forward else stage + 1
-                if 0 <= source <= last:
-                    need[index] = (kind, source, instruction.microbatch)
-                provide[index] = (kind, stage, instruction.microbatch)
-        needs.append(need)
-        provides.append(provide)
-    return needs, provides
-
-
-def execution_steps(program: Program) -> list[list[int]]:
-    """When each instruction runs if all take one step; a stage that is stuck has fewer entries than instructions."""
-    needs, provides = dependencies(program)
-    steps: list[list[int]] = [[] for _ in program.actions]
-    available: dict[Key, int] = {}
-    waiting: dict[Key, int] = {}
-    ready = list(range(len(program.actions)))
-    while ready:
-        stage = ready.pop()
-        done = steps[stage]
-        step = done[-1] + 1 if done else 0
-        for index in range(len(done), len(needs[stage])):
-            need = needs[stage][index]
-            if need is not None:
-                if need not in available:
-                    waiting[need] = stage
-                    break
-                step = max(step, available[need] + 1)
-            done.append(step)
-            provide = provides[stage][index]
-            if provide is not None:
-                available[provide] = step
-                if provide in waiting:
-                    ready.append(waiting.pop(provide))
-            step += 1
-    return steps
-
-
-def grid(program: Program, marked: Collection[Position] = (), window: bool = False) -> str:
-    """One line per stage, one column per step, each instruction in the step in which it would run.
-
-    Stages that are stuck go on in consecutive steps, so that the rest of their list is seen. `marked` positions
-    (stage, index) stand between asterisks; an index past the end marks what is missing there. window=True shows only
-    the surroundings of the first marked position of a large program.
-    """
-    cells: list[dict[int, str]] = []
-    centre: Position | None = None
-    for stage, (row, done) in enumerate(zip(program.actions, execution_steps(program), strict=True)):
-        line: dict[int, str] = {}
-        step = -1
-        for index in range(len(row) + 1):
-            step = done[index] if index < len(done) else step + 1
-            token = str(row[index]) if index < len(row) else "missing"
-            if (stage, index) in marked:
-                line[step] = f"*{token}*"
-                centre = centre or (stage, step)
-            elif index < len(row):
-                line[step] = token
-        cells.append(line)
-    columns = range(max((max(line, default=-1) for line in cells), default=-1) + 1)
-    stages = range(len(cells))
-    if window and centre is not None:
-        stages = stages[max(0, centre[0] - _STAGES_SHOWN) : centre[0] + _STAGES_SHOWN + 1]
-        columns = columns[max(0, centre[1] - _STEPS_SHOWN) : centre[1] + _STEPS_SHOWN + 1]
-    head = ["step", *map(str, columns)]
-    table = [head, *([f"stage {s}", *(cells[s].get(c, "") for c in columns)] for s in stages)]
-    widths = [max(len(line[k]) for line in table) for k in range(len(head))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in table]
-    return "\n".join(lines)
-
-
-def is_send(instruction: Instruction) -> bool:
-    return isinstance(instruction, _SENDS)
-
-
-def is_receive(instruction: Instruction) -> bool:
-    return isinstance(instruction, _RECEIVES)

@@ -8,7 +8,9 @@ Tokens are <stage><kind><microbatch>, after torch.distributed.pipelining's notat
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,31 @@ class Backward:
 
     def __str__(self) -> str:
         return f"{self.stage}B{self.microbatch}"
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardInput:
+    """The half of a backward that the stage before waits for: the gradients of the stage's inputs.
+
+    Gradients of parameters that are not left to the weight half come out here as well.
+    """
+
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}I{self.microbatch}"
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardWeight:
+    """The half of a backward that nobody waits for: the gradients of the weights of matrix products."""
+
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}W{self.microbatch}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +120,10 @@ class ReduceGradients:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerStep:
-    """The user's optimizer, outside the call; it stands in the program so that time and memory are accounted."""
+    """The user's optimizer, outside the call; it stands in the program so that time and memory are accounted.
+
+    One for each group, under the lowest of its stages.
+    """
 
     stage: int
 
@@ -104,6 +134,8 @@ class OptimizerStep:
 Instruction = (
     Forward
     | Backward
+    | BackwardInput
+    | BackwardWeight
     | SendActivation
     | ReceiveActivation
     | SendGradient
@@ -113,7 +145,7 @@ Instruction = (
     | OptimizerStep
 )
 
-_COMPUTE = {"F": Forward, "B": Backward}
+_COMPUTE = {"F": Forward, "B": Backward, "I": BackwardInput, "W": BackwardWeight}
 _TRANSFER = {"SA": SendActivation, "RA": ReceiveActivation, "SG": SendGradient, "RG": ReceiveGradient}
 _ONCE = {"P": Prologue, "D": ReduceGradients, "O": OptimizerStep}
 _TOKEN = re.compile(r"(\d+)([A-Z]{1,2})(\d+)?(?:[<>](\d+))?")
@@ -138,9 +170,25 @@ def parse_instruction(token: str) -> Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """actions[s] is what every rank of stage s executes, in order. Ranks of one stage run the same list."""
+    """actions[g] is what every rank of group g executes, in order; a group runs one stage or several.
+
+    Groups stand in the order of the lowest stage that each runs.
+    """
 
     actions: tuple[tuple[Instruction, ...], ...]
+
+    @cached_property
+    def home(self) -> dict[int, int]:
+        """The group that runs each stage: where most of its instructions stand (the checker wants all of them there)."""
+        found: dict[int, Counter[int]] = {}
+        for group, row in enumerate(self.actions):
+            for stage, count in Counter(instruction.stage for instruction in row).items():
+                found.setdefault(stage, Counter())[group] = count
+        return {stage: found[stage].most_common(1)[0][0] for stage in sorted(found)}
+
+    def stages_of(self, group: int) -> tuple[int, ...]:
+        """The stages that a group runs, ascending."""
+        return tuple(stage for stage, home in self.home.items() if home == group)
 
     def __str__(self) -> str:
         return "\n".join(" ".join(map(str, row)) for row in self.actions)

@@ -1,7 +1,7 @@
 """Passes: Program -> Program. Each adds one kind of instruction, and its result is checked before it is handed on.
 
-Sends are asynchronous: a stage fires one as soon as the value exists and goes on computing. Receives block, and stand
-directly before the compute that needs them, after the sends of what was computed before. So a stage never waits with a
+Sends are asynchronous: a group fires one as soon as the value exists and goes on computing. Receives block, and stand
+directly before the compute that needs them, after the sends of what was computed before. So a group never waits with a
 value in hand that its neighbour needs, and the order is free of deadlock also where a send completes only once its
 receive is posted, provided that each direction between two stages is a channel of its own and keeps its order.
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from .check import check
 from .instructions import (
     Backward,
+    BackwardInput,
     Forward,
     Instruction,
     OptimizerStep,
@@ -27,23 +28,29 @@ from .instructions import (
 
 
 def add_transfers(program: Program) -> Program:
-    """Sends and receives of activations (to the next stage) and gradients (to the one before)."""
-    last = len(program.actions) - 1
+    """Sends and receives of activations (to the next stage) and gradients (to the one before).
+
+    Two stages of one group hand over to each other without any.
+    """
+    home = program.home
+
+    def away(stage: int, peer: int) -> bool:
+        return peer in home and home[peer] != home[stage]
 
     def lower(row: tuple[Instruction, ...]) -> Iterator[Instruction]:
         for instruction in row:
             match instruction:
                 case Forward(stage, microbatch):
-                    if stage > 0:
+                    if away(stage, stage - 1):
                         yield ReceiveActivation(stage, microbatch, stage - 1)
                     yield instruction
-                    if stage < last:
+                    if away(stage, stage + 1):
                         yield SendActivation(stage, microbatch, stage + 1)
-                case Backward(stage, microbatch):
-                    if stage < last:
+                case Backward(stage, microbatch) | BackwardInput(stage, microbatch):
+                    if away(stage, stage + 1):
                         yield ReceiveGradient(stage, microbatch, stage + 1)
                     yield instruction
-                    if stage > 0:
+                    if away(stage, stage - 1):
                         yield SendGradient(stage, microbatch, stage - 1)
                 case _:
                     yield instruction
@@ -53,17 +60,27 @@ def add_transfers(program: Program) -> Program:
 
 def add_prologue(program: Program) -> Program:
     """The batch-wide values first: every microbatch's loss divides by them."""
-    return _checked(tuple((Prologue(stage), *row) for stage, row in enumerate(program.actions)))
+    return _checked(
+        tuple((*map(Prologue, program.stages_of(group)), *row) for group, row in enumerate(program.actions))
+    )
 
 
 def add_reduction(program: Program) -> Program:
     """Whole gradients, once per step, after everything that the neighbours wait for."""
-    return _checked(tuple((*row, ReduceGradients(stage)) for stage, row in enumerate(program.actions)))
+    return _checked(tuple((*row, *map(ReduceGradients, _by_last_use(row))) for row in program.actions))
 
 
 def add_optimizer(program: Program) -> Program:
-    """The user's optimizer, last."""
-    return _checked(tuple((*row, OptimizerStep(stage)) for stage, row in enumerate(program.actions)))
+    """The user's optimizer, last, for all stages of a group at once."""
+    return _checked(
+        tuple((*row, OptimizerStep(program.stages_of(group)[0])) for group, row in enumerate(program.actions))
+    )
+
+
+def _by_last_use(row: tuple[Instruction, ...]) -> list[int]:
+    """The stages of a row in the order in which they are done with: their gradients become whole in this order."""
+    last = {instruction.stage: index for index, instruction in enumerate(row)}
+    return sorted(last, key=last.__getitem__)
 
 
 def _checked(actions: tuple[tuple[Instruction, ...], ...]) -> Program:

@@ -11,6 +11,8 @@ Every stage and every direction of every link is a server that treats messages i
   per stage and per direction of each link. The iteration is max-plus linear in this state; so once a state equals an
   earlier one but for a shift that is the same everywhere, it repeats with that period, and the rest is skipped
   (Baccelli, Cohen, Olsder and Quadrat 1992, Synchronization and Linearity, section 3.7: powers of max-plus matrices).
+- The others. One pass over the compute instructions in an order that respects what each waits for; that order does not
+  depend on the costs and is kept.
 
 For equal stages without transfers both give (M - 1 + S)(f + b) (Narayanan et al. 2021, Megatron-LM, section 2.2.1).
 """
@@ -18,30 +20,48 @@ For equal stages without transfers both give (M - 1 + S)(f + b) (Narayanan et al
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from autopar.cost.types import StageCost
 
+from .instructions import Backward, BackwardInput, BackwardWeight, Forward, Program
 from .orders import schedule_named
+from .steps import execution_steps
 
 # Shifts that agree to this share of the time gone by are equal: sums of doubles in another order.
 _SAME = 1e-12
+# Programs kept in order; a search asks for few shapes many times.
+_KEPT_PROGRAMS = 64
 
 
-def step_time_s(num_stages: int, microbatches: int, schedule: str, stage_costs: Sequence[StageCost]) -> float:
-    """`simulate_program(build_program(...), stage_costs).step_time_s`, to rounding, without the walk."""
-    assert len(stage_costs) == num_stages, (len(stage_costs), num_stages)
-    ends = _LAST_BACKWARD[schedule_named(schedule).name](stage_costs, microbatches)
+def step_time_s(num_groups: int, microbatches: int, schedule: str, stage_costs: Sequence[StageCost]) -> float:
+    """`simulate_program(build_program(...), stage_costs).step_time_s`, to rounding, without the walk.
+
+    stage_costs: of every stage; as many for each group as the schedule runs, in the order of the stages.
+    """
+    chosen = schedule_named(schedule)
+    chosen.check_stages(num_groups, len(stage_costs))
+    closed_form = _LAST_BACKWARD.get(chosen.name)
+    if closed_form is None:
+        return _walk(num_groups, microbatches, schedule, stage_costs)
+    ends = closed_form(stage_costs, microbatches)
     return max(end + exposed_reduce_s(cost) + cost.optimizer_s for end, cost in zip(ends, stage_costs, strict=True))
 
 
 def exposed_reduce_s(cost: StageCost) -> float:
-    """What of the gradient reduction is seen: it starts inside the last backward and hides there as far as it can."""
-    hidden_s = min(cost.reduce_overlap_s, cost.backward_s)
-    return max(0.0, cost.reduce_s - hidden_s) + cost.reduce_model_s
+    """What of the gradient reduction is seen if nothing but the stage's last backward hides it."""
+    return unhidden_reduce_s(cost) + cost.reduce_model_s
+
+
+def unhidden_reduce_s(cost: StageCost, half: bool = False) -> float:
+    """The reduction over data less what the last backward hides: it starts inside it (half: inside its weight half)."""
+    backward_s = cost.backward_weight_s if half else cost.backward_s
+    return max(0.0, cost.reduce_s - min(cost.reduce_overlap_s, backward_s))
 
 
 def lower_bound_s(num_stages: int, microbatches: int, schedule: str, stage_costs: Sequence[StageCost]) -> float:
-    """A bound that no schedule of whole forwards and backwards beats: the longest of some paths every step contains.
+    """A bound that no schedule of one stage per group, with whole backwards, beats: the longest of some paths that every
+    step contains.
 
     For stage s: its first forward waits for the stages before it; its own work is M (f_s + b_s); between its last
     forward and the backward of that microbatch, as between its first forward and first backward, lies the round trip
@@ -64,6 +84,73 @@ def lower_bound_s(num_stages: int, microbatches: int, schedule: str, stage_costs
         start_s += cost.forward_s + cost.send_s
         drain_s += cost.backward_s + cost.send_s
     return best_s
+
+
+_Unit = tuple[int, int, int, int, int, int]
+"""(group, stage, 0 for F, 1 for B, 2 for I, 3 for W, the unit waited for or -1, the group told or -1, whose send_s)"""
+
+
+@lru_cache(maxsize=_KEPT_PROGRAMS)
+def _units(num_groups: int, microbatches: int, schedule: str, virtual: int) -> tuple[_Unit, ...]:
+    """The compute instructions in an order in which each stands after those that it waits for."""
+    chosen = schedule_named(schedule)
+    program = Program(
+        tuple(tuple(chosen.order(group, num_groups, microbatches, virtual)) for group in range(num_groups))
+    )
+    steps = execution_steps(program)
+    placed = sorted((step, group, index) for group, row in enumerate(steps) for index, step in enumerate(row))
+    number: dict[tuple[bool, int, int], int] = {}
+    units: list[_Unit] = []
+    last = num_groups * virtual - 1
+    for _, group, index in placed:
+        instruction = program.actions[group][index]
+        kind, stage, m = type(instruction), instruction.stage, instruction.microbatch
+        up = kind is Forward
+        before, after = (stage - 1, stage + 1) if up else (stage + 1, stage - 1)
+        told = awaited = -1
+        if kind is not BackwardWeight:
+            number[up, stage, m] = len(units)
+            if 0 <= before <= last and program.home[before] != group:
+                awaited = number[up, before, m]
+            if 0 <= after <= last and program.home[after] != group:
+                told = program.home[after]
+        units.append((group, stage, _KINDS[kind], awaited, told, min(stage, after)))
+    return tuple(units)
+
+
+_KINDS = {Forward: 0, Backward: 1, BackwardInput: 2, BackwardWeight: 3}
+
+
+def _walk(num_groups: int, microbatches: int, schedule: str, costs: Sequence[StageCost]) -> float:
+    """One pass over `_units`, then the ends of the groups as the simulator has them."""
+    units = _units(num_groups, microbatches, schedule, len(costs) // num_groups)
+    durations = [(c.forward_s, c.backward_s, c.backward_input_s, c.backward_weight_s) for c in costs]
+    members: list[list[int]] = [[] for _ in range(num_groups)]
+    for stage in range(len(costs)):
+        members[schedule_named(schedule).group_of(stage, num_groups)].append(stage)
+    clocks = [sum(costs[stage].prologue_s for stage in stages) for stages in members]
+    links = [[0.0] * num_groups for _ in range(num_groups)]
+    arrivals = [0.0] * len(units)
+    ended: dict[int, tuple[int, float, bool]] = {}
+    for index, (group, stage, kind, awaited, told, boundary) in enumerate(units):
+        clock = clocks[group]
+        if awaited >= 0 and arrivals[awaited] > clock:
+            clock = arrivals[awaited]
+        clocks[group] = clock = clock + durations[stage][kind]
+        if told >= 0:
+            link = links[group][told]
+            links[group][told] = arrivals[index] = (link if link > clock else clock) + costs[boundary].send_s
+        if kind in (1, 3):
+            ended[stage] = (index, clock, kind == 3)
+    step_s = 0.0
+    for stages, clock in zip(members, clocks, strict=True):
+        reduced_s = 0.0
+        for stage in sorted(stages, key=ended.__getitem__):
+            _, end_s, half = ended[stage]
+            reduced_s = max(reduced_s, end_s) + unhidden_reduce_s(costs[stage], half)
+            clock = max(clock, reduced_s) + costs[stage].reduce_model_s
+        step_s = max(step_s, clock + sum(costs[stage].optimizer_s for stage in stages))
+    return step_s
 
 
 def _gpipe(costs: Sequence[StageCost], microbatches: int) -> list[float]:

@@ -46,6 +46,14 @@ class ArangeRows:
         return torch.arange(first, first + count, **kwargs) * step + start
 
 
+def inverse_order(_: Axis, tensor: Tensor, numbers: Any, *__: Any, **___: Any) -> Tensor:
+    """The permutation that undoes `numbers`, those of this chunk's rows; stands for tensor[numbers] = arange."""
+    (order,) = numbers if isinstance(numbers, tuple | list) else (numbers,)
+    inverse = torch.empty_like(tensor)
+    inverse[order] = torch.arange(len(order), dtype=tensor.dtype, device=tensor.device)
+    return inverse
+
+
 @dataclass(frozen=True, slots=True)
 class IndexRows:
     """self[.., rows, ..] where `rows` counts the rows of dim `dim` and both are split alike: numbers become local."""

@@ -21,7 +21,7 @@ class Analysis:
     def __init__(self, graph: Graph, table: RuleTable = DEFAULT) -> None:
         self.graph = graph
         self.table = table
-        self.strategies: dict[tuple[str, int, int], tuple[Strategy, ...]] = {}
+        self.strategies: dict[tuple, tuple[Strategy, ...]] = {}  # see `strategies.strategies`
         self.batch_layouts: dict[int, BatchLayout] = {}
         self._rules: dict[str, Rule | None] = {}
         self._whole: dict[str, Rule] = {}

@@ -2,14 +2,17 @@
 
 Batch inputs arrive split along dim 0 and parameters shared; everything else follows, op by op, through the same rules
 as on a model axis. No communication is possible in time, so only conversions that are local both ways may occur:
-a slice of something whole, and a summand's share of something whole. Two things make that enough:
+a slice of something whole, and a summand's share of something whole. Three things make that enough:
 
 - Values that depend on no batch input (masks, positions) are made only as large as their consumers want: demand
   runs backwards through them after the forward pass.
 - Sums over the batch that no parameter enters (the count of targets) are needed whole before the loss divides by
   them. They form the *prologue*: made PARTIAL, summed over all chunks first, and then taken as REPLICATED.
 
-Where neither helps, rows of the batch meet (batch norm in training, contrastive losses): a `BatchConflict`.
+- Rows that are sorted, treated alike and put back (a mixture of experts) may be sorted in each chunk by itself: see
+  sharding/order.py.
+
+Where nothing of this helps, rows of the batch meet (batch norm in training, contrastive losses): a `BatchConflict`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 
 from ..graph import Graph, Op
 from .analysis import Analysis, analysis
+from .order import PLAIN, Disordered, Rows, follow, reorder, sorts_rows
 from .placement import PARTIAL, REPLICATED, SHARED, Placement, Split
 from .rule import Rule, name_of, partial_strategy, split_strategy, whole_strategies
 from .strategy import Strategy
@@ -77,6 +81,7 @@ class _BatchAxis:
         self.found, self.graph, self.shards = found, found.graph, shards
         self.chosen: dict[str, Strategy] = {}
         self.produced: dict[str, Placement] = {}
+        self.rows: dict[str, Rows] = {}
         self.memo: dict[tuple[str, tuple[Placement, ...]], Strategy] = {}
         self.conflict: BatchConflict | None = None
         self.prologue: set[str] = set()
@@ -97,23 +102,41 @@ class _BatchAxis:
     def _forward(self) -> bool:
         """Place every op in order; False when a tensor turned out to belong to the prologue (start again)."""
         self.conflict = None
+        self.rows.clear()
         self.produced = {name: self._leaf(name) for name, t in self.graph.tensors.items() if t.role != "activation"}
         for op in self.graph.ops:
             have = tuple(self._have(t) for t in op.inputs)
-            key = (self.found.representative[op.name], have)
-            if key not in self.memo:
-                try:
-                    self.memo[key] = self._place(op, have)
-                except _Needed as needed:
-                    self.prologue.add(str(needed))
-                    self.memo.clear()
-                    return False
-                except _Meets as reason:
-                    self.conflict = self.conflict or BatchConflict(op.name, str(reason))
-                    self.memo[key] = whole_strategies(self.found.rule(op), self.found.gradient(op))[-1]
-            self.chosen[op.name] = self.memo[key]
-            self.produced.update(zip(op.outputs, self.memo[key].outputs, strict=True))
+            try:
+                self.chosen[op.name] = self._ordered(op, have) or self._remembered(op, have)
+            except _Needed as needed:
+                self.prologue.add(str(needed))
+                self.memo.clear()
+                return False
+            except (_Meets, Disordered) as reason:
+                self.conflict = self.conflict or BatchConflict(op.name, str(reason))
+                self.chosen[op.name] = whole_strategies(self.found.rule(op), self.found.gradient(op))[-1]
+            self.produced.update(zip(op.outputs, self.chosen[op.name].outputs, strict=True))
         return True
+
+    def _remembered(self, op: Op, have: tuple[Placement, ...]) -> Strategy:
+        """As `_place` has it for an op of another block that is like this one."""
+        key = (self.found.representative[op.name], have)
+        if key not in self.memo:
+            self.memo[key] = self._place(op, have)
+        return self.memo[key]
+
+    def _ordered(self, op: Op, have: tuple[Placement, ...]) -> Strategy | None:
+        """The strategy of an op that sorts rows, or meets sorted ones; None for any other."""
+        rows = tuple(self.rows.get(t, PLAIN) for t in op.inputs)
+        if not sorts_rows(op) and all(r == PLAIN for r in rows):
+            return None
+        found = reorder(self.graph, op, have, rows, self.shards)
+        if found is None:
+            strategy = self._remembered(op, have)
+            found = strategy, follow(self.graph, op, strategy, have, rows, self.shards)
+        strategy, known = found
+        self.rows.update(zip(op.outputs, known, strict=True))
+        return strategy
 
     def _leaf(self, name: str) -> Placement:
         tensor = self.graph.tensors[name]

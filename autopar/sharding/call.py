@@ -124,12 +124,13 @@ class Call:
         linear: Iterable[Iterable[str]] = (),
         sizes: Mapping[str, int] | None = None,
         batch_only: Iterable[str] = (),
+        counts: Mapping[str, Iterable[str]] | None = None,
         flops: int = 0,
     ) -> Rule:
         """A rule from dims by argument name.
 
         inputs: per tensor argument its dims (a list of dims for a list argument; one Dims serves all tensors of it).
-        splits: by default every name that is not blocked. additive, linear: argument names.
+        splits: by default every name that is not blocked. additive, linear, counts: argument names.
         """
         positions = self.positions()
         dims: list[Dims] = [()] * len(self.op.inputs)
@@ -163,6 +164,10 @@ class Call:
             batch_only=frozenset(batch_only),
             blocked=blocked,
             additive=frozenset(i for name in additive for i in positions.get(name, ())),
+            counts={
+                name: frozenset(i for argument in arguments for i in positions.get(argument, ()))
+                for name, arguments in (counts or {}).items()
+            },
             linear=tuple(
                 group
                 for group in (frozenset(i for n in names for i in positions.get(n, ())) for names in linear)

@@ -6,15 +6,21 @@ can: a conversion combines the ranks' values to the whole and hands the whole ou
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .axes import Places
 from .placement import PARTIAL, REPLICATED, SHARED, Placement, Split
+
+Placed = Sequence[tuple[Placement, int]]
 
 
 def dual(placement: Placement) -> Placement:
@@ -48,25 +54,68 @@ def combine(values: Sequence[Tensor], placement: Placement) -> Tensor:
     return values[0]
 
 
-def convert(values: Sequence[Tensor], have: Placement, want: Placement) -> list[Tensor]:
-    """Change the placement of a tensor on all ranks at once; the backward is the dual conversion of the gradients."""
+def hand_out_all(whole: Tensor, placed: Placed) -> list[Tensor]:
+    """The local value of every rank of several axes, in row-major order, by (placement, degree) on each.
+
+    Of cuts of one dim, those with fewer blocks are made first, and of equal ones those of earlier axes.
+    """
+    parts: dict[tuple[int, ...], Tensor] = {(): whole}
+    order = _by_blocks(placed)
+    for axis in order:
+        place, degree = _left(placed, axis), placed[axis][1]
+        parts = {(*at, r): part for at, value in parts.items() for r, part in enumerate(hand_out(value, place, degree))}
+    return [parts[tuple(at[axis] for axis in order)] for at in _coordinates(placed)]
+
+
+def combine_all(values: Sequence[Tensor], placed: Placed) -> Tensor:
+    """The inverse of `hand_out_all`."""
+    order = _by_blocks(placed)
+    parts = {tuple(at[axis] for axis in order): v for at, v in zip(_coordinates(placed), values, strict=True)}
+    for axis in reversed(order):
+        place, degree = _left(placed, axis), placed[axis][1]
+        outer = dict.fromkeys(at[:-1] for at in parts)
+        parts = {at: combine([parts[*at, r] for r in range(degree)], place) for at in outer}
+    return parts[()]
+
+
+def _coordinates(placed: Placed) -> Iterator[tuple[int, ...]]:
+    return itertools.product(*(range(degree) for _, degree in placed))
+
+
+def _by_blocks(placed: Placed) -> list[int]:
+    return sorted(range(len(placed)), key=lambda i: (getattr(placed[i][0], "blocks", 0), i))
+
+
+def _left(placed: Placed, axis: int) -> Placement:
+    """The placement on one axis in terms of what the cuts before it leave."""
+    place = placed[axis][0]
+    if not isinstance(place, Split):
+        return place
+    cut = math.prod(n for p, n in placed if isinstance(p, Split) and p.dim == place.dim and p.blocks < place.blocks)
+    assert place.blocks % cut == 0, placed
+    return Split(place.dim, place.blocks // cut)
+
+
+def convert(values: Sequence[Tensor], have: Places, want: Places, degrees: Sequence[int]) -> list[Tensor]:
+    """Change the placements of a tensor on all ranks at once; the backward is the dual conversion of the gradients."""
     if have == want:
         return list(values)
     if not any(v.requires_grad for v in values):
-        return hand_out(combine(values, have), want, len(values))
-    return list(_Convert.apply(have, want, *values))
+        whole = combine_all(values, tuple(zip(have, degrees, strict=True)))
+        return hand_out_all(whole, tuple(zip(want, degrees, strict=True)))
+    return list(_Convert.apply(tuple(zip(have, degrees, strict=True)), tuple(zip(want, degrees, strict=True)), *values))
 
 
 class _Convert(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, have: Placement, want: Placement, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, have: Placed, want: Placed, *values: Tensor) -> tuple[Tensor, ...]:
         ctx.have, ctx.want = have, want
-        return tuple(v.clone() for v in hand_out(combine(values, have), want, len(values)))
+        return tuple(v.clone() for v in hand_out_all(combine_all(values, have), want))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        whole = combine(gradients, dual(ctx.want))
-        return None, None, *hand_out(whole, dual(ctx.have), len(gradients))
+        whole = combine_all(gradients, [(dual(p), n) for p, n in ctx.want])
+        return None, None, *hand_out_all(whole, [(dual(p), n) for p, n in ctx.have])
 
 
 @dataclass(eq=False)
@@ -94,24 +143,52 @@ class EmulatedAxis:
         return stacked.sum(0) if op == "sum" else stacked.amax(0)
 
 
+AxisOf = Callable[[tuple[int, ...]], EmulatedAxis]
+
+
 def on_every_rank(size: int, function: Callable[[EmulatedAxis], Any], meets: bool) -> list[Any]:
     """`function(axis)` for every rank; in threads where ranks reduce (`meets`), one after the other otherwise."""
-    if not meets:
-        return [function(EmulatedAxis(rank, size)) for rank in range(size)]
-    meeting = _Meeting(threading.Barrier(size), [None] * size)
-    results: list[Any] = [None] * size
+    return on_every_rank_of((size,), lambda axes, _: function(axes((0,))), [(0,)] if meets else [])
+
+
+def on_every_rank_of(
+    degrees: Sequence[int], function: Callable[[AxisOf, int], Any], meets: Collection[tuple[int, ...]]
+) -> list[Any]:
+    """`function(axis_of, rank)` for every rank of several axes, in row-major order.
+
+    axis_of(numbers): these axes as one. meets: those that reduce; the ranks run in threads then, else in turn.
+    """
+    places = list(itertools.product(*map(range, degrees)))
+    meetings: dict[tuple[tuple[int, ...], tuple[int, ...]], _Meeting] = {}
+    for numbers in meets:
+        size = math.prod(degrees[i] for i in numbers)
+        for place in places:
+            key = (tuple(numbers), _others(place, numbers))
+            meetings.setdefault(key, _Meeting(threading.Barrier(size), [None] * size))
+
+    def axis_of(place: tuple[int, ...], numbers: tuple[int, ...]) -> EmulatedAxis:
+        rank = 0
+        for i in numbers:
+            rank = rank * degrees[i] + place[i]
+        size = math.prod(degrees[i] for i in numbers)
+        return EmulatedAxis(rank, size, meetings.get((tuple(numbers), _others(place, numbers))))
+
+    if not meetings:
+        return [function(partial(axis_of, place), rank) for rank, place in enumerate(places)]
+    results: list[Any] = [None] * len(places)
     errors: list[BaseException] = []
     grad_enabled = torch.is_grad_enabled()
 
     def run(rank: int) -> None:
         try:
             with torch.set_grad_enabled(grad_enabled):
-                results[rank] = function(EmulatedAxis(rank, size, meeting))
+                results[rank] = function(partial(axis_of, places[rank]), rank)
         except BaseException as error:
             errors.append(error)
-            meeting.barrier.abort()
+            for meeting in meetings.values():
+                meeting.barrier.abort()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(places))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -119,3 +196,7 @@ def on_every_rank(size: int, function: Callable[[EmulatedAxis], Any], meets: boo
     if errors:
         raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
     return results
+
+
+def _others(place: tuple[int, ...], numbers: Sequence[int]) -> tuple[int, ...]:
+    return tuple(p for i, p in enumerate(place) if i not in numbers)

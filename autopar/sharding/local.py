@@ -25,20 +25,22 @@ from .rules_views import CUTS
 from .strategy import Strategy
 
 Placed = Sequence[tuple[Placement, int]]
+Axes = tuple[int, ...]
+BATCH: Axes = ()
 
 
 @dataclass(frozen=True, slots=True)
 class LocalCall:
     """`function(*axes, *args, **kwargs)` runs an op on local tensors.
 
-    args, kwargs: as in `Op`, the `Ref`s in the same order. axes: which axis contexts the function takes first,
-    "batch" or "model"; for the batch axis it reads `rank` and `size` only.
+    args, kwargs: as in `Op`, the `Ref`s in the same order. axes: which axis contexts the function takes first: BATCH,
+    of which it reads `rank` and `size` only, or model axes by their numbers, of which several count as one.
     """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
-    axes: tuple[str, ...] = ()
+    axes: tuple[Axes, ...] = ()
 
 
 def local_shape(shape: Shape, placements: Placed) -> Shape:
@@ -58,7 +60,8 @@ def local_shape(shape: Shape, placements: Placed) -> Shape:
 def local_blocks(shape: Shape, placements: Placed, index: int) -> int:
     """In how many blocks the split of axis `index` lies in what the other axes leave of the tensor.
 
-    A split with more blocks lies inside one with fewer, which therefore cuts its blocks.
+    A split with more blocks lies inside one with fewer, which therefore cuts its blocks. Blocks of equal splits on a
+    later axis are relative (see sharding/axes.py).
     """
     split, _ = placements[index]
     assert isinstance(split, Split)
@@ -73,13 +76,14 @@ def local_blocks(shape: Shape, placements: Placed, index: int) -> int:
 
 
 def localize(
-    graph: Graph, op: Op, batch: Strategy, shards: int, model: Strategy | None = None, degree: int = 1
+    graph: Graph, op: Op, batch: Strategy, shards: int, model: Sequence[Strategy] = (), degrees: Sequence[int] = ()
 ) -> LocalCall:
-    """The call that runs `op` on a chunk of the batch (one of `shards`) and a part of the model (one of `degree`).
+    """The call that runs `op` on a chunk of the batch (one of `shards`) and one rank's part of the model.
 
-    The operands must lie as the strategies say on both axes. Raises ValueError where the degrees do not divide.
+    model, degrees: per model axis. The operands must lie as the strategies say on all axes. Raises ValueError where the
+    degrees do not divide.
     """
-    sides = [(batch, shards)] + ([(model, degree)] if model else [])
+    sides = [(batch, shards), *zip(model, degrees, strict=True)]
     placed = [
         [(side.inputs[i] if i < len(op.inputs) else side.outputs[i - len(op.inputs)], n) for side, n in sides]
         for i in range(len(op.inputs) + len(op.outputs))
@@ -90,10 +94,11 @@ def localize(
     special = {side.special: None for side, n in sides if side.special and n > 1}
     if special:
         (name,) = special
-        axes = tuple(
-            axis for axis, (side, n) in zip(("batch", "model"), sides, strict=False) if side.special == name and n > 1
-        )
-        return _SPECIALS[name](local, axes, [n for side, n in sides if side.special == name and n > 1])
+        on_batch = [BATCH] if batch.special == name and shards > 1 else []
+        # Model axes that run one algorithm cut its dim one inside the other, and so count as one axis.
+        on_model = tuple(i for i, (side, n) in enumerate(sides[1:]) if side.special == name and n > 1)
+        counts = [shards] * len(on_batch) + ([math.prod(degrees[i] for i in on_model)] if on_model else [])
+        return _SPECIALS[name](local, (*on_batch, *([on_model] if on_model else [])), counts)
     changed = _ADAPT[call.packet](local) if call.packet in _ADAPT and local.is_smaller else {}
     function: Callable[..., Any] = resolve(op.target, graph.opaque_modules)
     args, kwargs = _arguments(op, changed)
@@ -229,7 +234,7 @@ def _mean_share(local: Local) -> float:
     return 1.0
 
 
-def _arange(local: Local, axes: tuple[str, ...], degrees: list[int]) -> LocalCall:
+def _arange(local: Local, axes: tuple[Axes, ...], degrees: list[int]) -> LocalCall:
     call = local.call
     start, step = call.get("start", 0) or 0, call.get("step", 1) or 1
     kwargs = {key: value for key, value in call.op.kwargs if key in ("device", "layout", "pin_memory")}
@@ -243,7 +248,7 @@ def _strides(size: int, degrees: list[int]) -> tuple[int, ...]:
     return tuple(size // math.prod(degrees[: i + 1]) for i in range(len(degrees)))
 
 
-def _index_rows(local: Local, axes: tuple[str, ...], degrees: list[int]) -> LocalCall:
+def _index_rows(local: Local, axes: tuple[Axes, ...], degrees: list[int]) -> LocalCall:
     call = local.call
     rule = analysis(call.graph).rule(call.op)
     (name,) = {n for n in rule.specials if local.shape("self") != call.shape("self") and _is_cut(local, n)}
@@ -259,15 +264,16 @@ def _is_cut(local: Local, name: str) -> bool:
     )
 
 
-def _as_is(function: Callable[..., Any]) -> Callable[[Local, tuple[str, ...], list[int]], LocalCall]:
+def _as_is(function: Callable[..., Any]) -> Callable[[Local, tuple[Axes, ...], list[int]], LocalCall]:
     """An algorithm that takes the arguments of the op itself."""
     return lambda local, axes, _: LocalCall(function, local.call.op.args, local.call.op.kwargs, axes)
 
 
-_SPECIALS: Mapping[str, Callable[[Local, tuple[str, ...], list[int]], LocalCall]] = MappingProxyType(
+_SPECIALS: Mapping[str, Callable[[Local, tuple[Axes, ...], list[int]], LocalCall]] = MappingProxyType(
     {
         "arange": _arange,
         "index_rows": _index_rows,
+        "inverse_order": _as_is(algorithms.inverse_order),
         "sdpa_rows": _as_is(algorithms.causal_rows),
         "vocab_embedding": _as_is(algorithms.vocab_embedding),
         "vocab_cross_entropy": _as_is(algorithms.vocab_cross_entropy),

@@ -46,6 +46,7 @@ class Rule:
     batch_only: names of `splits` that only the batch axis may split.
     blocked: why a name that is not in `splits` cannot be split (for error messages).
     additive: inputs that are added to the result, hence PARTIAL wherever the output becomes PARTIAL.
+    counts: by name, inputs that count elements along it, hence PARTIAL where it is split.
     linear: groups of inputs in which the op is jointly linear (a pending sum in all of them passes through).
     flops: floating point operations of the whole op, forward, at the global shape.
     """
@@ -60,6 +61,7 @@ class Rule:
     batch_only: frozenset[str] = frozenset()
     blocked: Mapping[str, str] = field(default_factory=dict)
     additive: frozenset[int] = frozenset()
+    counts: Mapping[str, frozenset[int]] = field(default_factory=dict)
     linear: tuple[frozenset[int], ...] = ()
     flops: int = 0
 
@@ -140,6 +142,8 @@ def split_strategy(rule: Rule, name: str, outer: int, degree: int, gradient: Seq
     if name not in rule.splits or rule.sizes[name] % (outer * degree):
         return None
     special = rule.specials.get(name)
+    if special and special.name and outer > 1:
+        return None  # the local algorithms count on a contiguous part
     placements: list[Placement] = []
     pending = name in rule.sums and not (special and special.output != PARTIAL)
     for index, (dims, shape) in enumerate(rule.tensors):
@@ -150,7 +154,7 @@ def split_strategy(rule: Rule, name: str, outer: int, degree: int, gradient: Seq
                 return None
             placements.append(split)
         elif is_input:
-            if pending and index in rule.additive:
+            if (pending and index in rule.additive) or index in rule.counts.get(name, ()):
                 placements.append(PARTIAL)
             else:
                 placements.append(SHARED if gradient[index] else REPLICATED)

@@ -79,6 +79,65 @@ def index(call: Call) -> Rule | None:
     return call.rule({"self": ins, "indices": indices}, [outs], blocked=blocked, specials=specials, linear=[["self"]])
 
 
+def index_put(call: Call) -> Rule | None:
+    """self with values written (or added) at the places self[i, j, :, ...]; dims that no index names correspond."""
+    shape, entries = call.shape("self"), call["indices"]
+    tensors = {i: call.graph.tensors[e.name] for i, e in enumerate(entries) if isinstance(e, Ref)}
+    if not tensors or any(t.dtype in (torch.bool, torch.uint8) for t in tensors.values()):
+        return None
+    broadcast = torch.broadcast_shapes(*(t.shape for t in tensors.values()))
+    at = list(tensors)
+    together = at == list(range(at[0], at[-1] + 1))
+    kept = [i for i in range(len(shape)) if i not in tensors]
+    before = [i for i in kept if i < at[0]] if together else []
+    after = [i for i in kept if i not in before]
+    out = tuple((f"x{i}",) if i in tensors else (f"d{i}",) for i in range(len(shape)))
+    written = (*(out[i] for i in before), *((f"t{i}",) for i in range(len(broadcast))), *(out[i] for i in after))
+    sizes = (*(shape[i] for i in before), *broadcast, *(shape[i] for i in after))
+    values = call.shape("values")
+    offset = len(written) - len(values)
+    lacks = tuple(written[offset + k] if s == sizes[offset + k] else () for k, s in enumerate(values))
+    indices = [
+        tuple((f"t{len(broadcast) - len(t.shape) + k}",) if s != 1 else () for k, s in enumerate(t.shape))
+        for t in tensors.values()
+    ]
+    blocked = {f"x{i}": "places along it are chosen by an index" for i in tensors}
+    blocked |= {f"t{i}": "they are written to places chosen by an index" for i in range(len(broadcast))}
+    return call.rule(
+        {"self": out, "indices": indices, "values": lacks}, [out], blocked=blocked, linear=[["self", "values"]]
+    )
+
+
+def index_write(call: Call) -> Rule | None:
+    """index_add, index_copy, index_fill: places along `dim` are chosen by the index, others correspond.
+
+    Additions to one place add up, so that index_add may also be split along what it adds.
+    """
+    shape = call.shape("self")
+    if not shape:
+        return None
+    dim = call.dim("dim", len(shape))
+    out = tuple(("x",) if i == dim else d for i, d in enumerate(full(shape)))
+    index = (("n",),) if call.shape("index") else ()
+    inputs = {"self": out, "index": index}
+    blocked = {"x": "places along it are chosen by an index"}
+    adds = call.packet == "aten.index_add"
+    if not adds:
+        blocked["n"] = "they are written to places chosen by an index"
+    if call.has("source"):
+        inputs["source"] = tuple((("n",) if index else ()) if i == dim else d for i, d in enumerate(full(shape)))
+    elif call.has("value"):
+        inputs["value"] = ()
+    return call.rule(
+        inputs,
+        [out],
+        sums={"n"} if adds and index else (),
+        additive=["self"] if adds else (),
+        blocked=blocked,
+        linear=[["self", "source"]] if call.has("source") else (),
+    )
+
+
 def embedding(call: Call) -> Rule:
     """weight [v, h], indices [..] -> [.., h]. Split on rows of the weight, each rank looks up its own."""
     lead = tuple((f"d{i}",) for i in range(len(call.shape("indices"))))
@@ -121,6 +180,8 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         "aten.index": index,
         "aten.scatter": scatter,
         "aten.scatter_add": scatter,
+        "aten.index_put": index_put,
+        **{f"aten.index_{name}": index_write for name in ("add", "copy", "fill")},
         "aten.embedding": embedding,
     }
 )

@@ -74,6 +74,28 @@ def addmm(call: Call) -> Rule:
     return contraction(call, *_matmul_dims(call.shape(first), call.shape(second), call.out, first, second), "self")
 
 
+def grouped_mm(call: Call) -> Rule | None:
+    """rows [n, i], weights [e, i, o], offs [e]: rows up to offs[0] times weight 0, and so on -> [n, o].
+
+    Rows are sorted by group, and `offs` counts them, so only the batch axis may cut them: there each part has rows and
+    counts of its own, and the counts add up (see sharding/order.py).
+    """
+    names = list(call.positions())
+    if len(names) != 3 or len(call.inputs[0].shape) != 2 or len(call.inputs[1].shape) != 3:
+        return None
+    rows, weights, counts = names
+    return call.rule(
+        {rows: (("n",), ("i",)), weights: (("e",), ("i",), ("o",)), counts: (("e",),)},
+        [(("n",), ("o",))],
+        sums={"i"},
+        blocked={"e": "rows of all groups lie in one tensor"},
+        batch_only={"n"},
+        counts={"n": [counts]},
+        linear=[[rows], [weights]],
+        flops=2 * math.prod(call.out) * call.inputs[0].shape[1],
+    )
+
+
 def mm(call: Call) -> Rule:
     second = next(name for name in ("mat2", "vec", "tensor") if call.has(name))
     return contraction(call, *_matmul_dims(call.shape("self"), call.shape(second), call.out, "self", second))
@@ -246,6 +268,9 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
     {
         "aten.linear": linear,
         "aten.matmul": matmul,
+        "aten._grouped_mm": grouped_mm,
+        # What transformers' experts call where torch's own grouped product cannot be traced.
+        "transformers.grouped_mm_fallback": grouped_mm,
         "aten.mm": mm,
         "aten.bmm": mm,
         "aten.mv": mm,

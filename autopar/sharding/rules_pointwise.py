@@ -181,7 +181,7 @@ _POINTWISE = (
     "log_sigmoid softplus rrelu isreal isclose arccos arccosh arcsin arcsinh arctan arctanh arctan2 fix special_expit "
     "special_erf special_expm1 special_exp2 special_log1p special_round special_sinc special_xlogy special_logit "
     "special_erfc special_erfinv special_gammaln special_i0 special_psi special_digamma bernoulli "
-    "isposinf isneginf zero fill relu6 celu"
+    "isposinf isneginf zero fill relu6 celu where masked_fill polar"
 )
 
 RULES: Mapping[str, RuleFunction] = MappingProxyType(
@@ -192,6 +192,7 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         **{f"aten.{name}": creation for name in CREATIONS},
         **{f"aten.{name}_like": like for name in ("zeros", "ones", "full", "empty", "rand", "randn")},
         "aten.feature_dropout": feature_dropout,
+        "aten.scalar_tensor": creation,
         "aten.arange": arange,
         "aten.prelu": prelu,
         "aten._prelu_kernel": pointwise,

@@ -12,7 +12,7 @@ import torch
 from .call import Call
 from .notation import Dims
 from .rule import Rule
-from .rules_pointwise import RuleFunction, aligned, full
+from .rules_pointwise import RuleFunction, aligned, full, pointwise
 
 
 def _reduced(call: Call) -> set[int]:
@@ -58,8 +58,20 @@ def extremum(call: Call) -> Rule:
 
 
 def max_or_min(call: Call) -> Rule | None:
-    """max and min without an overload for two tensors (that one is elementwise)."""
+    """max and min of one tensor reduce it; of two they are elementwise."""
+    if call.overload == "other":
+        return pointwise(call)
     return extremum(call) if call.overload in ("default", "dim") else None
+
+
+def histogram(call: Call) -> Rule | None:
+    """histc between fixed ends: counts of parts of the input add up. Without ends, they depend on all of it."""
+    shape = call.shape("self")
+    names = [d[0] for d in full(shape)]
+    fixed = call["min"] < call["max"]
+    blocked = {"bin": "every element may fall into any bin"}
+    blocked |= {} if fixed else dict.fromkeys(names, "the ends of the bins depend on all elements")
+    return call.rule({"self": full(shape)}, [(("bin",),)], sums=names if fixed else (), blocked=blocked)
 
 
 def along(call: Call) -> Rule:
@@ -127,6 +139,7 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         "aten.max": max_or_min,
         "aten.min": max_or_min,
         **{f"aten.{name}": along for name in _ALONG.split()},
+        "aten.histc": histogram,
         "aten.diff": diff,
         "aten.cosine_similarity": cosine_similarity,
     }

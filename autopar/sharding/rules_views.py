@@ -154,6 +154,25 @@ def split(call: Call) -> Rule | None:
     return call.rule({"self": ins}, outs, sizes=sizes, blocked=blocked, linear=[["self"]])
 
 
+def part_scatter(call: Call) -> Rule:
+    """slice_scatter, select_scatter, diagonal_scatter: `self` with `src` written over places along some dims."""
+    shape = call.shape("self")
+    named = ("dim1", "dim2") if "dim1" in call.arguments else ("dim",)
+    dims = {call.dim(name, len(shape)) for name in named}
+    if call.packet == "aten.slice_scatter" and call.shape("src") == shape:
+        dims = set()
+    kept = [i for i in range(len(shape)) if i not in dims]
+    whole = tuple((f"x{i}",) if i in dims else (f"d{i}",) for i in range(len(shape)))
+    if call.packet == "aten.slice_scatter":
+        part = tuple((f"y{i}",) if i in dims else (f"d{i}",) for i in range(len(shape)))
+    else:
+        rest = [(f"y{i}",) for i in range(len(call.shape("src")) - len(kept))]
+        part = (*((f"d{i}",) for i in kept), *rest)
+    names = {name for dim in (*whole, *part) for name in dim if name[0] in "xy"}
+    blocked = dict.fromkeys(names, "places along it are written over")
+    return call.rule({"self": whole, "src": part}, [whole], blocked=blocked, linear=[["self", "src"]])
+
+
 def unbind(call: Call) -> Rule:
     shape = call.shape("self")
     dim = call.dim("dim", len(shape))
@@ -277,6 +296,7 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         "aten.narrow": narrow,
         "aten.select": select,
         **{f"aten.{n}": split for n in CUTS},
+        **{f"aten.{n}_scatter": part_scatter for n in ("slice", "select", "diagonal")},
         "aten.unbind": unbind,
         "aten.cat": cat,
         "aten.concat": cat,

@@ -7,25 +7,47 @@ from collections.abc import Iterator, Sequence
 from ..graph import Graph, Op
 from .analysis import Analysis, analysis, rule, unknown_ops, use_rules
 from .batch import BatchLayout, batch_layout
-from .placement import Placement, Split
+from .placement import REPLICATED, Placement, Split
 from .rule import Rule, divides, partial_strategy, split_strategy, whole_strategies
 from .strategy import Strategy
 
-__all__ = ["rule", "strategies", "unknown_ops", "use_rules"]
+__all__ = ["Outer", "rule", "strategies", "unknown_ops", "use_rules"]
 
 
-def strategies(graph: Graph, op: Op, degree: int, shards: int = 1) -> tuple[Strategy, ...]:
+Outer = tuple[tuple[Strategy, int], ...]
+"""The strategy of an op on each model axis outside of the one in question, and that axis's degree."""
+
+
+def strategies(graph: Graph, op: Op, degree: int, shards: int = 1, outer: Outer = ()) -> tuple[Strategy, ...]:
     """The strategies of `op` on a model axis of `degree` ranks, "-" first; the same tuple for isomorphic blocks.
 
     shards: data degree x microbatches, which already cut the batch dim; every split offered also divides what is left.
+    outer: how the op runs on the model axes before this one. What is offered then is a part of what is offered without:
+    splits that divide what those leave, and no second special algorithm.
     Side ops run whole on every rank of the axis, so they have "-" alone.
     Raises ValueError where `shards` does not divide the batch, or where rows of the batch meet and shards > 1.
     """
     found = analysis(graph)
-    key = (found.representative[op.name], degree, shards)
+    key = (found.representative[op.name], degree, shards, outer)
     if key not in found.strategies:
-        found.strategies[key] = _strategies(found, graph.op[key[0]], degree, shards)
+        model = graph.op[key[0]]
+        if outer:
+            options = strategies(graph, model, degree, shards)
+            on_batch = _on_batch(graph, model, shards)
+            found.strategies[key] = tuple(
+                s for s in options if s.degree == 1 or _fits(found.rule(model), s, degree, on_batch, shards, outer)
+            )
+        else:
+            found.strategies[key] = _strategies(found, model, degree, shards)
     return found.strategies[key]
+
+
+def _on_batch(graph: Graph, op: Op, shards: int) -> Sequence[Placement]:
+    """Placements of an op's tensors on the batch axis; () where the batch is whole."""
+    if shards == 1:
+        return ()
+    chosen = batch_layout(graph, shards).strategies[op.name]
+    return (*chosen.inputs, *chosen.outputs)
 
 
 def _strategies(found: Analysis, op: Op, degree: int, shards: int) -> tuple[Strategy, ...]:
@@ -33,15 +55,13 @@ def _strategies(found: Analysis, op: Op, degree: int, shards: int) -> tuple[Stra
     whole = whole_strategies(op_rule, gradient)
     if op.name in found.graph.side_ops or degree == 1:
         return whole[:1]
-    on_batch: Sequence[Placement] = ()
     cut_later: list[tuple[int, Split]] = []
     if shards > 1:
         layout = batch_layout(found.graph, shards)
         if layout.conflict:
             raise ValueError(f"{shards} parts of the batch were asked for, but {layout.conflict}")
-        chosen = layout.strategies[op.name]
-        on_batch = (*chosen.inputs, *chosen.outputs)
         cut_later = list(_cut_later(found.graph, op, layout))
+    on_batch = _on_batch(found.graph, op, shards)
     options = [
         split_strategy(op_rule, name, outer, degree, gradient) for name, outer in found.candidates.options[op.name]
     ]
@@ -69,11 +89,17 @@ def _cut_later(graph: Graph, op: Op, layout: BatchLayout) -> Iterator[tuple[int,
                     yield i, want
 
 
-def _fits(op_rule: Rule, strategy: Strategy, degree: int, on_batch: Sequence[Placement], shards: int) -> bool:
-    if not on_batch:
+def _fits(
+    op_rule: Rule, strategy: Strategy, degree: int, on_batch: Sequence[Placement], shards: int, outer: Outer = ()
+) -> bool:
+    """Whether a split divides what the batch and the outer axes leave; and one special algorithm is all an op can run."""
+    if any(other.special and strategy.special and other.key != strategy.key for other, _ in outer):
+        return False
+    if not on_batch and not outer:
         return True
-    placed = (*strategy.inputs, *strategy.outputs)
+    on_batch = on_batch or (REPLICATED,) * len(op_rule.shapes)
+    sides = [((*s.inputs, *s.outputs), n) for s, n in (*outer, (strategy, degree))]
     return all(
-        divides(shape, [(batch, shards), (model, degree)])
-        for shape, batch, model in zip(op_rule.shapes, on_batch, placed, strict=True)
+        divides(shape, [(batch, shards), *((places[i], n) for places, n in sides)])
+        for i, (shape, batch) in enumerate(zip(op_rule.shapes, on_batch, strict=True))
     )

@@ -5,7 +5,19 @@ from __future__ import annotations
 from ..graph import Graph
 from .call import Call
 
-_KEEP = ("unsqueeze", "view", "reshape", "expand", "to", "_to_copy", "clone", "contiguous", "alias", "detach", "long")
+KEEPS_VALUES = (
+    "unsqueeze",
+    "view",
+    "reshape",
+    "expand",
+    "to",
+    "_to_copy",
+    "clone",
+    "contiguous",
+    "alias",
+    "detach",
+    "long",
+)
 
 
 def counts_rows(graph: Graph, name: str, size: int) -> int | None:
@@ -23,7 +35,7 @@ def counts_rows(graph: Graph, name: str, size: int) -> int | None:
             call = Call.of(graph, op)
             starts = (call.get("start", 0) or 0, call.get("step", 1) or 1, call.get("end"))
             return longer[0] if starts == (0, 1, size) else None
-        keeps = kind in _KEEP and graph.tensors[op.inputs[0]].numel == size
+        keeps = kind in KEEPS_VALUES and graph.tensors[op.inputs[0]].numel == size
         adds_zero = kind in ("add", "sub") and len(op.args) == 2 and op.args[1] == 0 and not op.kwargs
         if not keeps and not adds_zero:
             return None

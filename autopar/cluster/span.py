@@ -1,0 +1,38 @@
+"""Where a group of ranks lies: on how many hosts and switches, how many of it on one host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .spec import Cluster
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """ranks: of the group. hosts: that hold any of them. per_host: the most on one host. leaves: switches that these
+    hosts hang on."""
+
+    ranks: int
+    hosts: int
+    per_host: int
+    leaves: int
+
+
+def span(cluster: Cluster, ranks: tuple[int, ...]) -> Span:
+    """The span of a group of distinct global ranks; evenly spaced ones, as meshes have them, take no walk."""
+    count, width = len(ranks), cluster.devices_per_host
+    if count <= 1:
+        return Span(count, count, count, count)
+    step = ranks[1] - ranks[0]
+    per_leaf = cluster.hosts_per_switch or cluster.num_hosts
+    if count > 8 and step > 0 and ranks[-1] == ranks[0] + (count - 1) * step:
+        first, last = ranks[0] // width, ranks[-1] // width
+        if step >= width:
+            leaves = min(count, last // per_leaf - first // per_leaf + 1)
+            return Span(count, count, 1, leaves)
+        hosts = last - first + 1
+        return Span(count, hosts, min(count, -(-width // step)), last // per_leaf - first // per_leaf + 1)
+    hosts: dict[int, int] = {}
+    for rank in ranks:
+        hosts[rank // width] = hosts.get(rank // width, 0) + 1
+    return Span(count, len(hosts), max(hosts.values()), len({host // per_leaf for host in hosts}))

@@ -1,0 +1,134 @@
+"""Constants of the cost model, by hardware kind and by software stack: the only place that has any.
+
+They describe accelerators that compute asynchronously; measured rates and links of a probe take precedence, and CPUs
+use none of them. Those in the tables below are fitted on published training runs by benchmarks/fit_published.py, all
+rows of one kind of hardware or software together; the others have their source beside them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from ..cluster.spec import Cluster
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """Hardware.
+
+    multiprocessors: units among which the tiles of a product are dealt out; 0 where not known. matmul_share: of the
+        peak, inside full waves of tiles. matmul_setup_s: of one product, to fill and drain the units.
+        unaligned_share, half_aligned_share: what is left of the rate where a dim is no multiple of 8, of 64 elements.
+        convolution_share: of the peak.
+    attention_share, attention_backward_share: of the peak, for long sequences and wide heads; half_length and
+        half_width: of the keys and of a head, at which half of it is reached.
+    stream_share: of the nominal memory bandwidth. kernel_s: least time of a kernel on the device.
+    link_share, network_share: of the nominal bandwidth inside and between hosts that collectives reach.
+    collective_s: least time of a collective on the device.
+
+    Software.
+
+    launch_s, backward_launch_s: host time per kernel, forward and backward; 0: the device's own. collective_launch_s:
+        host time of a collective. fusion: share of the elementwise traffic that is left after kernels are fused.
+    overlap, gather_overlap, tensor_overlap: share of a gradient reduction, of a ZeRO gather and of a model-axis
+        collective that hides behind compute; the rest is what the transfer costs the compute beside it.
+    update_overlap: share of ZeRO 1's and 2's gather of updated parameters that hides.
+    scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
+    microbatch_s, step_s: host time per microbatch, and per step: data loading, logging, zeroing of gradients.
+    optimizer_passes: reads and writes of a float32 parameter by the optimizer step; AdamW needs 7.
+    parameter_bytes, gradient_bytes, optimizer_bytes: at rest per parameter where blocks compute in a narrow type.
+    narrow_copy: whether a whole copy of the parameters in that type lies beside them (unless ZeRO 3 shards them).
+    reduced_bytes: of a gradient element as reduced over data; 0: the computing type's.
+    allocator_share: what the caching allocator holds beyond the tensors that come and go, as a share of them.
+    context_bytes: of the driver's context, workspaces and communication buffers.
+    products_in: what linear layers cast their operands to, "" for nothing.
+    """
+
+    multiprocessors: float = 0
+    matmul_share: float = 0.85
+    matmul_setup_s: float = 4e-6
+    unaligned_share: float = 0.6
+    half_aligned_share: float = 0.9
+    convolution_share: float = 0.55
+    attention_share: float = 0.75
+    attention_backward_share: float = 0.6
+    attention_half_length: float = 300.0
+    attention_half_width: float = 16.0
+    stream_share: float = 0.85
+    kernel_s: float = 2e-6
+    link_share: float = 1.0
+    network_share: float = 1.0
+    collective_s: float = 20e-6
+
+    launch_s: float = 0.0
+    backward_launch_s: float = 0.0
+    collective_launch_s: float = 20e-6
+    fusion: float = 1.0
+    overlap: float = 1.0
+    gather_overlap: float = 1.0
+    tensor_overlap: float = 0.0
+    update_overlap: float = 0.0
+    scatter_each: bool = False
+    microbatch_s: float = 0.0
+    step_s: float = 0.0
+    optimizer_passes: float = 7.5
+    parameter_bytes: float = 4.0
+    gradient_bytes: float = 4.0
+    optimizer_bytes: float = 8.0
+    narrow_copy: bool = True
+    reduced_bytes: float = 0.0
+    products_in: str = ""
+    allocator_share: float = 0.0
+    context_bytes: float = 0.0
+
+
+# Kinds are matched by the beginning of their name.
+HARDWARE: Mapping[str, Mapping[str, float]] = {
+    "v100": {"multiprocessors": 80, "matmul_share": 0.75, "stream_share": 0.8},
+    "a100": {"multiprocessors": 108, "matmul_share": 0.85},
+    "a800": {"multiprocessors": 108, "matmul_share": 0.85},
+    "h100": {"multiprocessors": 132, "matmul_share": 0.7},
+    "h800": {"multiprocessors": 132, "matmul_share": 0.7},
+    "h200": {"multiprocessors": 132, "matmul_share": 0.7},
+}
+
+SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
+    "": {},
+    # autopar's own runtime: eager torch, fully_shard.
+    "torch": {"launch_s": 10e-6, "backward_launch_s": 8e-6},
+    "torch-compile": {"launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.5, "scatter_each": True},
+    "composer": {"launch_s": 12e-6, "backward_launch_s": 8e-6, "scatter_each": True},
+    "internevo": {"launch_s": 12e-6, "backward_launch_s": 8e-6},
+    "megatron": {
+        "launch_s": 10e-6, "backward_launch_s": 8e-6, "overlap": 0.0,
+        "parameter_bytes": 2.0, "gradient_bytes": 4.0, "optimizer_bytes": 12.0, "narrow_copy": False,
+    },
+    "megatron-deepspeed": {
+        "launch_s": 20e-6, "backward_launch_s": 15e-6, "overlap": 0.0,
+        "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
+    },
+    "alpa": {
+        "launch_s": 5e-6, "backward_launch_s": 5e-6, "overlap": 0.0, "fusion": 0.6,
+        "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
+    },
+}  # fmt: skip
+
+
+def constants_of(cluster: Cluster) -> Constants:
+    """What holds for the cluster's kind of device and its software. ValueError for software that is not known."""
+    return named_constants(cluster.device.kind if cluster.device.asynchronous else "", cluster.software)
+
+
+@lru_cache(maxsize=256)
+def named_constants(kind: str, software: str) -> Constants:
+    if software not in SOFTWARE:
+        near = difflib.get_close_matches(software, SOFTWARE, 1, 0.3)
+        raise ValueError(
+            f"software={software!r} is not known; {f'did you mean {near[0]!r}? ' if near else ''}"
+            f"Known: {', '.join(map(repr, SOFTWARE))}"
+        )
+    hardware = next((HARDWARE[name] for name in sorted(HARDWARE, key=len, reverse=True) if kind.startswith(name)), {})
+    return replace(Constants(), **hardware, **SOFTWARE[software])

@@ -1,0 +1,1 @@
+"""Readers of the published planners' own input files."""

@@ -1,0 +1,268 @@
+"""What every published method stands on: prices of pieces, plans from pieces, and a judge that keeps the best.
+
+The methods judge by their authors' own objective while they search. What they then offer is simulated here, so that
+all answer to one cost model; an offer that `Plan.validate` refuses is dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+
+from tqdm import tqdm
+
+from ...cost.types import StageCost
+from ...plan import Candidate, Plan, Prediction, Recompute, Stage, same_recompute, tensor_axes
+from ...report.words import gib, plan_in_words
+from ...simulate import simulate
+from ..pricing import Piece, StagePrices
+from ..problem import Chain, Problem, Shape
+
+# Rows of the table of candidates that a method's plan carries.
+MAX_CANDIDATES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stage as a method decides it; `ranks` in row-major order of (data, tensor).
+
+    recompute: one choice per block, or () for none. shares: rows per data rank, () where equal.
+    """
+
+    start: int
+    stop: int
+    ranks: tuple[int, ...]
+    data: int
+    tensor: int = 1
+    recompute: tuple[Recompute, ...] = ()
+    zero: int = 0
+    shares: tuple[int, ...] = ()
+
+
+@dataclass
+class Bench:
+    """One run of one method: `with Bench(problem, "alpa", progress, limit_s) as bench: ...; return bench.best_plan()`.
+
+    limit_s: seconds of wall time after which `spent` is true. An interrupt (Ctrl-C) ends the `with` block in peace once
+    there is a plan.
+    """
+
+    problem: Problem
+    name: str
+    progress: bool = True
+    limit_s: float | None = None
+    _best: Plan | None = None
+    _smallest: Plan | None = None
+    _offers: dict[Plan, None] = field(default_factory=dict)
+    _refusal: str = ""
+
+    def __post_init__(self) -> None:
+        self.prices = StagePrices(self.problem)
+        self._start_s = time.monotonic()
+        self._chains: dict[tuple, tuple[Chain, ...]] = {}
+        self._bar = tqdm(desc=self.name, unit=" plans", delay=2, leave=False, disable=not self.progress)
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> bool:
+        self._bar.close()
+        return kind is KeyboardInterrupt and bool(self._offers)
+
+    @property
+    def spent(self) -> bool:
+        """Whether the time is over; never before there is a plan."""
+        over = self.limit_s is not None and time.monotonic() - self._start_s >= self.limit_s
+        return over and bool(self._offers)
+
+    # -- the space
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.problem.graph.blocks)
+
+    @property
+    def world_size(self) -> int:
+        return self.problem.cluster.world_size
+
+    def shapes(self, *wishes: Callable[[Shape], bool]) -> list[Shape]:
+        """The shapes that the constraints allow; of these, wish by wish, those that meet it, if any do.
+
+        1F1B is wished for first of all: none of the methods chooses among synchronous schedules.
+        """
+        found = list(self.problem.shapes)
+        for wish in (lambda shape: shape.schedule == "1f1b", *wishes):
+            found = [shape for shape in found if wish(shape)] or found
+        return found
+
+    def chains(self, shape: Shape) -> tuple[Chain, ...]:
+        """The fastest layouts of a shape first."""
+        key = (shape.data, shape.tensor, shape.microbatches, shape.zero, shape.schedule, shape.pipeline)
+        if key not in self._chains:
+            self._chains[key] = tuple(self.problem.chains.of(self.problem, shape))
+        return self._chains[key]
+
+    def fastest(self, shape: Shape) -> Chain:
+        """The fastest chain alone."""
+        key = (shape.data, shape.tensor, shape.microbatches, shape.zero)
+        if key not in self._chains:
+            self._chains[key] = (next(iter(self.problem.chains.of(self.problem, shape))),)
+        return self._chains[key][0]
+
+    # -- prices
+
+    def cost(self, shape: Shape, start: int, stop: int, recompute: Recompute = "none") -> StageCost:
+        """Blocks [start, stop) as one stage, with others of the same mesh before and behind where there are blocks."""
+        before, behind = start > 0, stop < self.num_blocks
+        around = replace(shape, pipeline=1 + before + behind)
+        return self.prices.cost(around, self.fastest(shape), int(before), Piece(start, stop, recompute))
+
+    def block_costs(self, shape: Shape, recompute: Recompute = "none") -> list[StageCost]:
+        """Each block as a stage of its own."""
+        return [self.cost(shape, b, b + 1, recompute) for b in range(self.num_blocks)]
+
+    # -- plans
+
+    def plan(self, parts: Sequence[Part], microbatches: int, schedule: str = "1f1b") -> Plan:
+        """The plan of these parts, each with the fastest layouts of its mesh."""
+        stages, layouts = [], {}
+        chains: dict[int, Chain] = {}
+        for part in parts:
+            shape = Shape(len(parts), part.data, part.tensor, microbatches, schedule, part.zero)
+            # one chain per degree, so that neighbours of one degree agree at their boundary
+            chain = chains.setdefault(part.tensor, self.fastest(shape))
+            rows = ()
+            if part.tensor > 1:
+                used = [chain.unique[i] for i in chain.index[part.start : part.stop]]
+                rows = (tuple(layouts.setdefault(layout, len(layouts)) for layout in used),)
+            kept = part.recompute if any(choice != "none" for choice in part.recompute) else ()
+            stages.append(
+                Stage(
+                    part.start, part.stop, part.ranks, part.data, tensor_axes(part.tensor), rows, kept,
+                    part.zero if part.data > 1 else 0, 0, part.shares,
+                )
+            )  # fmt: skip
+        graph = self.problem.graph
+        return Plan(
+            model=graph.name,
+            fingerprint=graph.fingerprint,
+            world_size=self.world_size,
+            batch_size=graph.batch_size,
+            microbatches=microbatches,
+            schedule=schedule,
+            stages=tuple(stages),
+            layouts=tuple(layouts),
+        )
+
+    def equal_plan(self, shape: Shape, cuts: Sequence[int], recompute: Sequence[Recompute] | None = None) -> Plan:
+        """The plan of a shape whose stages end at `cuts` (the last one is the number of blocks)."""
+        edges = list(itertools.pairwise((0, *cuts)))
+        choices = recompute or [self.problem.recompute_choices[0]] * len(edges)
+        parts = [
+            Part(start, stop, shape.ranks(s), shape.data, shape.tensor, same_recompute(choices[s], stop - start), shape.zero)
+            for s, (start, stop) in enumerate(edges)
+        ]  # fmt: skip
+        return self.plan(parts, shape.microbatches, shape.schedule)
+
+    def relieved(self, plan: Plan) -> Plan:
+        """The plan with recomputation in the stages that do not fit without, where the constraints allow a choice."""
+        if "full" not in self.problem.recompute_choices:
+            return plan
+        line = simulate(self.problem.graph, plan, self.problem.cluster, model=self.problem.costs)
+        limit = self.problem.memory_limit_bytes
+        stages = tuple(
+            replace(stage, recompute=same_recompute("full", stage.num_blocks))
+            if line.peak_memory_bytes[stage.ranks[0]] > limit
+            else stage
+            for stage in plan.stages
+        )
+        return replace(plan, stages=stages)
+
+    # -- the judge
+
+    def offer(self, plan: Plan | None) -> float:
+        """Simulate a plan and keep it if it is the best; its step time, infinite where it is refused or does not fit."""
+        if plan is None:
+            return math.inf
+        try:
+            plan.validate(self.problem.graph, self.problem.cluster)
+        except ValueError as error:
+            self._refusal = self._refusal or str(error)
+            return math.inf
+        line = simulate(self.problem.graph, plan, self.problem.cluster, model=self.problem.costs)
+        peak_bytes = max(line.peak_memory_bytes.values())
+        plan = replace(plan, prediction=Prediction(line.step_time_s, peak_bytes))
+        self._bar.update()
+        self._offers.setdefault(plan)
+        if self._smallest is None or peak_bytes < self._smallest.prediction.peak_memory_bytes:
+            self._smallest = plan
+        if peak_bytes > self.problem.memory_limit_bytes:
+            return math.inf
+        if self._best is None or line.step_time_s < self._best.prediction.step_time_s:
+            self._best = plan
+        return line.step_time_s
+
+    @property
+    def best_s(self) -> float:
+        """The step time of the best plan that fits, infinite as long as there is none."""
+        return self._best.prediction.step_time_s if self._best else math.inf
+
+    @property
+    def best(self) -> Plan | None:
+        return self._best
+
+    def best_plan(self) -> Plan:
+        """The fastest offer that fits, with the others as its candidates; where none fits, the smallest, which says so.
+
+        ValueError when nothing was offered that the runtime can execute.
+        """
+        chosen = self._best or self._smallest
+        if chosen is None:
+            why = f"; the first refusal: {self._refusal}" if self._refusal else ""
+            raise ValueError(
+                f"method={self.name!r} finds no plan of {self.problem.graph.name} on {self.world_size} devices that can "
+                f"be run under {self.problem.constraints}{why}; use method='auto'"
+            )
+        rows = sorted(self._offers, key=lambda plan: (plan is not chosen, plan.prediction.step_time_s))
+        return replace(chosen, candidates=tuple(self._rows(rows, chosen)))
+
+    def _rows(self, plans: Iterable[Plan], chosen: Plan) -> Iterator[Candidate]:
+        limit_bytes = self.problem.memory_limit_bytes
+        seen: set[str] = set()
+        for plan in plans:
+            name = plan_in_words(plan)
+            if name in seen or len(seen) >= MAX_CANDIDATES:
+                continue
+            seen.add(name)
+            step_s, peak_bytes = plan.prediction.step_time_s, plan.prediction.peak_memory_bytes
+            over = (
+                f"needs {gib(peak_bytes - limit_bytes)} more than {gib(limit_bytes)}"
+                if peak_bytes > limit_bytes
+                else ""
+            )
+            if plan == chosen:
+                verdict = "chosen" if not over else f"the smallest of what {self.name} finds, but {over}"
+            else:
+                verdict = over or f"{step_s / chosen.prediction.step_time_s:.2f}x slower"
+            yield Candidate(name, step_s, peak_bytes, verdict)
+
+
+def split_rows(rows: int, weights: Sequence[float]) -> tuple[int, ...]:
+    """Whole numbers that sum to `rows`, in proportion to the weights, each at least 1: largest remainders first.
+
+    ValueError when there are fewer rows than weights.
+    """
+    if rows < len(weights):
+        raise ValueError(f"{rows} rows for {len(weights)} data ranks; expected at least one each")
+    total = sum(weights)
+    exact = [rows * weight / total for weight in weights]
+    found = [max(1, math.floor(share)) for share in exact]
+    while sum(found) < rows:
+        found[max(range(len(found)), key=lambda i: exact[i] - found[i])] += 1
+    while sum(found) > rows:
+        found[min((i for i in range(len(found)) if found[i] > 1), key=lambda i: exact[i] - found[i])] -= 1
+    return tuple(found)

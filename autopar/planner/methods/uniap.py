@@ -1,0 +1,127 @@
+"""UniAP: stages and strategies of all layers as one mixed-integer program per (stages, microbatches).
+
+The program is `uniap_program`. A layer is a block (or a run of blocks of about equal work where there are more than
+`MAX_LAYERS`), a strategy is (data, tensor, ZeRO level, recomputation). One stage has one mesh, so strategies of
+different meshes do not meet inside a stage; where the runtime wants equal stages, not in one plan either.
+
+Reference: Lin et al., arXiv 2307.16375, section 3.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...plan import Plan, Recompute
+from ...schedule.orders import schedule_named
+from ..problem import Problem, Shape
+from .alpa import cluster_blocks
+from .bench import Bench, Part
+from .uniap_program import ChainCosts, Joint, solve_program
+
+MAX_LAYERS = 24
+# A program is given up after so long; UniAP itself stops Gurobi after 60 s.
+PROGRAM_LIMIT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A strategy: a mesh, and whether its layers recompute."""
+
+    shape: Shape
+    recompute: Recompute
+
+    @property
+    def mesh(self) -> tuple[int, int, int]:
+        return self.shape.data, self.shape.tensor, self.shape.zero
+
+
+def uniap(problem: Problem, progress: bool = True, limit_s: float | None = None) -> Plan:
+    """The best of UniAP's plans over the numbers of stages and microbatches."""
+    start_s = time.monotonic()
+    with Bench(problem, "uniap", progress, limit_s) as bench:
+        groups: dict[tuple[int, int], list[Shape]] = {}
+        for shape in bench.shapes():
+            groups.setdefault((shape.pipeline, shape.microbatches), []).append(shape)
+        for shapes in groups.values():
+            if bench.spent:
+                break
+            left_s = PROGRAM_LIMIT_S if limit_s is None else limit_s - (time.monotonic() - start_s)
+            _solve(bench, shapes, min(PROGRAM_LIMIT_S, max(1.0, left_s)))
+        if bench.best is None:
+            for shape in bench.shapes():
+                cuts = [bench.num_blocks * (s + 1) // shape.pipeline for s in range(shape.pipeline)]
+                bench.offer(bench.relieved(bench.equal_plan(shape, cuts)))
+        return bench.best_plan()
+    return bench.best_plan()
+
+
+def _solve(bench: Bench, shapes: Sequence[Shape], limit_s: float) -> None:
+    problem, first = bench.problem, shapes[0]
+    ways = [_Way(shape, choice) for shape in shapes for choice in problem.recompute_choices]
+    edges = cluster_blocks(bench, first)
+    # without unequal stages the program falls apart into one per mesh, which are solved one by one
+    meshes = (
+        [ways]
+        if problem.unequal_stages
+        else [[w for w in ways if w.mesh == m] for m in dict.fromkeys(w.mesh for w in ways)]
+    )
+    for some in meshes:
+        costs = chain_costs(bench, some, edges, first.pipeline)
+        found = solve_program(costs, first.pipeline, first.microbatches, problem.memory_limit_bytes, limit_s)
+        if found is not None:
+            _offer(bench, some, edges, found)
+
+
+def chain_costs(bench: Bench, ways: Sequence[_Way], edges: Sequence[int], num_stages: int) -> ChainCosts:
+    """The program's figures from the cost model. Memory of a layer: at rest, and its activations as often as 1F1B holds
+    them; the largest transient of any layer counts on each stage's first."""
+    num, mixed = len(edges) - 1, bench.problem.unequal_stages
+    work_s, sends_s = np.zeros((num, len(ways))), np.zeros((num, len(ways)))
+    memory_bytes = np.zeros((num, len(ways), num_stages))
+    for k, way in enumerate(ways):
+        held = schedule_named(way.shape.schedule).in_flight
+        for i, (start, stop) in enumerate(itertools.pairwise(edges)):
+            cost = bench.cost(way.shape, start, stop, way.recompute)
+            work_s[i, k], sends_s[i, k] = cost.forward_s + cost.backward_s, cost.send_s
+            rest = cost.parameter_bytes + cost.gradient_bytes + cost.optimizer_bytes + cost.unsharded_bytes
+            for s in range(num_stages):
+                flight = held(s, num_stages, way.shape.microbatches)
+                memory_bytes[i, k, s] = rest + flight * cost.activation_bytes
+    same = np.array([[a.mesh == b.mesh and (mixed or a == b) for b in ways] for a in ways])
+    meets = np.array([[mixed or a.mesh == b.mesh for b in ways] for a in ways])
+    inside = np.where(same, 0.0, math.inf)
+    across = [
+        np.where(meets, np.maximum(2 * sends_s[i][:, None], 2 * sends_s[i][None, :]), math.inf) for i in range(num - 1)
+    ]
+    return ChainCosts(work_s, [inside] * (num - 1), across, memory_bytes)
+
+
+def _offer(bench: Bench, ways: Sequence[_Way], edges: Sequence[int], found: Joint) -> None:
+    parts, first = [], 0
+    for s in range(max(found.stage) + 1):
+        layers = [i for i, stage in enumerate(found.stage) if stage == s]
+        way = ways[found.strategy[layers[0]]]
+        recompute = tuple(ways[found.strategy[i]].recompute for i in layers for _ in range(edges[i], edges[i + 1]))
+        width = way.shape.data * way.shape.tensor
+        ranks = tuple(range(first, first + width))
+        first += width
+        parts.append(
+            Part(
+                edges[layers[0]],
+                edges[layers[-1] + 1],
+                ranks,
+                way.shape.data,
+                way.shape.tensor,
+                recompute,
+                way.shape.zero,
+            )
+        )
+    plan = bench.plan(parts, way.shape.microbatches, way.shape.schedule)
+    bench.offer(plan)
+    bench.offer(bench.relieved(plan))
