@@ -82,8 +82,7 @@ class Model(ParallelModule):
 
     def loader(self, dataset: Any, batch_size: int, shuffle: bool = False, **options: Any) -> RankLoader:
         """Batches of just this rank's rows, `batch_size` being global; see runtime/loader.py."""
-        data = self.runtime.groups.data
-        return RankLoader(dataset, batch_size, data.rank, data.size, self.plan.microbatches, shuffle=shuffle, **options)
+        return RankLoader(dataset, batch_size, self.runtime.compiled.rows, shuffle=shuffle, **options)
 
     def refine(self, optimizer: torch.optim.Optimizer, remaining_steps: int | None = None) -> Refinement:
         """Hold the measured timeline against the predicted one, correct the cost model, search again, and move to the new
@@ -112,6 +111,7 @@ class Model(ParallelModule):
         move_optimizer(optimizer, old.storage.parameters, runtime.storage.parameters, before, after, rank, self.device)
         self.measurement.close()
         self.install(runtime)
+        old.close()
         self.prediction = simulate(self.graph, plan, self.cluster, costs)
         return time.perf_counter() - start_s
 

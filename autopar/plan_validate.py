@@ -17,6 +17,7 @@ from .schedule.orders import SCHEDULES
 from .sharding.batch import batch_layout
 from .sharding.flow import find_strategies
 from .sharding.placement import REPLICATED, Split, parse_placement
+from .sharding.rows import stage_units
 from .sharding.rule import divides
 from .sharding.strategies import strategies
 
@@ -31,6 +32,7 @@ def validate_plan(plan: Plan, graph: Graph, cluster: Cluster) -> None:
     _check_stages(plan, graph)
     _check_runnable(plan)
     _check_batch(plan, graph)
+    _check_boundaries(plan, graph)
     _check_layouts(plan, graph)
 
 
@@ -106,6 +108,10 @@ def _check_mesh(stage: Stage, at: str) -> None:
             f"{at}.ranks has {len(stage.ranks)} ranks, expected data {stage.data} x tensor {stage.tensor} = "
             f"{stage.data * stage.tensor}"
         )
+    rows = [stage.ranks[d * stage.tensor : (d + 1) * stage.tensor] for d in range(stage.data)]
+    for line in (*rows, *zip(*rows, strict=True)):
+        if list(line) != sorted(line):
+            raise ValueError(f"{at}.ranks: ranks {', '.join(map(str, line))} along one axis must ascend")
     if stage.zero not in (0, 1, 2, 3):
         raise ValueError(f"{at}.zero is {stage.zero!r}, expected 0, 1, 2 or 3")
     if stage.zero and stage.data == 1:
@@ -123,21 +129,10 @@ def _check_mesh(stage: Stage, at: str) -> None:
 
 def _check_runnable(plan: Plan) -> None:
     """What the vocabulary of plans can say and the runtime cannot do yet."""
-    first = plan.stages[0]
     if plan.pipeline != len(plan.stages):
         raise ValueError("plan.stages: two stages on the same ranks are not supported; give each stage its own ranks")
     if plan.precision != "float32":
         raise ValueError(f"plan.precision is {plan.precision!r}; only 'float32' is supported")
-    for s, stage in enumerate(plan.stages):
-        at = f"plan.stages[{s}]"
-        for name in ("data", "tensor"):
-            degree, other = getattr(stage, name), getattr(first, name)
-            if degree != other:
-                raise ValueError(
-                    f"{at}.{name} is {degree}, but plan.stages[0].{name} is {other}; all stages have one {name} degree"
-                )
-        if len(set(stage.shares)) > 1:
-            raise ValueError(f"{at}.shares is {list(stage.shares)}; only equal shares are supported")
 
 
 def _check_stages(plan: Plan, graph: Graph) -> None:
@@ -171,50 +166,92 @@ def _check_stages(plan: Plan, graph: Graph) -> None:
 
 
 def _check_batch(plan: Plan, graph: Graph) -> None:
-    data = plan.stages[0].data
-    shards = data * plan.microbatches
-    if plan.batch_size % shards:
-        least = nearest_divisors(plan.batch_size // data, plan.microbatches) if plan.batch_size % data == 0 else None
-        advice = (
-            f"plan.microbatches could be {least}"
-            if least
-            else f"data must divide the batch: {nearest_divisors(plan.batch_size, data)}"
-        )
+    """Microbatches cut the batch, the data ranks of each stage cut a microbatch, and rows may be parted at all."""
+    if plan.batch_size % plan.microbatches:
         raise ValueError(
-            f"plan.microbatches is {plan.microbatches}: data {data} x microbatches {plan.microbatches} = {shards} does "
-            f"not divide the batch of {plan.batch_size} rows; {advice}"
+            f"plan.microbatches is {plan.microbatches}, which does not divide the batch of {plan.batch_size} rows; "
+            f"plan.microbatches could be {nearest_divisors(plan.batch_size, plan.microbatches)}"
         )
-    if shards > 1:
-        conflict = batch_layout(graph, shards).conflict
-        if conflict:
-            name, value = ("microbatches", plan.microbatches) if plan.microbatches > 1 else ("data", data)
+    rows = plan.batch_size // plan.microbatches
+    for s, stage in enumerate(plan.stages):
+        at = f"plan.stages[{s}]"
+        if stage.shares and sum(stage.shares) != rows:
             raise ValueError(
-                f"plan.{name} is {value}, but the rows of {graph.name}'s batch depend on each other: {conflict}"
+                f"{at}.shares is {list(stage.shares)}, {sum(stage.shares)} rows together; expected the {rows} rows of a "
+                f"microbatch (batch {plan.batch_size} / microbatches {plan.microbatches}), such as "
+                f"{list(_in_proportion(stage.shares, rows))}"
+                if rows >= stage.data
+                else f"{at}.shares is {list(stage.shares)}, but a microbatch has {rows} rows for {stage.data} data ranks; "
+                "use fewer microbatches or a smaller data degree"
+            )
+        if not stage.shares and rows % stage.data:
+            whole = plan.batch_size % stage.data == 0
+            advice = (
+                f"plan.microbatches could be {nearest_divisors(plan.batch_size // stage.data, plan.microbatches)}"
+                if whole
+                else f"data must divide the batch: {nearest_divisors(plan.batch_size, stage.data)}"
+            )
+            uneven = list(_in_proportion((1,) * stage.data, rows)) if rows >= stage.data else None
+            raise ValueError(
+                f"{at}.data is {stage.data}: data {stage.data} x microbatches {plan.microbatches} = "
+                f"{stage.data * plan.microbatches} does not divide the batch of {plan.batch_size} rows; {advice}"
+                + (f", or {at}.shares {uneven}" if uneven else "")
+            )
+        units = stage_units(plan, stage)
+        conflict = batch_layout(graph, units).conflict if units > 1 else None
+        if conflict:
+            field, value = ("microbatches", plan.microbatches) if plan.microbatches > 1 else ("data", stage.data)
+            where = "plan" if plan.microbatches > 1 else at
+            raise ValueError(
+                f"{where}.{field} is {value}, but the rows of {graph.name}'s batch depend on each other: {conflict}"
             )
 
 
+def _in_proportion(shares: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    """`rows` shared out nearly as `shares` are, at least one each; the first ones get what is left over."""
+    found = [max(1, rows * share // sum(shares)) for share in shares]
+    while sum(found) > rows:
+        found[found.index(max(found))] -= 1
+    order = sorted(range(len(found)), key=lambda i: rows * shares[i] % sum(shares), reverse=True)
+    for i in range(rows - sum(found)):
+        found[order[i % len(order)]] += 1
+    return tuple(found)
+
+
+def _check_boundaries(plan: Plan, graph: Graph) -> None:
+    """What crosses from one stage to the next is cut along the batch alike on both."""
+    for s, (stage, following) in enumerate(zip(plan.stages, plan.stages[1:], strict=False)):
+        before, after = (batch_layout(graph, stage_units(plan, one)).placements for one in (stage, following))
+        for name in graph.blocks[stage.stop - 1].outputs:
+            if before[name] != after[name]:
+                raise ValueError(
+                    f"plan.stages[{s + 1}].data is {following.data}: {name} enters the stage cut along the batch as "
+                    f"{after[name]}, but leaves the stage before, of data {stage.data}, as {before[name]}; give both the "
+                    "same data degree and shares"
+                )
+
+
 def _check_layouts(plan: Plan, graph: Graph) -> None:
-    checked: set[tuple[tuple[int, ...], int]] = set()
-    leaving: list[tuple[str, ...]] | None = None
-    at_rest: dict[tuple[str, int], tuple[str, str]] = {}
+    checked: set[tuple[tuple[int, ...], int, int]] = set()
     for s, stage in enumerate(plan.stages):
         at = f"plan.stages[{s}]"
         if len(stage.layouts) != len(stage.axes):
             raise ValueError(
                 f"{at}.layouts has {len(stage.layouts)} entries, expected {len(stage.axes)}: one per model axis"
             )
-        if not stage.axes:
-            leaving = None
-            continue
+        # From stage to stage a tensor or a parameter may lie otherwise; the runtime hands it over accordingly.
+        leaving: list[tuple[str, ...]] | None = None
+        at_rest: dict[tuple[str, int], tuple[str, str]] = {}
         for a, row in enumerate(stage.layouts):
             _check_row(plan, stage, row, f"{at}.layouts[{a}]")
-        columns = list(zip(*stage.layouts, strict=True))
+        columns = list(zip(*stage.layouts, strict=True)) if stage.axes else [()] * stage.num_blocks
         for indices, block in zip(columns, graph.blocks[stage.start : stage.stop], strict=True):
             layouts = [plan.layouts[index] for index in indices]
-            if (indices, block.kind) not in checked:
+            key = (indices, block.kind, stage_units(plan, stage))
+            if key not in checked:
                 for a in range(len(indices)):
                     _check_layout(plan, graph, stage, block, indices[: a + 1])
-                checked.add((indices, block.kind))
+                checked.add(key)
             if leaving is not None:
                 for index, layout, before in zip(indices, layouts, leaving, strict=True):
                     if before != layout.inputs:
@@ -230,7 +267,7 @@ def _check_layouts(plan: Plan, graph: Graph) -> None:
                     if token != said:
                         raise ValueError(
                             f"{field} (block {block.index}) holds {graph.tensors[name].fqn} as {token}, but {there} "
-                            f"as {said}; a parameter that two blocks share has one placement"
+                            f"as {said}; a parameter that two blocks of a stage share has one placement"
                         )
 
 
@@ -248,7 +285,7 @@ def _check_layout(plan: Plan, graph: Graph, stage: Stage, block: Block, indices:
     """The layout of the last of these axes, given those of the axes before it."""
     index, axis = indices[-1], len(indices) - 1
     layout, at = plan.layouts[index], f"plan.layouts[{index}]"
-    shards = stage.data * plan.microbatches
+    shards = stage_units(plan, stage)
     degree = stage.axes[axis]
     if layout.degree != degree:
         what = f"tensor {degree}" if len(stage.axes) == 1 else f"degree {degree} on model axis {axis}"

@@ -82,8 +82,11 @@ class Loopback:
         "all_gather_single",
         "all_reduce",
         "all_to_all_single",
+        "P2POp",
         "barrier",
+        "batch_isend_irecv",
         "broadcast",
+        "destroy_process_group",
         "get_rank",
         "get_world_size",
         "irecv",
@@ -218,6 +221,15 @@ class Loopback:
     ) -> None:
         values, place = self._meet(f"reduce_scatter {op}", tensor.detach().clone(), group)
         out.view(-1).copy_(_sum(torch.stack([value.reshape(len(values), -1)[place] for value in values]), op))
+
+    def P2POp(self, op: Callable[..., Any], tensor: Tensor, peer: int, group: Group | None = None) -> Any:
+        return partial(op, tensor, peer, group)
+
+    def batch_isend_irecv(self, operations: Sequence[Any]) -> list[Any]:
+        return [operation() for operation in operations]
+
+    def destroy_process_group(self, group: Group) -> None:
+        """Groups are names, so that nothing is left to close."""
 
     # The names since torch 2.13.
     all_gather_single = all_gather_into_tensor

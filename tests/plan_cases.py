@@ -18,6 +18,9 @@ from autopar.sharding.rule import divides
 from autopar.sharding.strategies import strategies
 from autopar.sharding.strategy import Strategy
 
+Mesh = tuple[int, int | tuple[int, ...]]
+"""Data degree, and the degree of one model axis or those of several."""
+
 
 def random_plan(
     graph: Graph,
@@ -34,35 +37,66 @@ def random_plan(
 ) -> Plan:
     """A plan of these degrees with random stage cuts, a random strategy per op, and random placements at rest and between
     blocks. tensor: of one model axis, or of several."""
-    rng = random.Random(f"{seed}/{data}/{tensor}/{pipeline}/{microbatches}")
-    axes = tensor if isinstance(tensor, tuple) else tensor_axes(tensor)
-    cuts = [0, *sorted(rng.sample(range(1, len(graph.blocks)), pipeline - 1)), len(graph.blocks)]
-    rows = random_layouts(graph, axes, data * microbatches, rng)
-    width = data * math.prod(axes)
-    count = len(graph.blocks)
-    stages = tuple(
-        Stage(
-            start=cuts[s],
-            stop=cuts[s + 1],
-            ranks=tuple(range(s * width, (s + 1) * width)),
-            data=data,
-            axes=axes,
-            layouts=tuple(tuple(range(a * count + cuts[s], a * count + cuts[s + 1])) for a in range(len(axes))),
-            recompute=_recompute(recompute, cuts[s + 1] - cuts[s], rng),
-            zero=zero if data > 1 else 0,
-            zero_group=zero_group if data > 1 else 0,
+    meshes: list[Mesh] = [(data, tensor)] * pipeline
+    options = dict(schedule=schedule, zero=zero, zero_group=zero_group, recompute=recompute, seed=seed)
+    return unequal_plan(graph, meshes, microbatches, **options)
+
+
+def unequal_plan(
+    graph: Graph,
+    meshes: Sequence[Mesh],
+    microbatches: int,
+    *,
+    shares: Sequence[tuple[int, ...]] | Literal["random"] = (),
+    schedule: str = "1f1b",
+    zero: Literal[0, 1, 2, 3] = 0,
+    zero_group: int = 0,
+    recompute: Literal["none", "selective", "full", "mixed"] = "none",
+    seed: int = 0,
+) -> Plan:
+    """As `random_plan`, with a mesh per stage, and shares per stage or random ones."""
+    rng = random.Random(f"{seed}/{meshes}/{microbatches}/{shares}")
+    cuts = [0, *sorted(rng.sample(range(1, len(graph.blocks)), len(meshes) - 1)), len(graph.blocks)]
+    rows = graph.batch_size // microbatches
+    stages: list[Stage] = []
+    layouts: list[Layout] = []
+    first_rank = 0
+    for s, (data, tensor) in enumerate(meshes):
+        axes = tensor if isinstance(tensor, tuple) else tensor_axes(tensor)
+        start, stop = cuts[s], cuts[s + 1]
+        own = random_shares(rows, data, rng) if shares == "random" else tuple(shares[s]) if shares else ()
+        own = own if data > 1 else ()
+        width = data * math.prod(axes)
+        units = microbatches * (rows // math.gcd(*own) if own else data)
+        drawn = [row[start:stop] for row in random_layouts(graph, axes, units, rng)]
+        stages.append(
+            Stage(
+                start=start,
+                stop=stop,
+                ranks=tuple(range(first_rank, first_rank + width)),
+                data=data,
+                axes=axes,
+                layouts=tuple(
+                    tuple(range(len(layouts) + a * (stop - start), len(layouts) + (a + 1) * (stop - start)))
+                    for a in range(len(axes))
+                ),
+                recompute=_recompute(recompute, stop - start, rng),
+                zero=zero if data > 1 else 0,
+                zero_group=zero_group if data > zero_group else 0,
+                shares=own,
+            )
         )
-        for s in range(pipeline)
-    )
+        first_rank += width
+        layouts += [layout for row in drawn for layout in row]
     return Plan(
         model=graph.name,
         fingerprint=graph.fingerprint,
-        world_size=width * pipeline,
+        world_size=first_rank,
         batch_size=graph.batch_size,
         microbatches=microbatches,
         schedule=schedule,
-        stages=stages,
-        layouts=tuple(layout for row in rows for layout in row),
+        stages=tuple(stages),
+        layouts=tuple(layouts),
     )
 
 
@@ -70,6 +104,12 @@ def _recompute(choice: str, num_blocks: int, rng: random.Random) -> tuple[Recomp
     if choice == "mixed":
         return tuple(rng.choice(get_args(Recompute)) for _ in range(num_blocks))
     return same_recompute(choice, num_blocks)
+
+
+def random_shares(rows: int, data: int, rng: random.Random) -> tuple[int, ...]:
+    """At least one row for each data rank."""
+    inner = sorted(rng.sample(range(1, rows), data - 1))
+    return tuple(b - a for a, b in zip([0, *inner], [*inner, rows], strict=True))
 
 
 def random_strategies(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,8 +14,11 @@ from autopar.plan import Plan, Stage, tensor_axes
 from autopar.runtime.axis import Axis
 from autopar.runtime.groups import build_groups
 
-SHAPES = [
-    (pipeline, data, tensor)
+Meshes = tuple[tuple[int, int], ...]
+"""(data, tensor) of each stage."""
+
+EQUAL = [
+    ((data, tensor),) * pipeline
     for pipeline in (1, 2, 4, 8)
     for data in (1, 2, 4)
     for tensor in (1, 2, 4)
@@ -21,54 +26,82 @@ SHAPES = [
 ]
 
 
+def unequal(seed: int) -> Meshes:
+    """2 to 4 stages of 2 to 8 ranks together."""
+    draw = random.Random(seed)
+    while True:
+        meshes = tuple((draw.randint(1, 3), draw.randint(1, 3)) for _ in range(draw.randint(2, 4)))
+        if sum(d * t for d, t in meshes) <= 8:
+            return meshes
+
+
+def plan_of(meshes: Meshes) -> Plan:
+    stages, first = [], 0
+    for s, (data, tensor) in enumerate(meshes):
+        stages.append(Stage(s, s + 1, tuple(range(first, first + data * tensor)), data, tensor_axes(tensor)))
+        first += data * tensor
+    return Plan("m", "f", first, 8, 1, "1f1b", tuple(stages))
+
+
 def members(axis: Axis) -> list[int]:
     """The ranks that a collective over the axis really reaches."""
-    joined = axis.all_gather(torch.tensor([dist.get_rank()]), 0)
     assert axis.ranks[axis.rank] == dist.get_rank()
-    return joined.tolist()
+    if axis.size == 1:
+        assert axis.group is None
+        return list(axis.ranks)
+    return axis.all_gather(torch.tensor([dist.get_rank()]), 0).tolist()
 
 
-def lines(pipeline: int, data: int, tensor: int) -> dict[str, object]:
+def lines(meshes: Meshes) -> dict[str, object]:
     """What each group of this rank reaches."""
-    size = data * tensor
-    stages = tuple(
-        Stage(s, s + 1, tuple(range(s * size, (s + 1) * size)), data, tensor_axes(tensor)) for s in range(pipeline)
-    )
-    plan = Plan("m", "f", pipeline * size, 8, 1, "1f1b", stages)
-    groups = build_groups(plan)
+    groups = build_groups(plan_of(meshes))
     found: dict[str, object] = {
         "data": members(groups.data),
         "tensor": members(groups.tensor),
         "stage": members(groups.all_of_stage),
     }
-    for direction, pairs in (("forward", groups.forward), ("backward", groups.backward)):
-        heard = {}
-        for stage, group in sorted(pairs.items()):
-            total = torch.tensor(dist.get_rank())
-            dist.all_reduce(total, group=group)
-            assert total.item() - dist.get_rank() == groups.counterpart(stage)
-            heard[stage] = groups.counterpart(stage)
-        found[direction] = heard
+    for way, group in groups.boundaries.items():
+        total = torch.tensor(1 << dist.get_rank())
+        dist.all_reduce(total, group=group)
+        found[f"{way}"] = total.item()
+    groups.destroy()
+    assert groups.data.group is None and not groups.boundaries
     return found
 
 
-def expected(rank: int, pipeline: int, data: int, tensor: int) -> dict[str, object]:
-    size = data * tensor
-    stage, d, t = rank // size, rank % size // tensor, rank % tensor
-    neighbours = {s: s * size + rank % size for s in (stage - 1, stage + 1) if 0 <= s < pipeline}
-    return {
-        "data": [stage * size + i * tensor + t for i in range(data)],
-        "tensor": [stage * size + d * tensor + i for i in range(tensor)],
-        "stage": list(range(stage * size, (stage + 1) * size)),
-        "forward": neighbours,
-        "backward": neighbours,
+def expected(rank: int, meshes: Meshes) -> dict[str, object]:
+    plan = plan_of(meshes)
+    (stage,) = [s for s, one in enumerate(plan.stages) if rank in one.ranks]
+    ranks, (data, tensor) = plan.stages[stage].ranks, meshes[stage]
+    d, t = divmod(rank - ranks[0], tensor)
+    found: dict[str, object] = {
+        "data": [ranks[i * tensor + t] for i in range(data)],
+        "tensor": [ranks[d * tensor + i] for i in range(tensor)],
+        "stage": list(ranks),
     }
+    for first in (stage - 1, stage):
+        if 0 <= first < len(meshes) - 1:
+            both = sum(1 << r for s in (first, first + 1) for r in plan.stages[s].ranks)
+            found |= {f"{(first, first + 1)}": both, f"{(first + 1, first)}": both}
+    return found
 
 
-@pytest.mark.parametrize(("pipeline", "data", "tensor"), SHAPES)
-def test_groups_join_the_ranks_of_the_mesh(pool: Pool, pipeline: int, data: int, tensor: int) -> None:
-    shape = (pipeline, data, tensor)
-    num_ranks = pipeline * data * tensor
-    wanted = [expected(rank, *shape) for rank in range(num_ranks)]
-    assert run(lines, num_ranks, *shape) == wanted
-    assert pool.run(lines, *shape, world_size=num_ranks, timeout_s=30) == wanted
+@pytest.mark.parametrize("meshes", [*EQUAL, *map(unequal, range(4))])
+def test_groups_join_the_ranks_of_the_mesh(pool: Pool, meshes: Meshes) -> None:
+    num_ranks = plan_of(meshes).world_size
+    wanted = [expected(rank, meshes) for rank in range(num_ranks)]
+    assert run(lines, num_ranks, meshes) == wanted
+    assert pool.run(lines, meshes, world_size=num_ranks, timeout_s=30) == wanted
+
+
+def count_groups(meshes: Meshes) -> tuple[int, int]:
+    """Groups of the process while a plan runs, and after it."""
+    groups = build_groups(plan_of(meshes))
+    during = len(dist.distributed_c10d._world.pg_map)
+    groups.destroy()
+    return during, len(dist.distributed_c10d._world.pg_map)
+
+
+def test_boundaries_need_few_groups_and_none_stay(pool: Pool) -> None:
+    """World, stage axis (= data axis) of 4 ranks, and one group per boundary and direction."""
+    assert pool.run(count_groups, ((4, 1), (4, 1)), world_size=8, timeout_s=30) == [(4, 1)] * 8

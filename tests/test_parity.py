@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,8 @@ def graph_of(name: str) -> Graph:
 def parallel(name: str, plan: dict[str, Any]) -> tuple[autopar.Model, Any, nn.Module, Callable[..., Tensor] | None]:
     """The named model under a random plan of these degrees, on this rank."""
     module, example, loss = getattr(models, name)()
-    world = plan["data"] * plan["tensor"] * plan["pipeline"]
+    axes = plan["tensor"] if isinstance(plan["tensor"], tuple) else (plan["tensor"],)
+    world = plan["data"] * math.prod(axes) * plan["pipeline"]
     model = autopar.parallelize(
         module,
         example,

@@ -220,7 +220,7 @@ BAD = {
     "fingerprint": (lambda p: replace(p, fingerprint="0" * 16), "plan.fingerprint is 0000"),
     "batch": (lambda p: replace(p, batch_size=16), "plan.batch_size is 16, the captured example has 8 rows"),
     "world": (lambda p: replace(p, world_size=4), "plan.world_size is 4, the cluster has 8 devices"),
-    "schedule": (lambda p: replace(p, schedule="1f2b"), "'1f2b', expected one of gpipe, 1f1b; did you mean '1f1b'"),
+    "schedule": (lambda p: replace(p, schedule="1f2b"), "'1f2b', expected one of gpipe, 1f1b, .*; did you mean '1f1b'"),
     "evaluation": (lambda p: replace(p, schedule="forward"), "'forward', expected one of gpipe, 1f1b"),
     "microbatches": (lambda p: replace(p, microbatches=0), "plan.microbatches is 0"),
     "batch rows": (
@@ -235,7 +235,20 @@ BAD = {
     "ranks": (lambda p: stage(p, 0, ranks=(0, 1)), r"stages\[0\].ranks has 2 ranks, expected data 2 x tensor 2 = 4"),
     "rank twice": (lambda p: stage(p, 1, ranks=(3, 5, 6, 7)), "ranks 3 are out of range or stand in two"),
     "rank range": (lambda p: stage(p, 1, ranks=(4, 5, 6, 8)), "ranks 8 are out of range"),
-    "uneven": (lambda p: stage(p, 1, data=4, axes=()), r"stages\[1\].data is 4, but plan.stages\[0\].data is 2"),
+    "uneven": (
+        lambda p: stage(p, 1, data=4, axes=()),
+        r"stages\[1\].layouts has 1 entries, expected 0: one per model axis",
+    ),
+    "shares": (
+        lambda p: stage(p, 1, shares=(3, 3)),
+        r"stages\[1\].shares is \[3, 3\], 6 rows together; expected the 4 rows .* such as \[2, 2\]",
+    ),
+    "more shares than rows": (
+        lambda p: replace(stage(p, 0, shares=(3, 1)), microbatches=8),
+        r"stages\[0\].shares is \[3, 1\], but a microbatch has 1 rows for 2 data ranks; use fewer microbatches",
+    ),
+    "shares per rank": (lambda p: stage(p, 1, shares=(2, 1, 1)), r"stages\[1\].shares is .* each of 2 data ranks"),
+    "empty share": (lambda p: stage(p, 1, shares=(4, 0)), r"stages\[1\].shares is \[4, 0\], expected at least one row"),
     "zero degree": (lambda p: stage(p, 0, data=0), r"stages\[0\].data is 0"),
     "zero": (lambda p: stage(p, 0, zero=4), r"stages\[0\].zero is 4, expected 0, 1, 2 or 3"),
     "recompute": (lambda p: stage(p, 1, recompute=("some",) * 2), r"stages\[1\].recompute\[0\] is 'some'"),
@@ -261,7 +274,6 @@ BAD = {
         lambda p: layout(p, 1, inputs=("S1",)),
         r"layouts\[1\].inputs \(block 1\) is \['S1'\], but .* leaves \['R'\]",
     ),
-    "stage boundary": (lambda p: layout(p, 2, inputs=("S1",)), r"layouts\[2\].inputs \(block 2\)"),
 }
 
 

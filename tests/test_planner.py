@@ -307,7 +307,7 @@ IMPOSSIBLE = {
         "zero=3 needs data above 1, but the other degrees leave data=1",
     ),
     "zero value": ({"zero": 2}, "zero=2: expected one of 0, 3"),
-    "schedule": ({"schedule": "1f2b"}, "schedule='1f2b': expected one of 'gpipe', '1f1b'; did you mean '1f1b'"),
+    "schedule": ({"schedule": "1f2b"}, "schedule='1f2b': expected one of 'gpipe', '1f1b', .*; did you mean '1f1b'"),
     "recompute": ({"recompute": "ful"}, "recompute='ful': expected one of 'none', 'full'; did you mean 'full'"),
     "degree": ({"data": 0}, "data=0: expected a positive integer"),
     "type": ({"tensor": "2"}, "tensor='2': expected a positive integer"),

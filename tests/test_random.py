@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 from autopar.runtime.loader import RankLoader
 from autopar.runtime.random import Seeds, seed_of
+from autopar.sharding.rows import Rows
 
 CPU = torch.device("cpu")
 
@@ -74,8 +75,8 @@ def test_seed_depends_on_every_part_and_not_on_the_process():
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_rows_of_all_ranks_make_the_global_batch(shuffle, size):
     rows = torch.arange(43)
-    whole = RankLoader(TensorDataset(rows), 8, 0, 1, shuffle=shuffle, seed=9)
-    loaders = [RankLoader(TensorDataset(rows), 8, rank, size, shuffle=shuffle, seed=9) for rank in range(size)]
+    whole = RankLoader(TensorDataset(rows), 8, Rows(1, 1, 0, 1), shuffle=shuffle, seed=9)
+    loaders = [RankLoader(TensorDataset(rows), 8, Rows(1, size, r, 1), shuffle=shuffle, seed=9) for r in range(size)]
     epochs = []
     for _ in range(2):
         batches = [batch for (batch,) in whole]
@@ -90,14 +91,24 @@ def test_rows_of_all_ranks_make_the_global_batch(shuffle, size):
     assert torch.equal(next(iter(loaders[0]))[0], epochs[1][: 8 // size])
 
 
+def test_uneven_shares_of_every_microbatch():
+    """Two microbatches of 4 rows, cut 3:1."""
+    data = TensorDataset(torch.arange(16))
+    loaders = [RankLoader(data, 8, Rows(2, 4, start, length)) for start, length in ((0, 3), (3, 1))]
+    assert [[batch.tolist() for (batch,) in loader] for loader in loaders] == [
+        [[0, 1, 2, 4, 5, 6], [8, 9, 10, 12, 13, 14]],
+        [[3, 7], [11, 15]],
+    ]
+
+
 def test_loader_says_what_is_wrong():
     data = TensorDataset(torch.arange(10))
     for arguments, message in (
-        ((data, 6, 0, 4), "batch_size=6 does not divide over 1 microbatches x 4"),
-        ((data, 12, 0, 2), "10 rows, fewer than one batch of 12"),
-        ((iter([1]), 2, 0, 2), "expected a dataset"),
+        ((data, 6, Rows(1, 4, 0, 1)), "batch_size=6 does not divide over 1 microbatches x 4"),
+        ((data, 12, Rows(1, 2, 0, 1)), "10 rows, fewer than one batch of 12"),
+        ((iter([1]), 2, Rows(1, 2, 0, 1)), "expected a dataset"),
     ):
         with pytest.raises(ValueError, match=message):
             RankLoader(*arguments)
     with pytest.raises(ValueError, match="drop_last"):
-        RankLoader(data, 2, 0, 2, drop_last=True)
+        RankLoader(data, 2, Rows(1, 2, 0, 1), drop_last=True)

@@ -91,7 +91,7 @@ _PARTS: dict[str, _Part] = {
         _link(50e9, _NETWORK_LATENCY_S),
     ),
     # An H100 with 96 GB of HBM2e at 2.4 TB/s and 500 W (torchtitan's measurements of 2024 name it).
-    "h100-96gb": _Part(
+    "h100hbm2e-96gb": _Part(
         96e9,
         2400e9,
         {"float32": 67e12, "bfloat16": 989.5e12, "float16": 989.5e12, "float8": 1979e12},

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 
 from ..cluster.rates import FLOP_CLASSES
 from ..cluster.spec import Cluster
-from ..graph import Block, Graph, Op
+from ..graph import Block, Graph, Op, Tensor
 from ..plan import Recompute
 from ..sharding.batch import batch_layout
 from ..sharding.flow import Run, Step
 from ..sharding.placement import Action, Placement, Split, conversion
+from ..sharding.rows import Parts
 from ..sharding.strategy import Strategy
 from .collectives import collective_s
 from .compute import host_s, seconds_by_class
@@ -89,8 +90,28 @@ def add(table: Table, name: str, forward_s: float, backward_s: float) -> None:
         table[name] = (f + forward_s, b + backward_s)
 
 
+class Structure:
+    """What prices of a graph rest on and constants do not change: storages, local shapes, kernels of ops."""
+
+    def __init__(self, graph: Graph, precision: str) -> None:
+        self.graph = graph
+        self.tensors = computed_tensors(graph, precision)
+        self.storages: Storages = storages(graph)
+        self.local: dict[int, LocalShapes] = {}
+        self.kernels: dict[tuple, tuple[list[Kernel], list[Kernel]]] = {}
+        # Ops at the same position of isomorphic blocks have one price.
+        first: dict[int, Block] = {}
+        self.representative: dict[str, str] = {}
+        for block in graph.blocks:
+            model = first.setdefault(block.kind, block)
+            self.representative.update(zip(block.ops, model.ops, strict=True))
+
+
 class Pricer:
-    """Prices of ops and conversions of one graph on one cluster, computed in one precision."""
+    """Prices of ops and conversions of one graph on one cluster, computed in one precision.
+
+    structure: of a pricer of the same graph and precision, to share.
+    """
 
     def __init__(
         self,
@@ -99,37 +120,35 @@ class Pricer:
         corrections: Corrections,
         constants: Constants | None = None,
         precision: str = "float32",
+        structure: Structure | None = None,
     ) -> None:
         self.graph, self.cluster, self.corrections = graph, cluster, corrections
         self.constants = constants or constants_of(cluster)
-        self.tensors = computed_tensors(graph, precision)
-        self.storages: Storages = storages(graph)
-        self._local: dict[int, LocalShapes] = {}
+        self.structure = structure or Structure(graph, precision)
         self._ops: dict[tuple, OpSeconds] = {}
-        # Ops at the same position of isomorphic blocks have one price.
-        first: dict[int, Block] = {}
-        self._representative: dict[str, str] = {}
-        for block in graph.blocks:
-            model = first.setdefault(block.kind, block)
-            self._representative.update(zip(block.ops, model.ops, strict=True))
 
-    def local(self, shards: int) -> LocalShapes:
-        if shards not in self._local:
-            placements = batch_layout(self.graph, shards).placements if shards > 1 else {}
-            self._local[shards] = LocalShapes(self.graph, shards, placements, self.tensors)
-        return self._local[shards]
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """As the blocks compute them."""
+        return self.structure.tensors
+
+    @property
+    def storages(self) -> Storages:
+        return self.structure.storages
+
+    def local(self, shards: Parts) -> LocalShapes:
+        found = self.structure.local
+        if shards not in found:
+            placements = batch_layout(self.graph, shards.numerator).placements if shards > 1 else {}
+            found[shards] = LocalShapes(self.graph, shards, placements, self.tensors)
+        return found[shards]
 
     def op_seconds(self, op: Op, strategy: Strategy | None, shards: int) -> OpSeconds:
         """Seconds of `op` on one rank; collectives inside it do not count."""
-        key = (self._representative.get(op.name, op.name), strategy, shards)
+        key = (self.structure.representative.get(op.name, op.name), strategy, shards)
         found = self._ops.get(key)
         if found is None:
-            # A special algorithm may do more than its share: a causal attention split over queries fills its square.
-            more = strategy.work * strategy.degree if strategy is not None and strategy.degree > 1 else 1.0
-            forward, backward = (
-                [replace(kernel, amount=kernel.amount * more) for kernel in part]
-                for part in kernels(self._call(op, strategy, shards))
-            )
+            forward, backward = self._kernels(op, strategy, shards, key)
             device, corrections, constants = self.cluster.device, self.corrections, self.constants
             found = self._ops[key] = OpSeconds(
                 seconds_by_class(device, forward, False, corrections, constants),
@@ -137,6 +156,18 @@ class Pricer:
                 (host_s(device, forward, False, constants), host_s(device, backward, True, constants)),
             )
         return found
+
+    def _kernels(self, op: Op, strategy: Strategy | None, shards: int, key: tuple) -> tuple[list[Kernel], list[Kernel]]:
+        if key not in self.structure.kernels:
+            forward, backward = kernels(self._call(op, strategy, shards))
+            if strategy is not None and strategy.degree > 1:
+                # A special algorithm may do more than its share: a causal attention split over queries fills its square.
+                more = strategy.work * strategy.degree
+                forward, backward = (
+                    [replace(kernel, amount=kernel.amount * more) for kernel in part] for part in (forward, backward)
+                )
+            self.structure.kernels[key] = forward, backward
+        return self.structure.kernels[key]
 
     def collective_s(self, kind: str, size_bytes: float, ranks: Sequence[int]) -> float:
         return collective_s(self.cluster, kind, size_bytes, tuple(ranks), self.corrections, self.constants)

@@ -107,7 +107,7 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
         "parameter_bytes": 2.0, "gradient_bytes": 4.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
     "megatron-deepspeed": {
-        "launch_s": 20e-6, "backward_launch_s": 15e-6, "overlap": 0.0,
+        "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "overlap": 0.0,
         "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
     "alpa": {

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from ..graph import Graph, Shape, Tensor
 from ..sharding.placement import Placement, Split
+from ..sharding.rows import Parts
 
 
-def cut(shape: Shape, placement: Placement | None, parts: int) -> Shape:
+def cut(shape: Shape, placement: Placement | None, parts: Parts) -> Shape:
     """`shape` after an axis of `parts` ranks; the largest part where it does not divide."""
     if not isinstance(placement, Split) or parts == 1:
         return shape
@@ -26,7 +27,7 @@ class LocalShapes:
     """
 
     graph: Graph
-    shards: int
+    shards: Parts
     batch: Mapping[str, Placement]
     computed: Mapping[str, Tensor] | None = None
 

@@ -19,8 +19,9 @@ from ..plan import Layout, Plan, Recompute, Stage
 from ..sharding.batch import batch_layout
 from ..sharding.flow import Step, block_flow
 from ..sharding.placement import SHARED, Placement, conversion, parse_placement
+from ..sharding.rows import Parts, stage_parts
 from ..sharding.strategy import Strategy
-from .block import BlockSeconds, Both, Pricer, Table, add
+from .block import BlockSeconds, Both, Pricer, Structure, Table, add
 from .collectives import collective_s
 from .compute import kernel_s, optimizer_s
 from .constants import Constants, constants_of
@@ -46,9 +47,12 @@ class Breakdown:
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """What a block's price depends on besides the block: the cut of the batch, and the ranks of its axes."""
+    """What a block's price depends on besides the block: the cut of the batch, and the ranks of its axes.
 
-    shards: int
+    shards: into how many parts such as the fullest data rank's the batch is cut (`stage_parts`).
+    """
+
+    shards: Parts
     tensor_ranks: tuple[int, ...]
     accumulate: bool
     precision: str
@@ -92,6 +96,8 @@ class CostModel:
         self.corrections = corrections or Corrections()
         self.constants = constants or constants_of(cluster)
         self._pricers: dict[str, Pricer] = {}
+        self._structures: dict[str, Structure] = {}
+        self._flows: dict[tuple, tuple[tuple[Step, ...], BlockMemory, float]] = {}
         self._layouts: dict[Layout, int] = {}
         self._layout_ids: dict[int, tuple[Layout, int]] = {}
         self._blocks: dict[tuple, _BlockPrice] = {}
@@ -102,8 +108,25 @@ class CostModel:
 
     def _pricer(self, precision: str) -> Pricer:
         if precision not in self._pricers:
-            self._pricers[precision] = Pricer(self.graph, self.cluster, self.corrections, self.constants, precision)
+            if precision not in self._structures:
+                self._structures[precision] = Structure(self.graph, precision)
+            self._pricers[precision] = Pricer(
+                self.graph,
+                self.cluster,
+                self.corrections,
+                self.constants,
+                precision,
+                self._structures[precision],
+            )
         return self._pricers[precision]
+
+    def with_constants(self, constants: Constants) -> CostModel:
+        """The same model with other constants; what they do not change is shared."""
+        other = CostModel(self.graph, self.cluster, self.corrections, constants=constants)
+        shared = ("_structures", "_flows", "_layouts", "_layout_ids", "_side_ops", "_reads")
+        for name in shared:
+            setattr(other, name, getattr(self, name))
+        return other
 
     # -- ops and conversions
 
@@ -170,7 +193,7 @@ class CostModel:
             for table, part in ((compute, parts[0]), (collectives, parts[1])):
                 for name, (forward_s, backward_s) in part.items():
                     add(table, name, forward_s, backward_s)
-        shards = stage.data * plan.microbatches
+        shards = stage_parts(stage, plan.microbatches)
         for op in self._sides(stage, shards)[1]:
             for name, seconds in self._pricer(plan.precision).op_seconds(op, None, shards).forward.items():
                 add(compute, name, seconds, 0.0)
@@ -231,7 +254,7 @@ class CostModel:
 
     def _prices(self, plan: Plan, stage: Stage) -> list[tuple[Block, _BlockPrice]]:
         setting = _Setting(
-            stage.data * plan.microbatches, stage.ranks[: stage.tensor], plan.microbatches > 1, plan.precision
+            stage_parts(stage, plan.microbatches), stage.ranks[: stage.tensor], plan.microbatches > 1, plan.precision
         )
         blocks = self.graph.blocks[stage.start : stage.stop]
         layouts = [found[0] if found else None for found in plan.layouts_of(stage)]
@@ -244,18 +267,29 @@ class CostModel:
         return self._blocks[key]
 
     def _price_block(self, block: Block, layout: Layout | None, setting: _Setting) -> _BlockPrice:
-        steps = block_flow(self.graph, block, (layout,) if layout else (), setting.shards)
+        pricer = self._pricer(setting.precision)
+        degree = len(setting.tensor_ranks)
+        key = (block.kind, self._layout_number(layout), setting.shards, degree, setting.accumulate, setting.precision)
+        if key not in self._flows:
+            self._flows[key] = self._flow(block, layout, setting, pricer)
+        steps, memory, summed = self._flows[key]
+        at_rest = frozenset(block.parameters)
+        seconds = pricer.block_seconds(steps, setting.shards, setting.tensor_ranks, at_rest)
+        return _BlockPrice(seconds, memory, summed)
+
+    def _flow(
+        self, block: Block, layout: Layout | None, setting: _Setting, pricer: Pricer
+    ) -> tuple[tuple[Step, ...], BlockMemory, float]:
+        """The steps of a block, its memory, and the bytes of gradients that are summed over the model axis."""
+        steps = block_flow(self.graph, block, (layout,) if layout else (), setting.shards.numerator)
         places = [[None] * len(block.inputs), [None] * len(block.parameters)]
         if layout is not None:
             places = [[parse_placement(t) for t in tokens] for tokens in (layout.inputs, layout.parameters)]
-        pricer = self._pricer(setting.precision)
         local = pricer.local(setting.shards)
         degree = len(setting.tensor_ranks)
-        at_rest = frozenset(block.parameters)
-        seconds = pricer.block_seconds(steps, setting.shards, setting.tensor_ranks, at_rest)
         view = BlockView(self.graph, block, steps, local, degree, pricer.storages, tuple(places[0]), tuple(places[1]))
-        summed = self._summed_bytes(block, steps, layout, local.size_bytes)
-        return _BlockPrice(seconds, block_memory(view, setting.accumulate), summed)
+        memory = block_memory(view, setting.accumulate)
+        return steps, memory, self._summed_bytes(block, steps, layout, local.size_bytes)
 
     def _summed_bytes(self, block: Block, steps: tuple[Step, ...], layout: Layout | None, size) -> float:
         """Bytes of parameters whose gradients are summands on the model axis, to be reduced once per step."""
@@ -283,7 +317,7 @@ class CostModel:
         layouts = tuple(self._layout_number(plan.layouts[i]) for row in stage.layouts for i in row)
         return (
             stage.start, stage.stop, layouts, stage.data, stage.axes, plan.microbatches, stage.recompute, stage.zero,
-            stage.zero_group, plan.precision,
+            stage.zero_group, stage.shares, plan.precision,
         )  # fmt: skip
 
     # -- communication outside blocks
@@ -353,7 +387,7 @@ class CostModel:
 
     def _prologue(self, stage: Stage, microbatches: int, precision: str) -> float:
         """Batch-wide values, microbatch by microbatch, and their all-reduce over data."""
-        shards = stage.data * microbatches
+        shards = stage_parts(stage, microbatches)
         ops, _ = self._sides(stage, shards)
         pricer = self._pricer(precision)
         seconds = microbatches * sum(sum(pricer.op_seconds(op, None, shards).forward.values()) for op in ops)
@@ -361,13 +395,13 @@ class CostModel:
             seconds += self._collective_s("all_reduce", 8, stage.ranks[:: stage.tensor])
         return seconds
 
-    def _sides(self, stage: Stage, shards: int) -> tuple[list[Op], list[Op]]:
+    def _sides(self, stage: Stage, shards: Parts) -> tuple[list[Op], list[Op]]:
         """(prologue ops, side ops per microbatch) that the stage's blocks need."""
         key = (stage.start, stage.stop, shards)
         if key not in self._side_ops:
             blocks = self.graph.blocks[stage.start : stage.stop]
             read = set().union(*(self._read_by(block) for block in blocks))
-            whole = set(batch_layout(self.graph, shards).prologue)
+            whole = set(batch_layout(self.graph, shards.numerator).prologue)
             every = self._ancestors(read, frozenset())
             prologue = self._ancestors({t for op in every for t in op.outputs if t in whole}, frozenset())
             self._side_ops[key] = (prologue, self._ancestors(read - whole, frozenset(whole)))

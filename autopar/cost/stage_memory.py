@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ..graph import Block, Graph
 from ..plan import Plan, Recompute, Stage
+from ..sharding.rows import stage_parts
 from .constants import Constants
 from .local import LocalShapes
 from .memory import BlockMemory
@@ -98,7 +99,7 @@ def stage_memory(
         last = memories[-1]
         activation += sum(b for b, saved in zip(last.output_bytes, last.saves_output, strict=True) if not saved)
     slack = 1.0 + constants.allocator_share
-    inputs = _batch_inputs(graph, prices, local(stage.data))
+    inputs = _batch_inputs(graph, prices, local(stage_parts(stage, 1)))
     unsharded = _gathered(memories, sum(trainable.values()), stage, plan.microbatches, constants)
     return StageMemory(
         parameter_bytes=_ceil(resting[0]) + inputs,

@@ -103,6 +103,7 @@ class Axis:
 
     def _timed(self, kind: str, whole: Tensor, call: Callable[[], object], parts: int = 1) -> None:
         """parts: of how many such tensors the collective's whole consists."""
+        assert self.group is not None, f"axis {self.name} of {self.size} ranks has no group (any more)"
         if self.on_collective is None:
             call()
             return

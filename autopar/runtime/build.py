@@ -22,8 +22,9 @@ from .groups import Groups, build_groups
 from .ownership import Holder, Ownership
 from .recorder import Recorder
 from .replicas import Replicas
+from .routes import route
 from .shards import Shards
-from .stage import CompiledStage, compile_stage, placed
+from .stage import CompiledStage, compile_stage, handovers, placed
 from .storage import ParameterSpec, StageAxes, Storage
 from .transport import Transport
 
@@ -48,10 +49,11 @@ class Runtime:
         Gloo closes a group's connections when the last reference to it goes, and only then do ranks that wait fail.
         """
         self.executor.transport.abandon()
-        for axis in self.groups.lines.values():
-            axis.group = None
-        self.groups.forward.clear()
-        self.groups.backward.clear()
+        self.groups.abandon()
+
+    def close(self) -> None:
+        """Close the groups once another runtime has taken over. All ranks of the world call it."""
+        self.groups.destroy()
 
 
 def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, ...]]:
@@ -98,7 +100,7 @@ def build_runtime(
     rank = dist.get_rank()
     groups = build_groups(plan)
     stage = plan.stages[groups.stage]
-    compiled = compile_stage(graph, plan, groups.stage, groups.model, device)
+    compiled = compile_stage(graph, plan, groups.stage, groups.data.rank, groups.model, device)
     by_stage = parameter_specs(graph, plan)
     specs = _with_reductions(graph, compiled, by_stage[groups.stage], rank)
     tied = {s.fqn: s for specs in by_stage.values() for s in specs if len(s.ownership.holders) > 1 and s.requires_grad}
@@ -120,7 +122,7 @@ def build_runtime(
         compiled=compiled,
         microbatches=plan.microbatches,
         groups=groups,
-        transport=_transport(graph, compiled, groups, device),
+        transport=_transport(graph, plan, groups, device),
         storage=storage,
         recorder=recorder,
         state=state,
@@ -155,10 +157,17 @@ def _with_reductions(
     return tuple(found)
 
 
-def _transport(graph: Graph, compiled: CompiledStage, groups: Groups, device: torch.device) -> Transport:
-    s = groups.stage
-    activations = {s - 1: [compiled.specs[t] for t in compiled.receives]} if compiled.receives else {}
-    gradients = {}
-    if compiled.sends:
-        gradients[s + 1] = [compiled.specs[t] for t in compiled.sends if graph.tensors[t].requires_grad]
-    return Transport(groups, device, activations, gradients)
+def _transport(graph: Graph, plan: Plan, groups: Groups, device: torch.device) -> Transport:
+    """With the routes of activations and gradients over every boundary of this rank's stages."""
+    routes = {}
+    for first, second in zip(range(len(plan.stages) - 1), range(1, len(plan.stages)), strict=True):
+        if groups.rank not in (*plan.stages[first].ranks, *plan.stages[second].ranks):
+            continue
+        crossing = handovers(graph, plan, first)
+        dtypes = {name: graph.tensors[name].dtype for name in crossing}
+        routes[first, second] = route(list(crossing.values()), list(dtypes.values()), groups.rank)
+        returning = {name: h.of_gradient() for name, h in crossing.items() if graph.tensors[name].requires_grad}
+        routes[second, first] = route(list(returning.values()), [dtypes[name] for name in returning], groups.rank)
+    transport = Transport(groups, device, routes)
+    transport.connect()
+    return transport

@@ -194,8 +194,8 @@ class Executor:
 
     def _chunk(self, microbatch: int) -> Chunk:
         """Which part of the batch this rank computes: the batch is cut in time first, then over data."""
-        data = self.groups.data
-        return Chunk(microbatch * data.size + data.rank, data.size * self.microbatches, self.random)
+        rows = self.compiled.rows
+        return Chunk(rows.first(microbatch), rows.units, self.random, rows.length)
 
     def _read(self, step: _Step, names: Sequence[str], microbatch: int) -> list[Tensor]:
         """This rank's rows of one microbatch of the batch inputs, buffers and constants, by name."""

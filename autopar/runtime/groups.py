@@ -1,11 +1,16 @@
-"""Process groups from a plan: where this rank stands, and whom it talks to."""
+"""Process groups from a plan: where this rank stands in each of its stages, and whom it talks to.
+
+A mesh has a group per line of each axis. A boundary between two stages has one group per direction, of all ranks of
+both, because on NCCL the messages of one group keep one order: so activations and gradients do not wait for each other,
+and a plan needs as many of these groups as it has boundaries, however many pairs of ranks talk across them.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -15,23 +20,15 @@ from .axis import Axis
 
 
 @dataclass(frozen=True, eq=False)
-class Groups:
-    """This rank's place in the plan.
+class Mesh:
+    """This rank's place in the (data, *model axes) mesh of one stage.
 
-    stage: index of its stage. lines: its axes in the stage's mesh, by the dims of the mesh that they run along: 0 is
-    data, i + 1 the model axis i, and several dims together are one axis of all the ranks along them. data, tensor: the
-    first dim, all the others; all_of_stage: all dims.
+    lines: its axes, by the dims of the mesh that they run along: 0 is data, i + 1 the model axis i, and several dims
+    together are one axis of all the ranks along them. data, tensor: the first dim, all the others; all_of_stage: all.
     hybrid: the data axis as (copies, shards) where ZeRO shards over fewer than all data ranks, else None.
-    forward, backward: by neighbouring stage, the two-rank group that carries activations (gradients) between this rank
-    and its counterpart there; two groups, because on NCCL messages of one group wait for each other.
     """
 
-    plan: Plan
-    rank: int
-    stage: int
     lines: Mapping[tuple[int, ...], Axis]
-    forward: dict[int, dist.ProcessGroup]
-    backward: dict[int, dist.ProcessGroup]
     hybrid: tuple[Axis, Axis] | None = None
 
     @property
@@ -52,9 +49,65 @@ class Groups:
         """The model axes by their numbers, alone and several as one."""
         return {tuple(i - 1 for i in dims): axis for dims, axis in self.lines.items() if 0 not in dims}
 
-    def counterpart(self, stage: int) -> int:
-        """The rank with this rank's coordinates in another stage."""
-        return self.plan.stages[stage].ranks[self.plan.stages[self.stage].ranks.index(self.rank)]
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """This rank's place in the plan.
+
+    meshes: by each stage that this rank runs, in order; lines of the same ranks share their group.
+    boundaries: by (sending stage, receiving stage), the group of all ranks of both, if this rank is one of them.
+    stage, lines, data, tensor, all_of_stage, model, hybrid: the first stage of this rank, and its mesh.
+    """
+
+    plan: Plan
+    rank: int
+    meshes: dict[int, Mesh]
+    boundaries: dict[tuple[int, int], dist.ProcessGroup]
+    _made: list[dist.ProcessGroup] = field(default_factory=list, repr=False)
+
+    @property
+    def stage(self) -> int:
+        return next(iter(self.meshes))
+
+    @property
+    def lines(self) -> Mapping[tuple[int, ...], Axis]:
+        return self.meshes[self.stage].lines
+
+    @property
+    def data(self) -> Axis:
+        return self.meshes[self.stage].data
+
+    @property
+    def tensor(self) -> Axis:
+        return self.meshes[self.stage].tensor
+
+    @property
+    def all_of_stage(self) -> Axis:
+        return self.meshes[self.stage].all_of_stage
+
+    @property
+    def hybrid(self) -> tuple[Axis, Axis] | None:
+        return self.meshes[self.stage].hybrid
+
+    @property
+    def model(self) -> dict[tuple[int, ...], Axis]:
+        return self.meshes[self.stage].model
+
+    def abandon(self) -> None:
+        """Let go of every group after a failure; gloo closes a group's connections with the last reference to it."""
+        for mesh in self.meshes.values():
+            for axis in (*mesh.lines.values(), *(mesh.hybrid or ())):
+                axis.group = None
+        self.boundaries.clear()
+        self._made.clear()
+
+    def destroy(self) -> None:
+        """Close the groups of a plan that has been left for another. All ranks of the world must call it, after the last
+        communication of that plan; nothing of it may be used again."""
+        dist.barrier()
+        for group in self._made:
+            dist.destroy_process_group(group)
+        self.abandon()
 
 
 def build_groups(plan: Plan) -> Groups:
@@ -65,27 +118,53 @@ def build_groups(plan: Plan) -> Groups:
     the middle and the end of a pipeline have.
     """
     rank = dist.get_rank()
-    stage_of = {r: s for s, stage in enumerate(plan.stages) for r in stage.ranks}
-    index = stage_of[rank]
-    found: dict[tuple[int, ...], Axis] = {}
-    hybrid: tuple[Axis, Axis] | None = None
-    for stage in plan.stages:
+    made: list[dist.ProcessGroup] = []
+    known: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+
+    def group_of(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """Lines of different axes and stages may have the same ranks; one rank alone has nobody to talk to."""
+        key = tuple(ranks)
+        if len(key) == 1:
+            return None
+        if key not in known:
+            group = dist.new_group(list(key))
+            known[key] = group if rank in key else None
+            if rank in key:
+                made.append(group)
+        return known[key]
+
+    def axis_through(name: str, lines: Sequence[Sequence[int]]) -> Axis | None:
+        """Makes the groups of all lines; the axis along the one that holds this rank."""
+        found = None
+        for ranks in lines:
+            group = group_of(ranks)
+            if rank in ranks:
+                found = Axis(name, list(ranks).index(rank), len(ranks), tuple(ranks), group)
+        return found
+
+    meshes: dict[int, Mesh] = {}
+    for index, stage in enumerate(plan.stages):
+        found: dict[tuple[int, ...], Axis] = {}
         for dims in mesh_dims(stage):
-            axis = _axis(_name(stage, dims), rank, mesh_lines(stage, dims))
+            axis = axis_through(_name(stage, dims), mesh_lines(stage, dims))
             found |= {dims: axis} if axis else {}
+        hybrid = None
         if 0 < stage.zero_group < stage.data:
             copies, shards = _hybrid_lines(mesh_lines(stage, (0,)), stage.zero_group)
-            pair = (_axis("copies", rank, copies), _axis("shards", rank, shards))
-            hybrid = pair if rank in stage.ranks else hybrid
-    forward: dict[int, dist.ProcessGroup] = {}
-    backward: dict[int, dist.ProcessGroup] = {}
+            hybrid = axis_through("copies", copies), axis_through("shards", shards)
+        if found:
+            meshes[index] = Mesh(found, hybrid)
+    boundaries: dict[tuple[int, int], dist.ProcessGroup] = {}
     for first in range(len(plan.stages) - 1):
-        for pair in zip(plan.stages[first].ranks, plan.stages[first + 1].ranks, strict=True):
-            for made in (forward, backward):
-                group = dist.new_group(list(pair))
-                if rank in pair:
-                    made[first + 1 if rank == pair[0] else first] = group
-    return Groups(plan, rank, index, found, forward, backward, hybrid)
+        members = sorted({*plan.stages[first].ranks, *plan.stages[first + 1].ranks})
+        if len(members) == 1:
+            continue
+        for way in ((first, first + 1), (first + 1, first)):
+            group = dist.new_group(members)
+            if rank in members:
+                boundaries[way] = group
+                made.append(group)
+    return Groups(plan, rank, meshes, boundaries, made)
 
 
 def mesh_dims(stage: Stage) -> Iterator[tuple[int, ...]]:
@@ -113,14 +192,5 @@ def _name(stage: Stage, dims: tuple[int, ...]) -> str:
 def _hybrid_lines(columns: Sequence[Sequence[int]], size: int) -> tuple[list[list[int]], list[list[int]]]:
     """Each data axis cut into runs of `size` ranks: the ranks at one place of the runs (copies), and the runs."""
     runs = [[column[i : i + size] for i in range(0, len(column), size)] for column in columns]
-    return [list(line) for of_column in runs for line in zip(*of_column, strict=True)], sum(runs, [])
-
-
-def _axis(name: str, rank: int, lines: Sequence[Sequence[int]]) -> Axis | None:
-    """Makes the groups of all lines; the axis through this rank, if it is in one of them."""
-    found = None
-    for ranks in lines:
-        group = dist.new_group(list(ranks))
-        if rank in ranks:
-            found = Axis(name, list(ranks).index(rank), len(ranks), tuple(ranks), group)
-    return found
+    copies = [list(line) for of_column in runs for line in zip(*of_column, strict=True)]
+    return copies, list(itertools.chain.from_iterable(runs))

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..sharding.rows import Rows
+
 
 class RankRows(Sampler[list[int]]):
     """Indices of this rank's rows, batch by batch; their order depends on (seed, epoch) alone, alike on all ranks."""
 
-    def __init__(
-        self, num_rows: int, batch_size: int, rank: int, size: int, microbatches: int, shuffle: bool, seed: int
-    ):
-        self.num_rows, self.batch_size, self.rank, self.size = num_rows, batch_size, rank, size
-        self.microbatches = microbatches
+    def __init__(self, num_rows: int, batch_size: int, rows: Rows, shuffle: bool, seed: int):
+        self.num_rows, self.batch_size, self.rows = num_rows, batch_size, rows
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
 
     def __len__(self) -> int:
@@ -27,15 +26,16 @@ class RankRows(Sampler[list[int]]):
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
             order = torch.randperm(self.num_rows, generator=generator)
+        _, first, count = self.rows.of_global(self.batch_size)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            batch = order[start : start + self.batch_size].view(self.microbatches, self.size, -1)
-            yield batch[:, self.rank].flatten().tolist()
+            batch = order[start : start + self.batch_size].view(self.rows.microbatches, -1)
+            yield batch[:, first : first + count].flatten().tolist()
 
 
 class RankLoader:
-    """Iterates over `dataset` in global batches of `batch_size` rows, of which it yields those of data rank `rank`.
+    """Iterates over `dataset` in global batches of `batch_size` rows, of which it yields this data rank's (`rows`).
 
-    All ranks of one data rank (tensor and pipeline ranks) must use the same `rank`, and then see the same rows. Every
+    Ranks of one data rank see the same rows. Every
     iteration is an epoch with an order of its own; rows that do not fill a last batch are left out, because a plan has
     one batch size. Further options go to torch's DataLoader (num_workers, collate_fn, pin_memory, ...).
 
@@ -46,9 +46,7 @@ class RankLoader:
         self,
         dataset: Dataset[Any],
         batch_size: int,
-        rank: int,
-        size: int,
-        microbatches: int = 1,
+        rows: Rows,
         *,
         shuffle: bool = False,
         seed: int = 0,
@@ -56,16 +54,17 @@ class RankLoader:
     ):
         if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
             raise ValueError(f"loader: got {type(dataset).__name__}; expected a dataset with a length and indices")
-        if batch_size < 1 or batch_size % (size * microbatches):
+        if batch_size < 1 or batch_size % rows.units:
             raise ValueError(
-                f"loader: batch_size={batch_size} does not divide over {microbatches} microbatches x {size} data ranks"
+                f"loader: batch_size={batch_size} does not divide over {rows.microbatches} microbatches x "
+                f"{rows.per_microbatch} shares of the data ranks"
             )
         if len(dataset) < batch_size:
             raise ValueError(f"loader: the dataset has {len(dataset)} rows, fewer than one batch of {batch_size}")
         excluded = {"sampler", "batch_sampler", "drop_last"} & set(options)
         if excluded:
             raise ValueError(f"loader: {sorted(excluded)} cannot be set, because the plan decides on the rows")
-        self._rows = RankRows(len(dataset), batch_size, rank, size, microbatches, shuffle, seed)
+        self._rows = RankRows(len(dataset), batch_size, rows, shuffle, seed)
         self._loader = DataLoader(dataset, batch_sampler=self._rows, **options)
         self._epoch = 0
 

@@ -127,7 +127,8 @@ class ParallelModule(nn.Module):
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """This data rank's rows of every batch input; ValueError where the batch is not like the example."""
-        data = self.runtime.groups.data
+        mine = self.runtime.compiled.rows
+        every, start, count = mine.of_global(self.graph.batch_size)
         rows: dict[str, Tensor] = {}
         for name, key in zip(self.graph.inputs, self.graph.input_keys, strict=True):
             expected = self.graph.tensors[name]
@@ -135,16 +136,16 @@ class ParallelModule(nn.Module):
             if not isinstance(value, Tensor):
                 raise ValueError(f"batch entry {key!r}: expected a tensor of shape {expected.shape}, got {value!r}")
             splits = self.runtime.compiled.batch_splits[name]
-            local = (expected.shape[0] // data.size, *expected.shape[1:]) if splits else expected.shape
+            local = (count * mine.microbatches, *expected.shape[1:]) if splits else expected.shape
             if value.dtype != expected.dtype or tuple(value.shape) not in (expected.shape, local):
                 raise ValueError(
                     f"batch entry {key!r}: got {tuple(value.shape)} {value.dtype}, but the example had {expected.shape} "
                     f"{expected.dtype}; pass the global batch of that shape, or this rank's rows of shape {local} "
                     "(model.loader yields them); for another shape call autopar.parallelize again with such an example"
                 )
-            if splits and data.size > 1 and tuple(value.shape) == expected.shape:
+            if splits and count < every and tuple(value.shape) == expected.shape:
                 # a microbatch is cut over the data ranks, so that each has a slice of every microbatch
-                value = value.unflatten(0, (self.plan.microbatches, data.size, -1))[:, data.rank].flatten(0, 1)
+                value = value.unflatten(0, (mine.microbatches, every))[:, start : start + count].flatten(0, 1)
             rows[name] = value.to(self.device, non_blocking=True)
         return rows
 

@@ -186,12 +186,25 @@ def overlaps(mine: Segments, theirs: Segments) -> Iterator[Overlap]:
                 stop = min(a.start + a.length, b.start + b.length)
                 if start < stop:
                     found.append((start, a.local + start - a.start, b.local + start - b.start, stop - start))
-        pairs.append(sorted(found))
+        pairs.append(_joined(sorted(found)))
     boxes: list[list[tuple[int, int, int, int]]] = [[]]
     for found in pairs:
         boxes = [[*box, run] for box in boxes for run in found]
     for box in boxes:
         yield Overlap(tuple(r[1] for r in box), tuple(r[2] for r in box), tuple(r[3] for r in box))
+
+
+def _joined(runs: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """Runs (global start, start on one side, on the other, length) that continue each other on both sides, as one."""
+    joined: list[tuple[int, int, int, int]] = []
+    for start, mine, theirs, length in runs:
+        if joined:
+            first, before, there, so_far = joined[-1]
+            if (before + so_far, there + so_far) == (mine, theirs):
+                joined[-1] = (first, before, there, so_far + length)
+                continue
+        joined.append((start, mine, theirs, length))
+    return joined
 
 
 def _split(segments: tuple[Segment, ...], split: Split, degree: int, index: int) -> tuple[Segment, ...]:

@@ -1,9 +1,9 @@
 """Captured ops rewritten to local shapes, with the plan's conversions between them, as generated functions.
 
 A value is known by its tensor and how that lies on the axes: the batch axis and then the model axes, splits of one dim in
-absolute form (see sharding/axes.py). The batch axis is data times time: chunk c of `shards` is data rank c % data of
-microbatch c // data. Conversions on it are local (a slice of something whole, a summand's scale) because everything else
-was settled when the batch layout was made.
+absolute form (see sharding/axes.py). The batch axis is data times time, as sharding/rows.py counts it; a rank with
+several units of it has each of them cut by the model axes alike. Conversions on it are local (a slice of something whole,
+a summand's scale) because everything else was settled when the batch layout was made.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..sharding.batch import BatchLayout
 from ..sharding.flow import Run, Step
 from ..sharding.local import BATCH, localize
 from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split, conversion
+from ..sharding.rows import Rows
 from .axis import Axis
 from .collectives import COLLECTIVES, convert
 from .emit import Call, compile_calls
@@ -37,7 +38,8 @@ _VIEWS = ("reshape", "view", "unsqueeze", "squeeze", "transpose", "permute", "_u
 class Chunk:
     """Where a generated function runs: which part of the batch, and the source of its random numbers.
 
-    Serves as the batch axis of ops that need to know their offset (`rank`, `size`).
+    The part is `length` of the batch's `size` units from unit `rank` on (`Rows`). Serves as the batch axis of ops that
+    need to know their offset (`rank`, `size`).
     draw(name, on_batch, on_model, function, args, kwargs) runs a random op under its own key.
     kept: in a block that is recomputed selectively, where its expensive results stay.
     """
@@ -45,6 +47,7 @@ class Chunk:
     rank: int
     size: int
     random: Callable[[str], contextlib.AbstractContextManager[Any]]
+    length: int = 1
     kept: Kept | None = None
 
     def keep_op(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -65,13 +68,14 @@ _Value = tuple[str, Places]
 class Rewriter:
     """Rewrites steps of one stage.
 
+    rows: this rank's of the batch.
     degrees: of its model axes. axes: by the numbers of model axes, those axes as one ((0,): the first alone).
     training: whether random ops draw and norms use batch statistics.
     """
 
     graph: Graph
     batch: BatchLayout
-    shards: int
+    rows: Rows
     degrees: tuple[int, ...]
     axes: Mapping[tuple[int, ...], Axis]
     device: torch.device
@@ -133,7 +137,7 @@ class Rewriter:
 
     @property
     def all_degrees(self) -> tuple[int, ...]:
-        return (self.shards, *self.degrees)
+        return (self.rows.units, *self.degrees)
 
 
 class _Emitter:
@@ -168,7 +172,7 @@ class _Emitter:
             inputs, outputs_placed = (rewriter.whole,) * len(op.inputs), (rewriter.whole,) * len(op.outputs)
         operands = [self.value(*wanted) for wanted in zip(op.inputs, on_batch.inputs, inputs, strict=True)]
         degrees = rewriter.degrees if step.strategies else ()
-        local = localize(self.graph, op, on_batch, rewriter.shards, step.strategies, degrees)
+        local = localize(self.graph, op, on_batch, rewriter.rows.units, step.strategies, degrees, rewriter.rows.length)
         named = iter(operands)
         args, kwargs = map_refs((tuple(local.args), tuple(v for _, v in local.kwargs)), lambda _: Ref(next(named)))
         assert next(named, None) is None, f"localize dropped an operand of {op.name}"
@@ -212,16 +216,26 @@ class _Emitter:
             self._change_batch(tensor, source, change)
             return
         axis = self.rewriter.axes[tuple(i - 1 for i in change.axes)]
-        blocks = (change.have_blocks, change.want_blocks)
+        blocks = (
+            change.have_blocks * self._units_outside(change.axes[0], change.before),
+            change.want_blocks * self._units_outside(change.axes[0], change.after),
+        )
         private = produced and self._is_private(tensor)
         name = self._define((tensor, change.after))
         arguments = (Ref(source), axis, change.have, change.want, *blocks, private)
         keep = "conversion" if conversion(change.have, change.want).forward in COLLECTIVES else ""
         self.calls.append(Call(convert, arguments, (), (name,), keep=keep))
 
+    def _units_outside(self, axis: int, state: Places) -> int:
+        """How many units of the batch the rank has, if a split of `axis` cuts inside of each; else 1."""
+        batch, cut = state[0], state[axis]
+        if not isinstance(cut, Split) or not isinstance(batch, Split):
+            return 1
+        return self.rewriter.rows.length if batch.dim == cut.dim and batch.blocks < cut.blocks else 1
+
     def _change_batch(self, tensor: str, source: str, change: Change) -> None:
-        shards, have, want = self.rewriter.shards, change.have, change.want
-        if shards == 1 or (have in (REPLICATED, SHARED) and want in (REPLICATED, SHARED)):
+        rows, have, want = self.rewriter.rows, change.have, change.want
+        if rows.length == rows.units or (have in (REPLICATED, SHARED) and want in (REPLICATED, SHARED)):
             self.values[tensor, change.after] = source
             return
         name = self._define((tensor, change.after))
@@ -230,7 +244,7 @@ class _Emitter:
                 Call(_slice_chunk, (Ref(source), Ref("chunk"), want.dim, change.want_blocks), (), (name,))
             )
         elif want == PARTIAL and not isinstance(have, Split):
-            self.calls.append(Call(torch.mul, (Ref(source), 1.0 / shards), (), (name,)))
+            self.calls.append(Call(torch.mul, (Ref(source), rows.length / rows.units), (), (name,)))
         else:
             raise AssertionError(f"{tensor} lies as {have} on the batch axis and is wanted as {want}")
 
@@ -256,7 +270,12 @@ class _Emitter:
 
 
 def _slice_chunk(tensor: torch.Tensor, chunk: Chunk, dim: int, blocks: int) -> torch.Tensor:
-    return Axis("batch", chunk.rank, chunk.size, (), None).slice(tensor, dim, blocks)
+    """The chunk's part of `dim` seen as (blocks, units, rest); a view where blocks == 1."""
+    rest = tensor.shape[dim] // (blocks * chunk.size)
+    if blocks == 1:
+        return tensor.narrow(dim, chunk.rank * rest, chunk.length * rest)
+    viewed = tensor.unflatten(dim, (blocks, chunk.size, rest)).narrow(dim + 1, chunk.rank, chunk.length)
+    return viewed.flatten(dim, dim + 2)
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

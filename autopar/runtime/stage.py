@@ -13,11 +13,11 @@ from ..plan import Layout, Plan, Recompute
 from ..sharding.axes import Places
 from ..sharding.batch import BatchLayout, batch_layout
 from ..sharding.flow import Run, block_flow, layout_places
-from ..sharding.local import local_shape
 from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Split
+from ..sharding.rows import Rows, rows_of, stage_shares, stage_units
 from .axis import Axis
+from .boundary import Handover, Spread
 from .rewrite import Rewriter
-from .transport import TensorSpec
 
 BlockFunction = Callable[..., tuple[Tensor, ...]]
 
@@ -49,7 +49,7 @@ class CompiledStage:
     whole: values of the prologue; `prologue_function(chunk, batch, ())` gives one microbatch's summands of them
     (`pending`: which of them are summands over microbatches and data).
     prologue_batch, side_batch: the batch inputs, buffers and constants that the two functions read.
-    receives, sends: what crosses the stage's boundaries; specs: its local shapes and dtypes.
+    receives, sends: what crosses the stage's boundaries. rows: what this rank has of the batch.
     batch_splits: for every batch input, whether its rows are cut over data and time.
     """
 
@@ -64,19 +64,20 @@ class CompiledStage:
     side_function: BlockFunction
     receives: tuple[str, ...]
     sends: tuple[str, ...]
-    specs: Mapping[str, TensorSpec]
+    rows: Rows
     batch_splits: Mapping[str, bool]
 
 
 def compile_stage(
-    graph: Graph, plan: Plan, index: int, axes: Mapping[tuple[int, ...], Axis], device: torch.device
+    graph: Graph, plan: Plan, index: int, data_rank: int, axes: Mapping[tuple[int, ...], Axis], device: torch.device
 ) -> CompiledStage:
     """Rewrite the blocks of stage `index` for one rank. axes: its model axes by number, alone and several as one."""
     stage = plan.stages[index]
-    shards = stage.data * plan.microbatches
+    rows = rows_of(plan, stage, data_rank)
+    shards = rows.units
     batch = batch_layout(graph, shards)
-    rewriter = Rewriter(graph, batch, shards, stage.axes, axes, device)
-    evaluation = Rewriter(graph, batch, shards, stage.axes, axes, device, training=False)
+    rewriter = Rewriter(graph, batch, rows, stage.axes, axes, device)
+    evaluation = Rewriter(graph, batch, rows, stage.axes, axes, device, training=False)
     layouts = plan.layouts_of(stage)
     members = graph.blocks[stage.start : stage.stop]
     # A replicated parameter used by a split op gets one summand of its gradient per rank. The reduction is linear in
@@ -99,21 +100,6 @@ def compile_stage(
     if whole:
         pending = tuple(batch.placements[t] == PARTIAL for t in whole)
         prologue_function = rewriter.sides("prologue", prologue_ops, prologue_batch, (), whole)
-    first, last = blocks[0], blocks[-1]
-    receives = first.inputs if index > 0 else ()
-    sends = last.outputs if index < len(plan.stages) - 1 else ()
-    crossing: dict[str, Places] = {}
-    for names, of_block, side in ((receives, layouts[0], "inputs"), (sends, layouts[-1], "outputs")):
-        crossing.update(zip(names, placed(of_block, side, names), strict=bool(names)))
-    specs = {
-        name: (
-            local_shape(
-                graph.tensors[name].shape, [(batch.placements[name], shards), *zip(places, stage.axes, strict=True)]
-            ),
-            graph.tensors[name].dtype,
-        )
-        for name, places in crossing.items()
-    }
     return CompiledStage(
         index=index,
         blocks=tuple(blocks),
@@ -124,11 +110,29 @@ def compile_stage(
         side_batch=side_batch,
         sides=sides,
         side_function=rewriter.sides("sides", side_ops, side_batch, whole, sides),
-        receives=receives,
-        sends=sends,
-        specs=specs,
+        receives=blocks[0].inputs if index > 0 else (),
+        sends=blocks[-1].outputs if index < len(plan.stages) - 1 else (),
+        rows=rows,
         batch_splits={t: isinstance(batch.placements[t], Split) for t in graph.inputs},
     )
+
+
+def handovers(graph: Graph, plan: Plan, first: int) -> dict[str, Handover]:
+    """What stage `first` hands to the one behind it, by tensor, in the order of `CompiledStage.sends`."""
+    names = graph.blocks[plan.stages[first].stop - 1].outputs
+    assert names == graph.blocks[plan.stages[first + 1].start].inputs
+    sides = []
+    for stage, block, side in ((plan.stages[first], -1, "outputs"), (plan.stages[first + 1], 0, "inputs")):
+        on_batch = batch_layout(graph, stage_units(plan, stage)).placements
+        on_model = placed(plan.layouts_of(stage)[block], side, names)
+        mesh = (stage.ranks, (stage.data, *stage.axes))
+        sides.append(
+            [
+                Spread(graph.tensors[t].shape, plan.microbatches, *mesh, (on_batch[t], *places), stage_shares(stage))
+                for t, places in zip(names, on_model, strict=True)
+            ]
+        )
+    return {t: Handover(*pair) for t, *pair in zip(names, *sides, strict=True)}
 
 
 def placed(layouts: Sequence[Layout], side: str, names: Sequence[str]) -> list[Places]:
@@ -145,7 +149,7 @@ def _compile_block(
     evaluation: Rewriter,
     recompute: Recompute,
 ) -> CompiledBlock:
-    steps = block_flow(graph, block, layouts, training.shards)
+    steps = block_flow(graph, block, layouts, training.rows.units)
     parameters = tuple(zip(block.parameters, placed(layouts, "parameters", block.parameters), strict=True))
     inputs = tuple(zip(block.inputs, placed(layouts, "inputs", block.inputs), strict=True))
     outputs = list(zip(block.outputs, placed(layouts, "outputs", block.outputs), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from .axis import synchronize
 from .build import Runtime
 from .recorder import CollectiveSample
 from .replicas import BUCKET_BYTES
+from .stage import handovers
 
 _REPEATS = 5
 
@@ -51,23 +53,37 @@ def time_collectives(runtime: Runtime, device: torch.device) -> tuple[Collective
             sample("all_reduce", data.ranks, bucket.numel() * 4, lambda: data.all_reduce(bucket))
     # Every boundary in turn, so that both of its sides meet and nobody waits for a third.
     for boundary in range(len(runtime.plan.stages) - 1):
-        if groups.stage not in (boundary, boundary + 1):
+        pair = _pair(runtime, boundary)
+        if pair is None:
             continue
-        peer = boundary + 1 if groups.stage == boundary else boundary
-        names = runtime.compiled.sends if groups.stage == boundary else runtime.compiled.receives
-        tensors = [
-            torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in map(runtime.compiled.specs.get, names)
-        ]
-        size_bytes = sum(t.numel() * t.element_size() for t in tensors)
-        other = groups.counterpart(peer)
+        size_bytes = _boundary_bytes(runtime, boundary)
+        message = torch.zeros(size_bytes, dtype=torch.uint8, device=device)
+        mine, other = groups.rank, pair[1] if groups.rank == pair[0] else pair[0]
+        group = groups.boundaries[boundary, boundary + 1]
 
-        def there_and_back(tensors=tensors, other=other, peer=peer, first=groups.stage == boundary) -> None:
+        def there_and_back(message=message, other=other, group=group, first=mine == pair[0]) -> None:
             for sends in (first, not first):
-                for tensor in tensors:
-                    (dist.send if sends else dist.recv)(tensor, other, group=groups.forward[peer])
+                (dist.send if sends else dist.recv)(message, other, group=group)
 
-        sample("send", (groups.rank, other), size_bytes, there_and_back, times=2)
+        sample("send", (mine, other), size_bytes, there_and_back, times=2)
     return tuple(samples)
+
+
+def _pair(runtime: Runtime, boundary: int) -> tuple[int, int] | None:
+    """The two ranks, this one among them, that stand for a boundary's messages; None where this rank has no partner."""
+    first, second = runtime.plan.stages[boundary].ranks, runtime.plan.stages[boundary + 1].ranks
+    pairs = [pair for pair in zip(first, second, strict=False) if runtime.groups.rank in pair and pair[0] != pair[1]]
+    return pairs[0] if pairs else None
+
+
+def _boundary_bytes(runtime: Runtime, boundary: int) -> int:
+    """What one rank of the earlier stage hands over per microbatch."""
+    graph, plan = runtime.executor.graph, runtime.plan
+    crossing = handovers(graph, plan, boundary)
+    return sum(
+        math.prod(h.sender.local_shape(plan.stages[boundary].ranks[0])) * graph.tensors[name].dtype.itemsize
+        for name, h in crossing.items()
+    )
 
 
 def _local_bytes(runtime: Runtime, tensor: str) -> int:

@@ -1,19 +1,19 @@
-"""Activations and gradients between neighbouring stages, point to point.
+"""Activations and gradients between neighbouring stages, point to point, along planned routes.
 
 Sends are started and left behind; a receive is posted one instruction ahead of its use, so that the bytes travel while
-the stage computes.
+the stage computes. What a rank of both stages has for itself is handed over without a message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..graph import Shape
 from ..schedule.instructions import (
     Instruction,
     ReceiveActivation,
@@ -22,73 +22,153 @@ from ..schedule.instructions import (
     SendGradient,
 )
 from .groups import Groups
+from .routes import Message, Piece, Route
 
-TensorSpec = tuple[Shape, torch.dtype]
 Receive = ReceiveActivation | ReceiveGradient
 Send = SendActivation | SendGradient
+Way = tuple[int, int]
+"""(sending stage, receiving stage): activations go to the next stage, gradients to the one before."""
+
+
+@dataclass(eq=False)
+class _Arriving:
+    """A receive under way: its outputs, and the messages that are still to be unpacked into them."""
+
+    outputs: list[Tensor]
+    packed: list[tuple[Message, Tensor]]
+    works: list[dist.Work]
 
 
 @dataclass(eq=False)
 class Transport:
-    """activations[s], gradients[s]: shapes and dtypes of what this rank receives from stage s, in order."""
+    """routes: this rank's side of every hand-over that it takes part in."""
 
     groups: Groups
     device: torch.device
-    activations: dict[int, Sequence[TensorSpec]]
-    gradients: dict[int, Sequence[TensorSpec]]
-    _sends: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
-    _posted: dict[Receive, tuple[list[Tensor], list[dist.Work]]] = field(default_factory=dict)
+    routes: Mapping[Way, Route]
+    _sends: deque[tuple[list[dist.Work], list[Tensor]]] = field(default_factory=deque)
+    _posted: dict[Receive, _Arriving] = field(default_factory=dict)
     _ahead: dict[type, Iterator[Receive]] = field(default_factory=dict)
+    _own: dict[tuple[Way, int], list[Tensor]] = field(default_factory=dict)
+
+    def connect(self) -> None:
+        """Have the backend set up the boundaries' connections; all ranks of the plan call it, before anything else.
+
+        NCCL does so at the first use of a group, and then wants all of its ranks there.
+        """
+        if self.device.type == "cuda":
+            for way in sorted(self.groups.boundaries, key=lambda way: (min(way), way)):
+                dist.all_reduce(torch.zeros(1, device=self.device), group=self.groups.boundaries[way])
 
     def begin(self, actions: Sequence[Instruction]) -> None:
         """Start a program: post the first receive of each direction."""
-        assert not self._posted and not self._sends
+        assert not self._posted and not self._sends and not self._own
         for kind in (ReceiveActivation, ReceiveGradient):
             self._ahead[kind] = iter([a for a in actions if isinstance(a, kind)])
             self._post_next(kind)
 
     def send(self, action: Send, tensors: Sequence[Tensor]) -> int:
         """Start sending; returns the bytes on their way."""
-        group = self._group(action)
-        peer = self.groups.counterpart(action.peer)
-        size_bytes = 0
-        for tensor in tensors:
-            tensor = tensor.detach().contiguous()
-            size_bytes += tensor.numel() * tensor.element_size()
-            self._sends.append((dist.isend(tensor, peer, group=group), tensor))
-        return size_bytes
+        way = (action.stage, action.peer)
+        tensors = [tensor.detach().contiguous() for tensor in tensors]
+        operations, kept = [], []
+        for message in self.routes[way].sends:
+            if message.peer == self.groups.rank:
+                self._own[way, action.microbatch] = tensors
+                continue
+            buffer = _pack(message, tensors, self.device)
+            operations.append(dist.P2POp(dist.isend, buffer, message.peer, self.groups.boundaries[way]))
+            kept.append(buffer)
+        while self._sends and all(work.is_completed() for work in self._sends[0][0]):
+            self._sends.popleft()
+        if operations:
+            self._sends.append((_started(operations), kept))
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def receive(self, action: Receive) -> list[Tensor]:
         """The tensors of `action`, complete; posts the next receive of its kind."""
         assert action in self._posted, f"{action} was not the next receive of its kind"
-        tensors, works = self._posted.pop(action)
-        for work in works:
+        way = (action.peer, action.stage)
+        route, arriving = self.routes[way], self._posted.pop(action)
+        for work in arriving.works:
             work.wait()
+        for message, buffer in arriving.packed:
+            for piece in message.pieces:
+                _put(piece.of(arriving.outputs), _seen(buffer, piece, arriving.outputs), piece.tensor in route.sums)
+        own = self._own.pop((way, action.microbatch), None)
+        if own is not None:
+            pairs = zip(
+                _of_rank(route.sends, self.groups.rank), _of_rank(route.receives, self.groups.rank), strict=True
+            )
+            for there, here in pairs:
+                _put(here.of(arriving.outputs), there.of(own), here.tensor in route.sums)
         self._post_next(type(action))
-        return tensors
+        return arriving.outputs
 
     def finish(self) -> None:
         """Wait for all sends of the program."""
-        for work, _ in self._sends:
-            work.wait()
+        for works, _ in self._sends:
+            for work in works:
+                work.wait()
         self._sends.clear()
-        assert not self._posted
+        assert not self._posted and not self._own
 
     def abandon(self) -> None:
         """Forget what is under way after a failure."""
         self._sends.clear()
         self._posted.clear()
+        self._own.clear()
 
     def _post_next(self, kind: type) -> None:
         action = next(self._ahead[kind], None)
         if action is None:
             return
-        specs = (self.activations if isinstance(action, ReceiveActivation) else self.gradients)[action.peer]
-        peer, group = self.groups.counterpart(action.peer), self._group(action)
-        tensors = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in specs]
-        works = [dist.irecv(tensor, peer, group=group) for tensor in tensors]
-        self._posted[action] = (tensors, [w for w in works if w is not None])
+        way = (action.peer, action.stage)
+        route = self.routes[way]
+        outputs = [
+            (torch.zeros if i in route.sums else torch.empty)(shape, dtype=dtype, device=self.device)
+            for i, (shape, dtype) in enumerate(route.outputs)
+        ]
+        operations, packed = [], []
+        for message in route.receives:
+            if message.peer == self.groups.rank:
+                continue
+            if message.num_bytes:
+                buffer = torch.empty(message.num_bytes, dtype=torch.uint8, device=self.device)
+                packed.append((message, buffer))
+            else:
+                buffer = message.pieces[0].of(outputs)
+            operations.append(dist.P2POp(dist.irecv, buffer, message.peer, self.groups.boundaries[way]))
+        self._posted[action] = _Arriving(outputs, packed, _started(operations))
 
-    def _group(self, action: Send | Receive) -> dist.ProcessGroup:
-        carries_activations = isinstance(action, SendActivation | ReceiveActivation)
-        return (self.groups.forward if carries_activations else self.groups.backward)[action.peer]
+
+def _started(operations: list[dist.P2POp]) -> list[dist.Work]:
+    """On NCCL the operations of one call make one transfer on the group's communicator; per peer they keep their order."""
+    return [work for work in dist.batch_isend_irecv(operations) if work is not None] if operations else []
+
+
+def _pack(message: Message, tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    if not message.num_bytes:
+        return message.pieces[0].of(tensors)
+    buffer = torch.empty(message.num_bytes, dtype=torch.uint8, device=device)
+    for piece in message.pieces:
+        _seen(buffer, piece, tensors).copy_(piece.of(tensors))
+    return buffer
+
+
+def _seen(buffer: Tensor, piece: Piece, tensors: Sequence[Tensor]) -> Tensor:
+    """The piece inside a packed message."""
+    dtype = tensors[piece.tensor].dtype
+    stop = piece.start_byte + torch.Size(piece.size).numel() * dtype.itemsize
+    return buffer[piece.start_byte : stop].view(dtype).view(piece.size)
+
+
+def _put(place: Tensor, value: Tensor, adds: bool) -> None:
+    if adds:
+        place.add_(value)
+    else:
+        place.copy_(value)
+
+
+def _of_rank(messages: Sequence[Message], rank: int) -> list[Piece]:
+    return [piece for message in messages if message.peer == rank for piece in message.pieces]

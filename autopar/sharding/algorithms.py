@@ -36,14 +36,21 @@ class Scaled:
 
 @dataclass(frozen=True, slots=True)
 class ArangeRows:
-    """This rank's part of an arange; strides: elements between neighbouring ranks, by axis."""
+    """This rank's part of an arange; strides: elements between neighbouring ranks, by axis.
+
+    length: how many neighbouring parts of the first axis it has, of which a second axis cuts each.
+    """
 
     strides: tuple[int, ...]
+    length: int = 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         axes, (start, step, count) = args[: len(self.strides)], args[len(self.strides) :]
         first = sum(axis.rank * stride for axis, stride in zip(axes, self.strides, strict=True))
-        return torch.arange(first, first + count, **kwargs) * step + start
+        rows = torch.arange(first, first + count // self.length, **kwargs)
+        if self.length > 1:
+            rows = (torch.arange(self.length, **kwargs).unsqueeze(1) * self.strides[0] + rows).flatten()
+        return rows * step + start
 
 
 def inverse_order(_: Axis, tensor: Tensor, numbers: Any, *__: Any, **___: Any) -> Tensor:
@@ -56,16 +63,23 @@ def inverse_order(_: Axis, tensor: Tensor, numbers: Any, *__: Any, **___: Any) -
 
 @dataclass(frozen=True, slots=True)
 class IndexRows:
-    """self[.., rows, ..] where `rows` counts the rows of dim `dim` and both are split alike: numbers become local."""
+    """self[.., rows, ..] where `rows` counts the rows of dim `dim` and both are split alike: numbers become local.
+
+    strides, length: as in `ArangeRows`.
+    """
 
     dim: int
     strides: tuple[int, ...]
+    length: int = 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         axes, (tensor, indices) = args[: len(self.strides)], args[len(self.strides) :]
         first = sum(axis.rank * stride for axis, stride in zip(axes, self.strides, strict=True))
         local = list(indices)
-        local[self.dim] = local[self.dim] - first
+        numbers = local[self.dim] - first
+        if self.length > 1:
+            numbers = numbers // self.strides[0] * self.strides[-1] + numbers % self.strides[0]
+        local[self.dim] = numbers
         return torch.ops.aten.index.Tensor(tensor, local)
 
 

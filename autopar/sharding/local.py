@@ -19,12 +19,13 @@ from . import algorithms
 from .analysis import analysis
 from .call import Call, schema
 from .placement import Placement, Split
+from .rows import Parts, parts_of
 from .rules_loss import MEAN
 from .rules_pointwise import CREATIONS
 from .rules_views import CUTS
 from .strategy import Strategy
 
-Placed = Sequence[tuple[Placement, int]]
+Placed = Sequence[tuple[Placement, Parts]]
 Axes = tuple[int, ...]
 BATCH: Axes = ()
 
@@ -46,14 +47,14 @@ class LocalCall:
 def local_shape(shape: Shape, placements: Placed) -> Shape:
     """The shape of one rank's part of a tensor that lies by `placements`, (placement, degree) by axis.
 
-    Raises ValueError where a degree does not divide.
+    A degree is a Fraction where the rank has more than one of the parts. ValueError where a degree does not divide.
     """
     local = list(shape)
     for placement, degree in placements:
         if isinstance(placement, Split) and degree > 1:
             if local[placement.dim] % degree:
                 raise ValueError(f"dim {placement.dim} of {shape} does not split as {placement} into {degree} parts")
-            local[placement.dim] //= degree
+            local[placement.dim] = int(local[placement.dim] // degree)
     return tuple(local)
 
 
@@ -76,14 +77,20 @@ def local_blocks(shape: Shape, placements: Placed, index: int) -> int:
 
 
 def localize(
-    graph: Graph, op: Op, batch: Strategy, shards: int, model: Sequence[Strategy] = (), degrees: Sequence[int] = ()
+    graph: Graph,
+    op: Op,
+    batch: Strategy,
+    shards: int,
+    model: Sequence[Strategy] = (),
+    degrees: Sequence[int] = (),
+    length: int = 1,
 ) -> LocalCall:
-    """The call that runs `op` on a chunk of the batch (one of `shards`) and one rank's part of the model.
+    """The call that runs `op` on `length` consecutive chunks of the batch, of `shards`, and one rank's part of the model.
 
-    model, degrees: per model axis. The operands must lie as the strategies say on all axes. Raises ValueError where the
-    degrees do not divide.
+    model, degrees: per model axis, which cuts each chunk. The operands must lie as the strategies say on all axes. Raises
+    ValueError where the degrees do not divide.
     """
-    sides = [(batch, shards), *zip(model, degrees, strict=True)]
+    sides: list[tuple[Strategy, Parts]] = [(batch, parts_of(shards, length)), *zip(model, degrees, strict=True)]
     placed = [
         [(side.inputs[i] if i < len(op.inputs) else side.outputs[i - len(op.inputs)], n) for side, n in sides]
         for i in range(len(op.inputs) + len(op.outputs))
@@ -94,11 +101,12 @@ def localize(
     special = {side.special: None for side, n in sides if side.special and n > 1}
     if special:
         (name,) = special
-        on_batch = [BATCH] if batch.special == name and shards > 1 else []
+        on_batch = [BATCH] if batch.special == name and sides[0][1] > 1 else []
         # Model axes that run one algorithm cut its dim one inside the other, and so count as one axis.
         on_model = tuple(i for i, (side, n) in enumerate(sides[1:]) if side.special == name and n > 1)
         counts = [shards] * len(on_batch) + ([math.prod(degrees[i] for i in on_model)] if on_model else [])
-        return _SPECIALS[name](local, (*on_batch, *([on_model] if on_model else [])), counts)
+        cuts = _Cuts(tuple(counts), length if on_batch else 1)
+        return _SPECIALS[name](local, (*on_batch, *([on_model] if on_model else [])), cuts)
     changed = _ADAPT[call.packet](local) if call.packet in _ADAPT and local.is_smaller else {}
     function: Callable[..., Any] = resolve(op.target, graph.opaque_modules)
     args, kwargs = _arguments(op, changed)
@@ -234,26 +242,34 @@ def _mean_share(local: Local) -> float:
     return 1.0
 
 
-def _arange(local: Local, axes: tuple[Axes, ...], degrees: list[int]) -> LocalCall:
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """counts: ranks of the axes that an algorithm asks about, outermost first. length: how many parts of the first axis
+    are this rank's, each of which the second axis cuts."""
+
+    counts: tuple[int, ...]
+    length: int
+
+    def strides(self, size: int) -> tuple[int, ...]:
+        """Elements of a dim of `size` between the parts of neighbouring ranks, by axis."""
+        return tuple(size // math.prod(self.counts[: i + 1]) for i in range(len(self.counts)))
+
+
+def _arange(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
     call = local.call
     start, step = call.get("start", 0) or 0, call.get("step", 1) or 1
     kwargs = {key: value for key, value in call.op.kwargs if key in ("device", "layout", "pin_memory")}
     kwargs["dtype"] = call.outputs[0].dtype
-    function = algorithms.ArangeRows(_strides(local.call.out[0], degrees))
+    function = algorithms.ArangeRows(cuts.strides(local.call.out[0]), cuts.length)
     return LocalCall(function, (start, step, local.outputs[0][0]), tuple(kwargs.items()), axes)
 
 
-def _strides(size: int, degrees: list[int]) -> tuple[int, ...]:
-    """Elements between the parts of neighbouring ranks, by axis, outermost first."""
-    return tuple(size // math.prod(degrees[: i + 1]) for i in range(len(degrees)))
-
-
-def _index_rows(local: Local, axes: tuple[Axes, ...], degrees: list[int]) -> LocalCall:
+def _index_rows(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
     call = local.call
     rule = analysis(call.graph).rule(call.op)
     (name,) = {n for n in rule.specials if local.shape("self") != call.shape("self") and _is_cut(local, n)}
     row = next(i for i, dim in enumerate(rule.inputs[0]) if dim == (name,))
-    function = algorithms.IndexRows(row, _strides(call.shape("self")[row], degrees))
+    function = algorithms.IndexRows(row, cuts.strides(call.shape("self")[row]), cuts.length)
     return LocalCall(function, call.op.args, call.op.kwargs, axes)
 
 
@@ -264,12 +280,12 @@ def _is_cut(local: Local, name: str) -> bool:
     )
 
 
-def _as_is(function: Callable[..., Any]) -> Callable[[Local, tuple[Axes, ...], list[int]], LocalCall]:
+def _as_is(function: Callable[..., Any]) -> Callable[[Local, tuple[Axes, ...], _Cuts], LocalCall]:
     """An algorithm that takes the arguments of the op itself."""
     return lambda local, axes, _: LocalCall(function, local.call.op.args, local.call.op.kwargs, axes)
 
 
-_SPECIALS: Mapping[str, Callable[[Local, tuple[Axes, ...], list[int]], LocalCall]] = MappingProxyType(
+_SPECIALS: Mapping[str, Callable[[Local, tuple[Axes, ...], _Cuts], LocalCall]] = MappingProxyType(
     {
         "arange": _arange,
         "index_rows": _index_rows,

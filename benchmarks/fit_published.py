@@ -1,0 +1,223 @@
+"""Fits the constants of autopar/cost/constants.py to published step times, all rows together, and cross-validates.
+
+    python benchmarks/fit_published.py --data ../shared/published [--folds 5] [--source vtrain]
+
+minimises sum of w rho(log(predicted / measured)) + sum of ((log x - log x0) / spread)^2 over the constants below, where rho
+is the soft L1 loss (rows that something odd happened to count little), w weighs a source by the square root of its
+number of rows, and x0 are the values that constants.py holds now: what no row speaks of stays as it is. Prints the tables to put there, and
+with --folds the error on rows that a fit has not seen: random folds of all rows, and one source at a time left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from published_rows import Case, Unsupported, read_rows, rebuild
+from scipy.optimize import least_squares
+from scipy.stats import kendalltau
+from tqdm import tqdm
+
+from autopar.cost.constants import HARDWARE, SOFTWARE, Constants, named_constants
+from autopar.cost.model import CostModel
+from autopar.schedule.step_time import step_time_s
+
+# name: (least, most, spread of the logarithm). Shares stay below 1.
+_HARDWARE = {
+    "matmul_share": (0.3, 0.98, 0.2),
+    "matmul_setup_s": (1e-6, 3e-5, 0.7),
+    "unaligned_share": (0.2, 1.0, 0.3),
+    "half_aligned_share": (0.5, 1.0, 0.1),
+    "attention_share": (0.2, 0.95, 0.3),
+    "attention_backward_share": (0.1, 0.9, 0.3),
+    "attention_half_length": (20.0, 3000.0, 0.7),
+    "stream_share": (0.4, 0.95, 0.1),
+    "kernel_s": (5e-7, 1e-5, 0.5),
+    "link_share": (0.3, 1.2, 0.3),
+    "network_share": (0.2, 1.2, 0.3),
+    "collective_s": (2e-6, 2e-4, 0.7),
+}
+_SOFTWARE = {
+    "launch_s": (2e-6, 1e-4, 0.7),
+    "backward_launch_s": (2e-6, 1e-4, 0.7),
+    "collective_launch_s": (5e-6, 3e-4, 0.7),
+    "fusion": (0.1, 3.0, 0.4),
+    "microbatch_s": (1e-5, 5e-2, 1.0),
+    "step_s": (1e-5, 2e-1, 1.0),
+    "optimizer_passes": (4.0, 40.0, 0.5),
+    "overlap": (0.02, 1.25, 0.5),
+    "gather_overlap": (0.05, 1.25, 0.3),
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One constant of one kind of hardware ("hardware", "a100") or stack ("software", "composer")."""
+
+    table: str
+    key: str
+    name: str
+    start: float
+    least: float
+    most: float
+    spread: float
+
+
+@dataclass
+class Sample:
+    """A case that can be priced again and again; `model` shares what constants do not change."""
+
+    case: Case
+    model: CostModel
+    hardware: str
+    software: str
+    weight: float = 1.0
+
+    def step_s(self, constants: Constants) -> float:
+        plan = self.case.plan
+        model = self.model.with_constants(constants)
+        costs = [model.stage(plan, i) for i in range(len(plan.stages))]
+        return step_time_s(len(costs), plan.microbatches, plan.schedule, costs)
+
+    @property
+    def measured_s(self) -> float:
+        return self.case.row.step_time_s
+
+
+def samples(folder: Path, source: str) -> list[Sample]:
+    found = []
+    for row in tqdm(read_rows(folder, source), unit="row", desc="rebuild"):
+        if row.step_time_s is None:
+            continue
+        try:
+            case = rebuild(row)
+        except Unsupported:
+            continue
+        if case.plan.pipeline != len(case.plan.stages):
+            continue
+        kind = case.cluster.device.kind
+        hardware = next((name for name in sorted(HARDWARE, key=len, reverse=True) if kind.startswith(name)), "")
+        found.append(Sample(case, CostModel(case.graph, case.cluster), hardware, case.cluster.software))
+    counts = Counter(s.case.row.source for s in found)
+    for s in found:
+        s.weight = counts[s.case.row.source] ** -0.25
+    return found
+
+
+def parameters(data: Sequence[Sample]) -> list[Parameter]:
+    found = []
+    for table, fields in (("hardware", _HARDWARE), ("software", _SOFTWARE)):
+        for key in sorted({getattr(s, table) for s in data}):
+            at = named_constants(key, "") if table == "hardware" else named_constants("", key)
+            for name, (least, most, spread) in fields.items():
+                start = min(max(getattr(at, name) or least, least), most)
+                found.append(Parameter(table, key, name, start, least, most, spread))
+    return found
+
+
+def constants_for(sample: Sample, chosen: Sequence[Parameter], x: np.ndarray) -> Constants:
+    base = named_constants(sample.case.cluster.device.kind, sample.software)
+    changes = {
+        p.name: float(np.exp(value)) for p, value in zip(chosen, x, strict=True) if getattr(sample, p.table) == p.key
+    }
+    return replace(base, **changes)
+
+
+def fit(data: Sequence[Sample], chosen: Sequence[Parameter], steps: int) -> np.ndarray:
+    """Logarithms of the constants."""
+    start = np.log([p.start for p in chosen])
+    spread = np.array([p.spread for p in chosen])
+    low, high = np.log([p.least for p in chosen]) - 1e-9, np.log([p.most for p in chosen]) + 1e-9
+
+    def errors(x: np.ndarray) -> np.ndarray:
+        return np.array([s.weight * 10 * np.log(s.step_s(constants_for(s, chosen, x)) / s.measured_s) for s in data])
+
+    affected = [[i for i, s in enumerate(data) if getattr(s, p.table) == p.key] for p in chosen]
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([errors(x), (x - start) / spread])
+
+    def jacobian(x: np.ndarray) -> np.ndarray:
+        base = errors(x)
+        found = np.zeros((len(data) + len(x), len(x)))
+        for j, rows in enumerate(affected):
+            moved = x.copy()
+            moved[j] += 0.02 if x[j] + 0.02 < high[j] else -0.02
+            for i in rows:
+                s = data[i]
+                error = s.weight * 10 * np.log(s.step_s(constants_for(s, chosen, moved)) / s.measured_s)
+                found[i, j] = (error - base[i]) / (moved[j] - x[j])
+            found[len(data) + j, j] = 1 / spread[j]
+        return found
+
+    return least_squares(
+        residuals, np.clip(start, low, high), jacobian, (low, high), loss="soft_l1", f_scale=1.0, max_nfev=steps,
+        xtol=1e-4, ftol=1e-4,
+    ).x  # fmt: skip
+
+
+def report(title: str, data: Sequence[Sample], predicted: Sequence[float]) -> None:
+    print(f"\n{title}")
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for s, p in zip(data, predicted, strict=True):
+        groups.setdefault(s.case.row.source, []).append((p, s.measured_s))
+    for name, pairs in [*groups.items(), ("all", [pair for g in groups.values() for pair in g])]:
+        sizes = [abs(p / m - 1) for p, m in pairs]
+        tau = f"{kendalltau(*zip(*pairs, strict=True)).statistic:5.2f}" if len(pairs) > 2 and name != "all" else "     "
+        bias = statistics.median(p / m - 1 for p, m in pairs)
+        print(
+            f"  {name:42s} {len(pairs):4d} rows  mean {statistics.mean(sizes):6.1%}  median "
+            f"{statistics.median(sizes):6.1%}  worst {max(sizes):7.1%}  tau {tau}  bias {bias:+6.1%}"
+        )
+
+
+def predictions(data: Sequence[Sample], chosen: Sequence[Parameter], x: np.ndarray) -> list[float]:
+    return [s.step_s(constants_for(s, chosen, x)) for s in data]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--source", default="")
+    parser.add_argument("--folds", type=int, default=0, help="also cross-validate with this many random folds")
+    parser.add_argument("--steps", type=int, default=12, help="evaluations of the least squares")
+    args = parser.parse_args()
+    data = samples(args.data, args.source)
+    chosen = parameters(data)
+    start = np.log([p.start for p in chosen])
+    report("as constants.py is", data, predictions(data, chosen, start))
+    x = fit(data, chosen, args.steps)
+    report("fitted", data, predictions(data, chosen, x))
+    key = None
+    for p, value in zip(chosen, np.exp(x), strict=True):
+        if (p.table, p.key) != key:
+            key = (p.table, p.key)
+            print(f"\n{p.table} {p.key!r}:")
+        print(f'    "{p.name}": {value:.3g},   # was {p.start:.3g}')
+    if args.folds:
+        cross_validate(data, chosen, args.folds, args.steps)
+
+
+def cross_validate(data: Sequence[Sample], chosen: Sequence[Parameter], folds: int, steps: int) -> None:
+    turn = np.random.default_rng(0).permutation(len(data)) % folds
+    held_out = [0.0] * len(data)
+    for fold in tqdm(range(folds), desc="folds"):
+        x = fit([s for s, t in zip(data, turn, strict=True) if t != fold], chosen, steps)
+        for i in np.flatnonzero(turn == fold):
+            held_out[i] = data[i].step_s(constants_for(data[i], chosen, x))
+    report(f"cross-validated, {folds} random folds", data, held_out)
+    for source in tqdm(sorted({s.case.row.source for s in data}), desc="sources"):
+        x = fit([s for s in data if s.case.row.source != source], chosen, steps)
+        for i, s in enumerate(data):
+            if s.case.row.source == source:
+                held_out[i] = s.step_s(constants_for(s, chosen, x))
+    report("cross-validated, one source at a time left out", data, held_out)
+
+
+if __name__ == "__main__":
+    main()
