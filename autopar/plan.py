@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from .graph import Precision
+
 if TYPE_CHECKING:
     from .cluster.spec import Cluster
     from .graph import Graph
@@ -23,7 +25,6 @@ SCHEMA = 2
 
 Recompute = Literal["none", "selective", "full"]
 Zero = Literal[0, 1, 2, 3]
-Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,7 @@ class Plan:
 
     stages: in the order of the blocks. The same ranks may run several of them, if the schedule has it so (interleaved,
     V-shaped). precision: what blocks compute in; parameters at rest and gradients stay as the module has them.
+    reduction: what gradients are summed in, over microbatches and data ranks, where blocks compute in less than float32.
     """
 
     model: str
@@ -131,6 +133,7 @@ class Plan:
     prediction: Prediction | None = None
     candidates: tuple[Candidate, ...] = ()
     precision: Precision = "float32"
+    reduction: Precision = "float32"
     schema: int = SCHEMA
 
     @property

@@ -54,6 +54,11 @@ def _check_identity(plan: Plan, graph: Graph, cluster: Cluster) -> None:
             f"plan.batch_size is {plan.batch_size}, the captured example has {graph.batch_size} rows; "
             f"capture with {plan.batch_size} rows, or {_REMAKE}"
         )
+    if plan.precision != graph.precision:
+        raise ValueError(
+            f"plan.precision is {plan.precision!r}, but {graph.name} was captured to compute in {graph.precision!r}; "
+            f"capture with precision={plan.precision!r}, or {_REMAKE}"
+        )
     if plan.fingerprint != graph.fingerprint:
         raise ValueError(
             f"plan.fingerprint is {plan.fingerprint}, the captured {graph.name} has {graph.fingerprint}: same class, "
@@ -131,8 +136,6 @@ def _check_runnable(plan: Plan) -> None:
     """What the vocabulary of plans can say and the runtime cannot do yet."""
     if plan.pipeline != len(plan.stages):
         raise ValueError("plan.stages: two stages on the same ranks are not supported; give each stage its own ranks")
-    if plan.precision != "float32":
-        raise ValueError(f"plan.precision is {plan.precision!r}; only 'float32' is supported")
 
 
 def _check_stages(plan: Plan, graph: Graph) -> None:

@@ -84,7 +84,7 @@ def stage_memory(
     tensors = local(1).tensors
     for name, size in sizes.items():
         elements = size // tensors[name].dtype.itemsize
-        rest = at_rest(graph.tensors[name].dtype.itemsize, tensors[name].dtype.itemsize, constants)
+        rest = at_rest(graph.tensors[name].at_rest.itemsize, tensors[name].dtype.itemsize, constants)
         resting[0] += elements * (rest.parameter / cuts[2] + (rest.narrow_copy if stage.zero < 3 else 0.0))
         if name in trainable:
             resting[1] += elements * rest.gradient / cuts[1]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..graph import Graph
+from ..graph import Graph, torch_dtype
 from ..plan import Plan, Stage
 from ..schedule.build import program_for
 from ..schedule.instructions import Instruction
@@ -67,7 +67,8 @@ def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, 
     for name, by_stage in at_rest.items():
         tensor = graph.tensors[name]
         holders = tuple(_holder(plan.stages[s], places) for s, places in by_stage.items())
-        spec = ParameterSpec(tensor.fqn, tensor.dtype, Ownership(tensor.shape, holders), tensor.requires_grad)
+        ownership = Ownership(tensor.shape, holders)
+        spec = ParameterSpec(tensor.fqn, tensor.at_rest, ownership, tensor.requires_grad, tensor.dtype)
         for s in by_stage:
             found[s].append(spec)
     return {s: tuple(specs) for s, specs in found.items()}
@@ -109,10 +110,11 @@ def build_runtime(
     lines = groups.lines if len(stage.axes) > 1 else {}
     axes = StageAxes(groups.data, groups.tensor, groups.all_of_stage, rank, device, lines, groups.hybrid)
     blocks = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled.blocks)}
+    reduction = torch_dtype(plan.reduction)
     storage: Storage = (
-        Shards(specs, blocks, values(specs), axes, level=stage.zero)
+        Shards(specs, blocks, values(specs), axes, reduction=reduction, level=stage.zero)
         if stage.zero
-        else Replicas(specs, blocks, values(specs), axes)
+        else Replicas(specs, blocks, values(specs), axes, reduction=reduction)
     )
     for i in blocks:
         storage.bind(i, block_function)
@@ -152,7 +154,7 @@ def _with_reductions(
     for spec in specs:
         if spec.fqn in reduced:
             holders = tuple(h.with_sums(reduced[spec.fqn]) if rank in h.ranks else h for h in spec.ownership.holders)
-            spec = ParameterSpec(spec.fqn, spec.dtype, Ownership(spec.ownership.shape, holders), spec.requires_grad)
+            spec = replace(spec, ownership=Ownership(spec.ownership.shape, holders))
         found.append(spec)
     return tuple(found)
 

@@ -212,7 +212,7 @@ def _facts(model: Model) -> dict[str, dict[str, Any]]:
     used = {name: graph.tensors[name] for block in graph.blocks for name in block.parameters}
     buffers = [tensor for tensor in graph.tensors.values() if tensor.role == "buffer"]
     return {
-        kind: {t.fqn: [list(t.shape), dtype_name(t.dtype)] for t in tensors}
+        kind: {t.fqn: [list(t.shape), dtype_name(t.at_rest)] for t in tensors}
         for kind, tensors in (("parameters", used.values()), ("buffers", buffers))
     }
 

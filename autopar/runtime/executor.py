@@ -48,6 +48,7 @@ class _Step:
     gradients: dict[int, list[Tensor]] = field(default_factory=dict)
     backwards_left: int = 0
     loss: Tensor | None = None
+    scale: Tensor | None = None
     parameter_gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -85,16 +86,16 @@ class Executor:
         }
 
     def run(
-        self, actions: Sequence[Instruction], batch: Mapping[str, Tensor], training: bool
+        self, actions: Sequence[Instruction], batch: Mapping[str, Tensor], training: bool, scale: Tensor | None = None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Execute `actions`; returns this rank's summand of the loss on the last stage (None elsewhere), and the
         gradients of the parameters at rest by original name.
 
         batch: this data rank's rows of every batch input, by tensor name. training: the module's mode, which is
-        independent of whether `actions` hold backwards.
+        independent of whether `actions` hold backwards. scale: what the loss is multiplied with for the backward.
         """
         actions = [a for a in actions if not isinstance(a, OptimizerStep)]
-        step = _Step(batch, training, backwards_left=sum(isinstance(a, Backward) for a in actions))
+        step = _Step(batch, training, scale=scale, backwards_left=sum(isinstance(a, Backward) for a in actions))
         self.current: Instruction | None = None
         if step.backwards_left:
             self.storage.begin_step()
@@ -150,8 +151,10 @@ class Executor:
         values = dict(zip(compiled.blocks[-1].outputs, outputs, strict=True))
         if self.graph.loss in values:
             loss = values[self.graph.loss]
-            step.loss = loss.detach().clone() if step.loss is None else step.loss + loss.detach()
-            step.outputs[m] = [loss]
+            # A sum over microbatches and ranks needs more bits than one microbatch's share.
+            share = loss.detach().to(loss_dtype(loss.dtype), copy=True)
+            step.loss = share if step.loss is None else step.loss + share
+            step.outputs[m] = [loss if step.scale is None else loss * step.scale]
         else:
             step.outputs[m] = [values[t] for t in compiled.sends]
         if differentiable:
@@ -210,6 +213,11 @@ class Executor:
                 tensor = tensor.narrow(0, microbatch * rows, rows)
             found.append(tensor)
         return found
+
+
+def loss_dtype(captured: torch.dtype) -> torch.dtype:
+    """In what the loss is summed up and handed out."""
+    return torch.float32 if captured in (torch.float16, torch.bfloat16) else captured
 
 
 def _size_bytes(tensors: Sequence[Tensor]) -> int:

@@ -29,11 +29,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from .axis import Axis
-from .replicas import BUCKET_BYTES, GradientReducer
-from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, data_mesh, reduction_axis
+from .buckets import BUCKET_BYTES
+from .leaves import Leaves
+from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, data_mesh
 from .torch_private import forget_step, local_tensor
 
 
@@ -83,6 +84,7 @@ class Shards:
         values: Mapping[str, Tensor],
         axes: StageAxes,
         bucket_bytes: int = BUCKET_BYTES,
+        reduction: torch.dtype = torch.float32,
         level: int = 3,
     ):
         assert axes.data.size > 1 and level in (1, 2, 3)
@@ -100,7 +102,7 @@ class Shards:
         self._layers: dict[int, list[_Unit]] = {
             index: [
                 _Unit(*self._meta(names))
-                for names in _by_dtype([f for f in fqns if f in cut and f not in common], self._specs)
+                for names in _alike([f for f in fqns if f in cut and f not in common], self._specs)
             ]
             for index, fqns in blocks.items()
         }
@@ -109,8 +111,9 @@ class Shards:
         self._stage.units = nn.ModuleList(units)
         mesh = data_mesh(axes)
         for unit in units:
-            fully_shard(unit, mesh=mesh, reshard_after_forward=level == 3)
-        fully_shard(self._stage, mesh=mesh)
+            policy = self._policy(unit, reduction)
+            fully_shard(unit, mesh=mesh, reshard_after_forward=level == 3, mp_policy=policy)
+        fully_shard(self._stage, mesh=mesh, mp_policy=self._policy(self._stage, reduction))
         modules = [module for module in self._stage.modules() if isinstance(module, FSDPModule)]
         for module in modules:
             module.set_force_sum_reduction_for_comms(True)
@@ -132,19 +135,8 @@ class Shards:
                     locals_[spec.fqn] = values[spec.fqn]
         self.parameters: dict[str, nn.Parameter] = at_rest(specs, locals_, axes)
 
-        self._leaves = {
-            s.fqn: local_tensor(self.parameters[s.fqn]).detach().requires_grad_(s.requires_grad)
-            for s in specs
-            if s.fqn not in self._sharded
-        }
-        self._reducer = GradientReducer(
-            [
-                (fqn, leaf, axis)
-                for fqn, leaf in self._leaves.items()
-                if leaf.requires_grad and (axis := reduction_axis(self._specs[fqn], axes)) is not None
-            ],
-            bucket_bytes,
-        )
+        whole = [spec for spec in specs if spec.fqn not in self._sharded]
+        self._leaves = Leaves(whole, self.parameters, axes, bucket_bytes, reduction)
         self._blocks = {index: tuple(fqns) for index, fqns in blocks.items()}
         self._calls: dict[int, Callable[..., Any]] = {}
 
@@ -157,6 +149,13 @@ class Shards:
         }
         return tensors, {fqn: self._specs[fqn].requires_grad for fqn in fqns}
 
+    def _policy(self, unit: _Unit, reduction: torch.dtype) -> MixedPrecisionPolicy:
+        """What fully_shard casts; a unit's parameters are alike in that."""
+        spec = self._specs[next(iter(unit.keys))] if unit.keys else None
+        if spec is None or not spec.is_cast:
+            return MixedPrecisionPolicy(cast_forward_inputs=False)
+        return MixedPrecisionPolicy(spec.compute_dtype, reduction, cast_forward_inputs=False)
+
     def bind(self, index: int, function: BlockFunction) -> None:
         # fully_shard swaps its modules' parameters for gathered ones, so they are looked up at each call.
         sources: list[tuple[Mapping[str, Tensor], str]] = []
@@ -165,7 +164,7 @@ class Shards:
                 unit, key = self._sharded[fqn]
                 sources.append((unit._parameters, key))
             else:
-                sources.append((self._leaves, fqn))
+                sources.append((self._leaves.tensors, fqn))
 
         def compute(context: _Context, *activations: Any) -> Any:
             return function(tuple([tensors[key] for tensors, key in sources]), context.value, *activations)
@@ -189,20 +188,18 @@ class Shards:
         return self._stage(function, *activations)
 
     def buffers(self) -> list[Tensor]:
-        return self._reducer.buffers()
+        return self._leaves.buffers()
 
     def begin_step(self) -> None:
         self._begin("step")
         self._set_last(False)
-        self._reducer.begin_step()
-        for leaf in self._leaves.values():
-            leaf.grad = None
+        self._leaves.begin_step()
         for parameter in self._slices.values():
             parameter.grad = None
 
     def begin_last_backward(self) -> None:
         self._set_last(True)
-        self._reducer.begin_last_backward()
+        self._leaves.begin_last_backward()
 
     def _set_last(self, last: bool) -> None:
         """Whether the backwards that follow are the last one."""
@@ -214,6 +211,7 @@ class Shards:
 
     def begin_evaluation(self) -> None:
         self._begin("evaluation")
+        self._leaves.refresh()
 
     def end_evaluation(self) -> None:
         # No backward frees what was gathered, and the next optimizer step would leave it out of date.
@@ -229,11 +227,7 @@ class Shards:
 
     def finish(self) -> dict[str, Tensor]:
         self._open = ""
-        gradients = self._reducer.finish()
-        for fqn, leaf in self._leaves.items():
-            if leaf.grad is not None:
-                gradients[fqn] = leaf.grad
-                leaf.grad = None
+        gradients = self._leaves.finish()
         summands: dict[tuple[int, ...], list[Tensor]] = {}
         for fqn, parameter in self._slices.items():
             if parameter.grad is None:
@@ -261,8 +255,9 @@ def _sum_in_place(tensors: Sequence[Tensor], axis: Axis) -> None:
         torch._foreach_copy_(group, [run.view(tensor.shape) for run, tensor in zip(runs, group, strict=True)])
 
 
-def _by_dtype(fqns: Sequence[str], specs: Mapping[str, ParameterSpec]) -> list[list[str]]:
-    groups: dict[torch.dtype, list[str]] = {}
+def _alike(fqns: Sequence[str], specs: Mapping[str, ParameterSpec]) -> list[list[str]]:
+    """In groups of equal dtypes, at rest and in use."""
+    groups: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
     for fqn in dict.fromkeys(fqns):
-        groups.setdefault(specs[fqn].dtype, []).append(fqn)
+        groups.setdefault((specs[fqn].dtype, specs[fqn].compute_dtype), []).append(fqn)
     return list(groups.values())

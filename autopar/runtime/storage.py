@@ -4,9 +4,9 @@ At rest a parameter is a `DTensor` (global shape, original name, this rank's sha
 a plain tensor where it does not; one stage never mixes the two. The mesh of these DTensors has the tensor axis *before*
 the data axis, because the tensor axis cuts first: (placement, Shard(0)) read left to right is exactly what lies here.
 
-The computation never sees them. It runs on plain local tensors that share their memory, and gradients of a step are
-collected apart from the `.grad` of the parameters at rest until `deliver` adds them there. Two implementations:
-`Replicas` (ZeRO 0) and `Shards` (ZeRO 1 to 3, on `fully_shard`).
+The computation never sees them. It runs on plain local tensors that share their memory (or are copies of them in the
+dtype that blocks compute in), and gradients of a step are collected apart from the `.grad` of the parameters at rest
+until `deliver` adds them there. Two implementations: `Replicas` (ZeRO 0) and `Shards` (ZeRO 1 to 3, on `fully_shard`).
 """
 
 from __future__ import annotations
@@ -68,12 +68,24 @@ class StageAxes:
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """One parameter of the stage: original name, dtype, and where it lies on every rank of every stage."""
+    """One parameter of the stage: original name, dtype, and where it lies on every rank of every stage.
+
+    dtype: at rest. compute: what blocks see it in, where that is another.
+    """
 
     fqn: str
     dtype: torch.dtype
     ownership: Ownership
     requires_grad: bool = True
+    compute: torch.dtype | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.compute or self.dtype
+
+    @property
+    def is_cast(self) -> bool:
+        return self.compute_dtype != self.dtype
 
 
 class Storage(Protocol):

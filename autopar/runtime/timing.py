@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from .axis import synchronize
+from .buckets import BUCKET_BYTES
 from .build import Runtime
 from .recorder import CollectiveSample
-from .replicas import BUCKET_BYTES
 from .stage import handovers
 
 _REPEATS = 5
@@ -91,5 +91,5 @@ def _local_bytes(runtime: Runtime, tensor: str) -> int:
     for spec in runtime.specs:
         if spec.fqn == fqn:
             shape = spec.ownership.tensor_shape(runtime.groups.rank)
-            return torch.Size(shape).numel() * spec.dtype.itemsize
+            return torch.Size(shape).numel() * spec.compute_dtype.itemsize
     raise AssertionError(fqn)
