@@ -128,6 +128,7 @@ def parallelize(
     timeout_s: float = TIMEOUT_S,
     precision: Precision | None = None,
     reduce_dtype: Precision = "float32",
+    offload: bool = False,
     **constraints: Any,
 ) -> Model:
     """Make `module` train on the whole world, by the plan expected to be fastest among those that fit in memory.
@@ -143,7 +144,8 @@ def parallelize(
     precision: "bfloat16" or "float16": compute in it from float32 parameters at rest, cast at use; what the module itself
         computes in float32 stays so. By default what the plan says, else "float32": every dtype as the module has it.
         With "float16", torch.amp.GradScaler works as ever.
-    reduce_dtype: what gradients of parameters that are cast so are summed in; a given plan says it itself.
+    reduce_dtype: what gradients of parameters that are cast so are summed in. offload: parameters at rest, gradients and
+        the optimizer's state stay in host memory, and the optimizer runs there. A given plan says these two itself.
     constraints: data=, tensor=, pipeline=, microbatches=, schedule=, zero=, recompute=, memory_limit_bytes= pin a choice
         of the search each.
     Under torchrun all ranks must call it alike; without a launcher the world is this process. ValueError for what cannot
@@ -162,7 +164,9 @@ def parallelize(
             f"the cluster has {cluster.world_size} devices but {dist.get_world_size()} processes run; "
             "start one process per device, or pass cluster=None to probe what is there"
         )
-    chosen = given or from_rank_zero(lambda: replace(search(graph, cluster, **constraints), reduction=reduce_dtype))
+    chosen = given or from_rank_zero(
+        lambda: replace(search(graph, cluster, **constraints), reduction=reduce_dtype, offload=offload)
+    )
     chosen.validate(graph, cluster)
     seed = from_rank_zero(torch.initial_seed)
     return Model(

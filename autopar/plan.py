@@ -120,6 +120,8 @@ class Plan:
     stages: in the order of the blocks. The same ranks may run several of them, if the schedule has it so (interleaved,
     V-shaped). precision: what blocks compute in; parameters at rest and gradients stay as the module has them.
     reduction: what gradients are summed in, over microbatches and data ranks, where blocks compute in less than float32.
+    offload: parameters at rest, their `.grad` and the optimizer's state lie in host memory, and the optimizer runs there;
+        blocks compute with copies on the device (Ren et al. 2021, ZeRO-Offload).
     """
 
     model: str
@@ -134,6 +136,7 @@ class Plan:
     candidates: tuple[Candidate, ...] = ()
     precision: Precision = "float32"
     reduction: Precision = "float32"
+    offload: bool = False
     schema: int = SCHEMA
 
     @property

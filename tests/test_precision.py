@@ -96,7 +96,9 @@ PLANS = [
 def test_bfloat16_equals_one_process_with_the_same_casts(pool, name: str) -> None:
     for found in pool.run(compare, name, "bfloat16", PLANS, world_size=4, timeout_s=240):
         for plan, (loss, gradient) in zip(PLANS, found, strict=True):
-            assert loss < 5e-3 and gradient < 3e-2, (plan, loss, gradient)
+            # A loss that the module leaves in bfloat16 has 8 bits, in each microbatch's share too.
+            most = 5e-3 if name == "build_llama" else 1.5e-2
+            assert loss < most and gradient < 3e-2, (plan, loss, gradient)
 
 
 def test_one_rank_computes_the_very_same(pool) -> None:

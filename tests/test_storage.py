@@ -27,7 +27,9 @@ def build(case, axes, zero, **options):
     return storage
 
 
-def train(seed: int, data: int, tensor: int, levels: tuple[int, ...], zero_group: int = 0) -> None:
+def train(
+    seed: int, data: int, tensor: int, levels: tuple[int, ...], zero_group: int = 0, offload: bool = False
+) -> None:
     """Six AdamW steps: some with gradient accumulation, some with two losses in one backward, evaluation between."""
     ranks = tuple(range(data * tensor))
     axes = make_axes(data, tensor, zero_group=zero_group)
@@ -35,7 +37,7 @@ def train(seed: int, data: int, tensor: int, levels: tuple[int, ...], zero_group
         for mixed in (False, True):
             dtypes = (torch.float64, torch.float32) if mixed else (torch.float64,)
             case = make_case(seed + mixed, ranks, data, tensor, (zero_group or data) if zero else 1, dtypes)
-            storage = build(case, axes, zero, bucket_bytes=2000)
+            storage = build(case, axes, zero, bucket_bytes=2000, offload=offload)
             compare_training(case, axes, storage, f"{seed=} {data=} {tensor=} {zero=} {zero_group=} {mixed=}")
 
 
@@ -107,6 +109,10 @@ def test_training_equals_one_process(pool, data, tensor):
     """Every gradient, every parameter after each of six steps, and every clipped norm, at every level."""
     levels = (0, 1, 2, 3) if data > 1 else (0,)
     pool.run(train, 10 * data + tensor, data, tensor, levels, world_size=data * tensor)
+
+
+def test_offloaded_training_equals_one_process(pool):
+    pool.run(train, 9, 2, 2, (0, 2, 3), 0, True, world_size=4)
 
 
 def test_hybrid_training_equals_one_process(pool):

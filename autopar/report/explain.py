@@ -80,6 +80,8 @@ def _degrees(plan: Plan, graph: Graph | None) -> str:
     for level, group in sorted({(s.zero, s.zero_group % s.data) for s in plan.stages if s.data > 1}):
         over = f"groups of {group} data ranks, each of which holds a copy" if group else "the data ranks"
         lines.append(f"- ZeRO {level}: {_ZERO[level].format(over=over)}")
+    if plan.offload:
+        lines.append("- offload: parameters, gradients and optimizer state lie in host memory between their uses")
     if any("full" in stage.recompute for stage in plan.stages):
         lines.append(
             "- recompute: a stage marked full keeps only block inputs and computes each block again in the backward"

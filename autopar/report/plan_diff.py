@@ -9,18 +9,9 @@ _STAGE_FIELDS = ("data", "tensor", "axes", "zero", "zero_group", "shares", "reco
 
 
 _WHOLE = (
-    *(
-        "schema",
-        "model",
-        "fingerprint",
-        "world_size",
-        "batch_size",
-        "microbatches",
-        "schedule",
-        "precision",
-        "reduction",
-    ),
-)
+    "schema", "model", "fingerprint", "world_size", "batch_size", "microbatches", "schedule", "precision", "reduction",
+    "offload",
+)  # fmt: skip
 
 
 def diff_plans(before: Plan, after: Plan) -> str:

@@ -112,9 +112,9 @@ def build_runtime(
     blocks = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled.blocks)}
     reduction = torch_dtype(plan.reduction)
     storage: Storage = (
-        Shards(specs, blocks, values(specs), axes, reduction=reduction, level=stage.zero)
+        Shards(specs, blocks, values(specs), axes, reduction=reduction, offload=plan.offload, level=stage.zero)
         if stage.zero
-        else Replicas(specs, blocks, values(specs), axes, reduction=reduction)
+        else Replicas(specs, blocks, values(specs), axes, reduction=reduction, offload=plan.offload)
     )
     for i in blocks:
         storage.bind(i, block_function)

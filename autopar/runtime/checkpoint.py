@@ -176,7 +176,7 @@ def load(path: str | Path, model: Model, optimizer: torch.optim.Optimizer | None
         for fqn, buffer in model.named_buffers():
             buffer.copy_(values[f"buffer/{fqn}"])
         if optimizer is not None:
-            checkpoint_optimizer.install(optimizer, parameters, described, values, model.device)
+            checkpoint_optimizer.install(optimizer, parameters, described, values)
     model.seeds.seed, model.seeds.step = index["seed"], index["seed_step"]
     return CheckpointInfo(index["step"], index["extra"])
 

@@ -34,13 +34,15 @@ class LossScale:
     @torch.no_grad()
     def unscale(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Divide by the scale, in place; 1.0 where some element of this rank is not finite, else 0.0."""
-        found = torch.zeros((), device=self.value.device)
-        groups: dict[torch.dtype, list[Tensor]] = {}
+        total = torch.zeros((), device=self.value.device)
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for gradient in gradients.values():
-            groups.setdefault(gradient.dtype, []).append(gradient)
-        for group in groups.values():
-            torch._amp_foreach_non_finite_check_and_unscale_(group, found, self.value.reciprocal())
-        return found
+            groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+        for (device, _), group in groups.items():
+            found = torch.zeros((), device=device)
+            torch._amp_foreach_non_finite_check_and_unscale_(group, found, self.value.reciprocal().to(device))
+            total += found.to(total.device)
+        return total
 
     def after(self, factor: Tensor, found: Tensor) -> Tensor:
         """What to multiply this step's gradients by; `factor`: what the loss was multiplied with.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .buckets import BUCKET_BYTES
-from .leaves import Leaves
+from .leaves import Leaves, to_host
 from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest
 
 
@@ -19,7 +19,7 @@ class Replicas:
 
     specs: the stage's parameters in order of first use. blocks: per block index, the names of its parameters.
     values: local tensors at rest, taken over. reduction: dtype in which gradients are summed where blocks compute in a
-        narrower one than lies at rest.
+        narrower one than lies at rest. offload: parameters and their gradients at rest lie in host memory.
     """
 
     def __init__(
@@ -30,9 +30,10 @@ class Replicas:
         axes: StageAxes,
         bucket_bytes: int = BUCKET_BYTES,
         reduction: torch.dtype = torch.float32,
+        offload: bool = False,
     ):
-        self.parameters: dict[str, nn.Parameter] = at_rest(specs, values, axes)
-        self._leaves = Leaves(specs, self.parameters, axes, bucket_bytes, reduction)
+        self.parameters: dict[str, nn.Parameter] = at_rest(specs, to_host(values) if offload else values, axes)
+        self._leaves = Leaves(specs, self.parameters, axes, bucket_bytes, reduction, offload)
         self._of_block = {index: tuple(self._leaves.tensors[fqn] for fqn in fqns) for index, fqns in blocks.items()}
         self._calls: dict[int, Callable[..., Any]] = {}
 

@@ -29,11 +29,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from .axis import Axis
 from .buckets import BUCKET_BYTES
-from .leaves import Leaves
+from .leaves import Leaves, to_host
 from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, data_mesh
 from .torch_private import forget_step, local_tensor
 
@@ -85,6 +85,7 @@ class Shards:
         axes: StageAxes,
         bucket_bytes: int = BUCKET_BYTES,
         reduction: torch.dtype = torch.float32,
+        offload: bool = False,
         level: int = 3,
     ):
         assert axes.data.size > 1 and level in (1, 2, 3)
@@ -110,15 +111,17 @@ class Shards:
         # As children of one root the blocks share its streams, and each prefetches the next one's parameters.
         self._stage.units = nn.ModuleList(units)
         mesh = data_mesh(axes)
+        pin = axes.device.type != "cpu"
+        options = {"mesh": mesh, "offload_policy": CPUOffloadPolicy(pin) if offload else OffloadPolicy()}
         for unit in units:
             policy = self._policy(unit, reduction)
-            fully_shard(unit, mesh=mesh, reshard_after_forward=level == 3, mp_policy=policy)
-        fully_shard(self._stage, mesh=mesh, mp_policy=self._policy(self._stage, reduction))
+            fully_shard(unit, reshard_after_forward=level == 3, mp_policy=policy, **options)
+        fully_shard(self._stage, mp_policy=self._policy(self._stage, reduction), **options)
         modules = [module for module in self._stage.modules() if isinstance(module, FSDPModule)]
         for module in modules:
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-        self._stage.to_empty(device=axes.device)
+        self._stage.to_empty(device="cpu" if offload else axes.device)
 
         self._units = units
         self._sharded = {fqn: (unit, key) for unit in (self._stage, *units) for fqn, key in unit.keys.items()}
@@ -132,11 +135,11 @@ class Shards:
                     locals_[spec.fqn] = local_tensor(self._slices[spec.fqn])
                     locals_[spec.fqn].copy_(values[spec.fqn])
                 else:
-                    locals_[spec.fqn] = values[spec.fqn]
+                    locals_[spec.fqn] = to_host({"": values[spec.fqn]})[""] if offload else values[spec.fqn]
         self.parameters: dict[str, nn.Parameter] = at_rest(specs, locals_, axes)
 
         whole = [spec for spec in specs if spec.fqn not in self._sharded]
-        self._leaves = Leaves(whole, self.parameters, axes, bucket_bytes, reduction)
+        self._leaves = Leaves(whole, self.parameters, axes, bucket_bytes, reduction, offload)
         self._blocks = {index: tuple(fqns) for index, fqns in blocks.items()}
         self._calls: dict[int, Callable[..., Any]] = {}
 
@@ -238,18 +241,18 @@ class Shards:
             if numbers:
                 summands.setdefault(numbers, []).append(gradients[fqn])
         for numbers, tensors in summands.items():
-            _sum_in_place(tensors, self._axes.along(numbers, False))
+            _sum_in_place(tensors, self._axes.along(numbers, False), self._axes.device)
         return gradients
 
 
 @torch.no_grad()
-def _sum_in_place(tensors: Sequence[Tensor], axis: Axis) -> None:
+def _sum_in_place(tensors: Sequence[Tensor], axis: Axis, device: torch.device) -> None:
     """Sum each tensor over the axis, all of a dtype in one collective: what is left of a shared parameter is small."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for group in by_dtype.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        flat = torch.cat([tensor.reshape(-1) for tensor in group]).to(device)
         dist.all_reduce(flat, group=axis.group)
         runs = flat.split([tensor.numel() for tensor in group])
         torch._foreach_copy_(group, [run.view(tensor.shape) for run, tensor in zip(runs, group, strict=True)])

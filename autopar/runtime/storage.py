@@ -211,7 +211,7 @@ def deliver(
         scale = scale.item()
     if gradients and (isinstance(scale, Tensor) or scale != 1.0):
         for group in _by_dtype(gradients.values()):
-            torch._foreach_mul_(group, scale.to(group[0].dtype) if isinstance(scale, Tensor) else scale)
+            torch._foreach_mul_(group, scale.to(group[0]) if isinstance(scale, Tensor) else scale)
     have: list[Tensor] = []
     add: list[Tensor] = []
     for fqn, gradient in gradients.items():
