@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from published_rows import Case, Row, Unsupported, read_rows, rebuild
+from published_rows import Case, Row, read_rows, rebuild
 from scipy.optimize import least_squares
 from scipy.stats import kendalltau
 from tqdm import tqdm
@@ -103,7 +103,7 @@ def samples(folder: Path, source: str, most: int) -> list[Sample]:
     for row in tqdm(chosen, unit="row", desc="rebuild"):
         try:
             case = rebuild(row)
-        except Unsupported:
+        except ValueError:
             continue
         kind = case.cluster.device.kind
         hardware = next((name for name in sorted(HARDWARE, key=len, reverse=True) if kind.startswith(name)), "")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from published_rows import Case, Row, Unsupported, read_rows, rebuild
+from published_rows import Case, Row, read_rows, rebuild
 from scipy.stats import kendalltau
 from tqdm import tqdm
 
@@ -80,7 +80,7 @@ def judge(row: Row) -> Judged:
     try:
         case = rebuild(row)
         step_s, peak, first = predict(case)
-    except Unsupported as error:
+    except ValueError as error:
         return Judged(row, reason=str(error))
     return Judged(row, step_s, peak, first, case.cluster.device.memory_bytes)
 
