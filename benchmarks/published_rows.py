@@ -89,6 +89,11 @@ class Row:
         return "oom" in self.text("notes").lower().split(";")[0] and self.step_time_s is None
 
     @property
+    def float8(self) -> bool:
+        """Whether linear layers compute in float8; some sources say so in their notes alone."""
+        return "fp8" in self.text("dtype").lower() or self.text("notes").lower().startswith("float8")
+
+    @property
     def software(self) -> str:
         source = self.text("source").lower()
         for words, name in _SOFTWARE:  # noqa: B007
@@ -208,7 +213,7 @@ def cluster_of(row: Row) -> Cluster:
         device_of(row.text("gpu")),
         hosts,
         min(per_host, num) if hosts == 1 else per_host,
-        software=row.software + (FLOAT8 if "fp8" in row.text("dtype").lower() else ""),
+        software=row.software + (FLOAT8 if row.float8 else ""),
         intra_bytes_per_s=bandwidths[0] and bandwidths[0] * 1e9,
         inter_bytes_per_s=bandwidths[1] and bandwidths[1] * 1e9,
     )
