@@ -82,6 +82,8 @@ def _offer(bench: Bench, found: DagPlan, shape: Shape) -> None:
     """The plan as found; and, because not every runtime mixes within a stage, with all of a stage recomputed or none."""
     parts, first = [], 0
     microbatches = shape.shards // max(stage.data for stage in found.stages)
+    if bench.problem.constraints.microbatches not in (None, microbatches):
+        return
     rows = bench.problem.graph.batch_size // microbatches
     for stage in found.stages:
         if rows < stage.data:
