@@ -67,7 +67,6 @@ def flexflow(
 def _search(bench: Bench, shape: Shape, draw: random.Random, steps: int) -> bool:
     """Search one shape, if its start fits in memory; whether it does."""
     model = OpTasks(bench.problem, shape)
-    simulation = Simulation(model.all_tasks())
     groups = [group for group in model.groups if len(model.options[group[0]]) > 1]
 
     def offer() -> bool:
@@ -90,6 +89,7 @@ def _search(bench: Bench, shape: Shape, draw: random.Random, steps: int) -> bool
 
     if not offer():
         return False
+    simulation = Simulation(model.all_tasks())
     if groups:
         steps = min(steps, max(1, MAX_SIMULATED // len(simulation.tasks)))
         anneal(simulation.finish_s, len(groups), change, draw, steps, lambda: bench.spent)
