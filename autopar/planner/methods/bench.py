@@ -24,6 +24,8 @@ from ..problem import Chain, Costs, Problem, Shape
 
 # Rows of the table of candidates that a method's plan carries.
 MAX_CANDIDATES = 8
+# Shapes that are tried when nothing fits that a method finds.
+MAX_FALL_BACKS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +202,17 @@ class Bench:
             for stage in plan.stages
         )
         return replace(plan, stages=stages)
+
+    def fall_back(self, shapes: Sequence[Shape]) -> None:
+        """Where nothing that was offered fits: even cuts of the shapes that leave least to a device, recomputing."""
+        if self.best is not None:
+            return
+        smallest = sorted(shapes, key=lambda s: (-s.pipeline * s.tensor, -s.microbatches))
+        for shape in smallest[: 1 if self.spent else MAX_FALL_BACKS]:
+            cuts = [self.num_blocks * (s + 1) // shape.pipeline for s in range(shape.pipeline)]
+            plan = self.equal_plan(shape, cuts)
+            if min(self.offer(plan), self.offer(self.relieved(plan))) < math.inf:
+                return
 
     # -- the judge
 

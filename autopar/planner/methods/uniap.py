@@ -66,10 +66,7 @@ def uniap(problem: Problem, progress: bool = True, limit_s: float | None = None)
                 break
             if key[0] > 1 and len(groups[key]) > 1:
                 _solve(bench, groups[key], left_s())
-        if bench.best is None:
-            for shape in bench.shapes():
-                cuts = [bench.num_blocks * (s + 1) // shape.pipeline for s in range(shape.pipeline)]
-                bench.offer(bench.relieved(bench.equal_plan(shape, cuts)))
+        bench.fall_back(bench.shapes())
         return bench.best_plan()
     return bench.best_plan()
 
