@@ -304,7 +304,6 @@ BAD = {
         lambda p: stage(halves(p, (0, 1, 0, 1), schedule="interleaved"), 2, data=4, axes=(), layouts=()),
         r"stages\[2\].data is 4, but plan.stages\[0\].data, on the same ranks, is 2",
     ),
-    "stage boundary": (lambda p: layout(p, 2, inputs=("S1",)), r"layouts\[2\].inputs \(block 2\)"),
 }
 
 
