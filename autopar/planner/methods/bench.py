@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -104,11 +105,13 @@ class Bench:
     def shapes(self, *wishes: Callable[[Shape], bool]) -> list[Shape]:
         """The shapes that the constraints allow; of these, wish by wish, those that meet it, if any do.
 
-        1F1B is wished for first of all: none of the methods chooses among synchronous schedules.
+        1F1B is wished for first of all: none of the methods chooses among synchronous schedules. In a fixed random
+        order, so that a search whose time is up has seen all kinds.
         """
         found = list(self.problem.shapes)
         for wish in (lambda shape: shape.schedule == "1f1b", *wishes):
             found = [shape for shape in found if wish(shape)] or found
+        random.Random(0).shuffle(found)
         return found
 
     def chains(self, shape: Shape) -> tuple[Chain, ...]:
