@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .capture.export import capture
 from .cluster.probe_world import join_world
 from .cluster.spec import Cluster
 from .cost.model import Corrections, CostModel
-from .graph import Graph
+from .graph import Graph, Precision, torch_dtype
 from .plan import Plan
 from .planner.search import search
 from .refine import Refinement, refine
@@ -101,7 +102,7 @@ class Model(ParallelModule):
         self.share_buffers()
         old, rank = self.runtime, dist.get_rank()
         before, after = (ownerships(self.graph, p) for p in (old.plan, plan))
-        dtypes = {t.fqn: t.dtype for t in self.graph.parameters}
+        dtypes = {t.fqn: t.at_rest for t in self.graph.parameters}
         held = {fqn: local_tensor(p.detach()) for fqn, p in old.storage.parameters.items()}
 
         def values(specs: Sequence[ParameterSpec]) -> Mapping[str, Tensor]:
@@ -126,6 +127,9 @@ def parallelize(
     *,
     initialise: Initialise | None = None,
     timeout_s: float = TIMEOUT_S,
+    precision: Precision | None = None,
+    reduce_dtype: Precision = "float32",
+    offload: bool = False,
     **constraints: Any,
 ) -> Model:
     """Make `module` train on the whole world, by the plan expected to be fastest among those that fit in memory.
@@ -138,13 +142,22 @@ def parallelize(
     initialise: for modules on the meta device, how to fill a submodule; see runtime/initialise.py.
     timeout_s: how long one instruction of a step may take before the run is ended on all ranks, with the rank that hangs or
         has died named.
+    precision: "bfloat16" or "float16": compute in it from float32 parameters at rest, cast at use; what the module itself
+        computes in float32 stays so. By default what the plan says, else "float32": every dtype as the module has it.
+        With "float16", torch.amp.GradScaler works as ever.
+    reduce_dtype: what gradients of parameters that are cast so are summed in. offload: parameters at rest, gradients and
+        the optimizer's state stay in host memory, and the optimizer runs there. A given plan says these two itself.
     constraints: data=, tensor=, pipeline=, microbatches=, schedule=, zero=, recompute=, memory_limit_bytes= pin a choice
         of the search each.
     Under torchrun all ranks must call it alike; without a launcher the world is this process. ValueError for what cannot
     be done, the same on every rank.
     """
     device = join_world()
-    graph = capture(module, example, loss)
+    if plan is not None and constraints:
+        raise ValueError(f"plan= is a whole plan, so it excludes {sorted(constraints)}; give one or the other")
+    torch_dtype(reduce_dtype)
+    given = from_rank_zero(lambda: plan if plan is None or isinstance(plan, Plan) else Plan.load(plan))
+    graph = capture(module, example, loss, precision=precision or (given.precision if given else "float32"))
     if cluster is None:
         cluster = Cluster.probe()
     if cluster.world_size != dist.get_world_size():
@@ -152,15 +165,9 @@ def parallelize(
             f"the cluster has {cluster.world_size} devices but {dist.get_world_size()} processes run; "
             "start one process per device, or pass cluster=None to probe what is there"
         )
-    if plan is not None and constraints:
-        raise ValueError(f"plan= is a whole plan, so it excludes {sorted(constraints)}; give one or the other")
-
-    def decide() -> Plan:
-        if plan is None:
-            return search(graph, cluster, **constraints)
-        return plan if isinstance(plan, Plan) else Plan.load(plan)
-
-    chosen = from_rank_zero(decide)
+    chosen = given or from_rank_zero(
+        lambda: replace(search(graph, cluster, **constraints), reduction=reduce_dtype, offload=offload)
+    )
     chosen.validate(graph, cluster)
     graph = chosen.graph_of(graph)
     seed = from_rank_zero(torch.initial_seed)

@@ -10,6 +10,9 @@ from torch import Tensor
 from ..sharding.placement import Action, Placement, Split, conversion
 from .axis import Axis
 
+COLLECTIVES = frozenset({"all_reduce", "all_gather", "reduce_scatter", "all_to_all"})
+"""The actions that communicate."""
+
 
 def convert(
     tensor: Tensor,
