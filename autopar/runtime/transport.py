@@ -7,7 +7,7 @@ the stage computes. What a rank of both stages has for itself is handed over wit
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,8 @@ Receive = ReceiveActivation | ReceiveGradient
 Send = SendActivation | SendGradient
 Way = tuple[int, int]
 """(sending stage, receiving stage): activations go to the next stage, gradients to the one before."""
+_Operation = tuple[Callable[..., dist.Work | None], Tensor, int, dist.ProcessGroup]
+"""dist.isend or dist.irecv, buffer, peer, group."""
 
 
 @dataclass(eq=False)
@@ -77,12 +79,12 @@ class Transport:
                 self._own[way, action.microbatch] = tensors
                 continue
             buffer = _pack(message, tensors, self.device)
-            operations.append(dist.P2POp(dist.isend, buffer, message.peer, self.groups.boundaries[way]))
+            operations.append((dist.isend, buffer, message.peer, self.groups.boundaries[way]))
             kept.append(buffer)
         while self._sends and all(work.is_completed() for work in self._sends[0][0]):
             self._sends.popleft()
         if operations:
-            self._sends.append((_started(operations), kept))
+            self._sends.append((_started(operations, self.device), kept))
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def receive(self, action: Receive) -> list[Tensor]:
@@ -138,13 +140,19 @@ class Transport:
                 packed.append((message, buffer))
             else:
                 buffer = message.pieces[0].of(outputs)
-            operations.append(dist.P2POp(dist.irecv, buffer, message.peer, self.groups.boundaries[way]))
-        self._posted[action] = _Arriving(outputs, packed, _started(operations))
+            operations.append((dist.irecv, buffer, message.peer, self.groups.boundaries[way]))
+        self._posted[action] = _Arriving(outputs, packed, _started(operations, self.device))
 
 
-def _started(operations: list[dist.P2POp]) -> list[dist.Work]:
-    """On NCCL the operations of one call make one transfer on the group's communicator; per peer they keep their order."""
-    return [work for work in dist.batch_isend_irecv(operations) if work is not None] if operations else []
+def _started(operations: list[_Operation], device: torch.device) -> list[dist.Work]:
+    """On NCCL one transfer on the group's own communicator, where sends and receives of a pair keep their order; called
+    one by one they would make a communicator for every pair, at the first message and waiting for the peer."""
+    if not operations:
+        return []
+    if device.type == "cuda":
+        return dist.batch_isend_irecv([dist.P2POp(*operation) for operation in operations])
+    works = [function(buffer, peer, group=group) for function, buffer, peer, group in operations]
+    return [work for work in works if work is not None]
 
 
 def _pack(message: Message, tensors: Sequence[Tensor], device: torch.device) -> Tensor:
