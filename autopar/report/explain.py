@@ -17,6 +17,11 @@ from .words import gib, plan_in_words, ranges, recompute_in_words, seconds, shar
 _SCHEDULES = {
     "1f1b": "each stage alternates one forward and one backward (1F1B), so that few microbatches are in flight",
     "gpipe": "all forwards of the step run before its backwards (GPipe)",
+    "interleaved": "each set of ranks runs several of them and alternates one forward and one backward (interleaved 1F1B), "
+    "which shortens the wait at both ends of a step",
+    "zb-h1": "gradients of inputs go before gradients of weights, which fill the waits (zero bubble, ZB-H1)",
+    "zb-v": "each set of ranks runs one on the way up and one on the way down, and gradients of weights fill the waits "
+    "(zero bubble, ZB-V)",
 }
 # By op, what splitting its weight along dim 0 or 1 is called.
 _WEIGHT_SPLITS = {
@@ -27,7 +32,10 @@ _WEIGHT_SPLITS = {
 
 def explain_plan(plan: Plan, graph: Graph | None = None) -> str:
     """Some tens of lines of plain text; with the graph, also what the layouts amount to and do to each op."""
+    graph = plan.graph_of(graph) if graph is not None else None
     parts = [_degrees(plan, graph), _stages(plan)]
+    if plan.rewrites:
+        parts.append("Rewritten first: " + ", ".join(plan.rewrites) + ".")
     if plan.layouts:
         parts.append(_layouts(plan, graph))
     if plan.prediction:
@@ -56,7 +64,7 @@ def _degrees(plan: Plan, graph: Graph | None) -> str:
     ]
     if plan.pipeline > 1:
         lines.append(
-            f"- pipeline {plan.pipeline}: the blocks are cut into {plan.pipeline} stages; {_SCHEDULES[plan.schedule]}"
+            f"- pipeline {plan.pipeline}: the blocks are cut into {len(plan.stages)} stages; {_SCHEDULES[plan.schedule]}"
         )
     alike: dict[tuple, list[int]] = {}
     for s, stage in enumerate(plan.stages):

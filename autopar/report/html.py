@@ -45,6 +45,7 @@ def save_report(path: str | Path, graph: Graph, plan: Plan, cluster: Cluster, li
 
 def report_page(graph: Graph, plan: Plan, cluster: Cluster, line: Timeline) -> str:
     """The page of `plan` for `graph` on `cluster`; line: its predicted step, at least one rank of each stage."""
+    graph = plan.graph_of(graph)
     stage_of = {rank: index for index, stage in enumerate(plan.stages) for rank in stage.ranks}
     labels = {
         rank: f"stage {stage_of[rank]}, rank{'s' if len(plan.stages[stage_of[rank]].ranks) > 1 else ''} "
