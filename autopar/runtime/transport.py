@@ -1,7 +1,7 @@
 """Activations and gradients between neighbouring stages, point to point, along planned routes.
 
 Sends are started and left behind; a receive is posted one instruction ahead of its use, so that the bytes travel while
-the stage computes. What a rank of both stages has for itself is handed over without a message.
+the stage computes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ class Transport:
     _sends: deque[tuple[list[dist.Work], list[Tensor]]] = field(default_factory=deque)
     _posted: dict[Receive, _Arriving] = field(default_factory=dict)
     _ahead: dict[type, Iterator[Receive]] = field(default_factory=dict)
-    _own: dict[tuple[Way, int], list[Tensor]] = field(default_factory=dict)
 
     def connect(self) -> None:
         """Have the backend set up the boundaries' connections; all ranks of the plan call it, before anything else.
@@ -64,7 +63,7 @@ class Transport:
 
     def begin(self, actions: Sequence[Instruction]) -> None:
         """Start a program: post the first receive of each direction."""
-        assert not self._posted and not self._sends and not self._own
+        assert not self._posted and not self._sends
         for kind in (ReceiveActivation, ReceiveGradient):
             self._ahead[kind] = iter([a for a in actions if isinstance(a, kind)])
             self._post_next(kind)
@@ -75,9 +74,6 @@ class Transport:
         tensors = [tensor.detach().contiguous() for tensor in tensors]
         operations, kept = [], []
         for message in self.routes[way].sends:
-            if message.peer == self.groups.rank:
-                self._own[way, action.microbatch] = tensors
-                continue
             buffer = _pack(message, tensors, self.device)
             operations.append((dist.isend, buffer, message.peer, self.groups.boundaries[way]))
             kept.append(buffer)
@@ -96,14 +92,11 @@ class Transport:
             work.wait()
         for message, buffer in arriving.packed:
             for piece in message.pieces:
-                _put(piece.of(arriving.outputs), _seen(buffer, piece, arriving.outputs), piece.tensor in route.sums)
-        own = self._own.pop((way, action.microbatch), None)
-        if own is not None:
-            pairs = zip(
-                _of_rank(route.sends, self.groups.rank), _of_rank(route.receives, self.groups.rank), strict=True
-            )
-            for there, here in pairs:
-                _put(here.of(arriving.outputs), there.of(own), here.tensor in route.sums)
+                place, value = piece.of(arriving.outputs), _seen(buffer, piece, arriving.outputs)
+                if piece.tensor in route.sums:
+                    place.add_(value)
+                else:
+                    place.copy_(value)
         self._post_next(type(action))
         return arriving.outputs
 
@@ -113,13 +106,12 @@ class Transport:
             for work in works:
                 work.wait()
         self._sends.clear()
-        assert not self._posted and not self._own
+        assert not self._posted
 
     def abandon(self) -> None:
         """Forget what is under way after a failure."""
         self._sends.clear()
         self._posted.clear()
-        self._own.clear()
 
     def _post_next(self, kind: type) -> None:
         action = next(self._ahead[kind], None)
@@ -133,8 +125,6 @@ class Transport:
         ]
         operations, packed = [], []
         for message in route.receives:
-            if message.peer == self.groups.rank:
-                continue
             if message.num_bytes:
                 buffer = torch.empty(message.num_bytes, dtype=torch.uint8, device=self.device)
                 packed.append((message, buffer))
@@ -169,14 +159,3 @@ def _seen(buffer: Tensor, piece: Piece, tensors: Sequence[Tensor]) -> Tensor:
     dtype = tensors[piece.tensor].dtype
     stop = piece.start_byte + torch.Size(piece.size).numel() * dtype.itemsize
     return buffer[piece.start_byte : stop].view(dtype).view(piece.size)
-
-
-def _put(place: Tensor, value: Tensor, adds: bool) -> None:
-    if adds:
-        place.add_(value)
-    else:
-        place.copy_(value)
-
-
-def _of_rank(messages: Sequence[Message], rank: int) -> list[Piece]:
-    return [piece for message in messages if message.peer == rank for piece in message.pieces]
