@@ -274,7 +274,7 @@ def _index_rows(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
     return LocalCall(function, call.op.args, call.op.kwargs, axes)
 
 
-def _batch_norm(local: Local, axes: tuple[Axes, ...], _: list[int]) -> LocalCall:
+def _batch_norm(local: Local, axes: tuple[Axes, ...], _: _Cuts) -> LocalCall:
     function = algorithms.BatchNorm(tuple(axis == BATCH for axis in axes))
     return LocalCall(function, local.call.op.args, local.call.op.kwargs, axes)
 
