@@ -17,6 +17,7 @@ from ..schedule.build import program_for
 from ..schedule.instructions import Instruction
 from ..sharding.axes import Places
 from ..sharding.placement import REPLICATED
+from .compiled import Backend, compile_blocks
 from .executor import Executor, block_function
 from .groups import Groups, build_groups
 from .ownership import Holder, Ownership
@@ -92,16 +93,20 @@ def build_runtime(
     state: Mapping[str, Tensor],
     device: torch.device,
     random: Callable[[str], AbstractContextManager[Any]],
+    compile_with: Backend | None = None,
 ) -> Runtime:
     """Build this rank's runtime; all ranks of the world must call it with the same plan.
 
     values(specs): this rank's local parts of these parameters, by original name. state: buffers and constants on
     `device`, by tensor name. random(key): a context in which random ops draw from the stream of that key.
+    compile_with: torch.compile's backend for the blocks; None: they run as they are.
     """
     rank = dist.get_rank()
     groups = build_groups(plan)
     stage = plan.stages[groups.stage]
     compiled = compile_stage(graph, plan, groups.stage, groups.data.rank, groups.model, device)
+    if compile_with is not None:
+        compiled = replace(compiled, blocks=compile_blocks(compiled.blocks, compile_with))
     by_stage = parameter_specs(graph, plan)
     specs = _with_reductions(graph, compiled, by_stage[groups.stage], rank)
     tied = {s.fqn: s for specs in by_stage.values() for s in specs if len(s.ownership.holders) > 1 and s.requires_grad}

@@ -50,12 +50,15 @@ class Chunk:
     length: int = 1
     kept: Kept | None = None
 
+    @torch.compiler.disable
     def keep_op(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs) if self.kept is None else self.kept.op(function, args, kwargs)
 
+    @torch.compiler.disable
     def keep_conversion(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args) if self.kept is None else self.kept.conversion(function, args)
 
+    @torch.compiler.disable
     def draw(self, key: str, split_by_batch: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.random(f"{key}/{self.rank}" if split_by_batch else key):
             return function(*args, **kwargs)
