@@ -122,6 +122,8 @@ class Plan:
     reduction: what gradients are summed in, over microbatches and data ranks, where blocks compute in less than float32.
     offload: parameters at rest, their `.grad` and the optimizer's state lie in host memory, and the optimizer runs there;
         blocks compute with copies on the device (Ren et al. 2021, ZeRO-Offload).
+    rewrites: what is done to the captured graph first (capture/rewrites.py); the fingerprint, the blocks and the layouts
+        are those of the graph after them.
     """
 
     model: str
@@ -137,6 +139,7 @@ class Plan:
     precision: Precision = "float32"
     reduction: Precision = "float32"
     offload: bool = False
+    rewrites: tuple[str, ...] = ()
     schema: int = SCHEMA
 
     @property
@@ -154,6 +157,12 @@ class Plan:
         if not stage.axes:
             return [()] * stage.num_blocks
         return [tuple(self.layouts[i] for i in indices) for indices in zip(*stage.layouts, strict=True)]
+
+    def graph_of(self, graph: Graph) -> Graph:
+        """The graph that the plan runs: the captured one after the plan's rewrites. A graph that is it already stays."""
+        from .capture.rewrites import rewritten
+
+        return graph if graph.fingerprint == self.fingerprint else rewritten(graph, self.rewrites)
 
     def to_json(self) -> str:
         """The plan as JSON text; `Plan.from_json` gives back an equal plan."""

@@ -33,7 +33,7 @@ def compiled_step(plan: dict[str, Any], layers: int) -> tuple[float, float, int,
     module.zero_grad()
     expected = call(module, example, loss)
     expected.backward()
-    kinds = {block.block.kind for block in model.runtime.compiled.blocks}
+    kinds = {block.block.kind for stage in model.runtime.compiled.values() for block in stage.blocks}
     return (
         abs(value.item() - expected.item()) / abs(expected.item()),
         errors(model, module),

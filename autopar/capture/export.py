@@ -19,6 +19,7 @@ from .normalise import normalise_losses
 from .observe import Observer, apply_survey
 from .simplify import simplify
 from .trace import Trace, trace
+from .whole import keeping_whole
 
 
 def capture(
@@ -40,8 +41,8 @@ def capture(
     call = describe_call(module, example, loss)
     # Fake parameters and known masks lie on the CPU, and so must what the module's forward makes.
     with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
-        traced = trace(module, call, loss, torch_dtype(precision))
-        draft = _draft(traced, call)
+        dtype = torch_dtype(precision)
+        traced, draft = keeping_whole(module, lambda whole: _traced(module, call, loss, whole, dtype))
     _check_trainable(draft, module)
     updated = draft.updated_buffers()
     side_ops = _side_ops(draft, updated)
@@ -62,6 +63,13 @@ def capture(
         opaque_modules=traced.opaque.modules,
         precision=precision,
     )
+
+
+def _traced(
+    module: torch.nn.Module, call: Call, loss: Loss | None, whole: frozenset[str], dtype: torch.dtype
+) -> tuple[Trace, Draft]:
+    traced = trace(module, call, loss, whole, dtype)
+    return traced, _draft(traced, call)
 
 
 def _draft(traced: Trace, call: Call) -> Draft:

@@ -9,8 +9,8 @@ _STAGE_FIELDS = ("data", "tensor", "axes", "zero", "zero_group", "shares", "reco
 
 
 _WHOLE = (
-    "schema", "model", "fingerprint", "world_size", "batch_size", "microbatches", "schedule", "precision", "reduction",
-    "offload",
+    "schema", "model", "fingerprint", "rewrites", "world_size", "batch_size", "microbatches", "schedule", "precision",
+    "reduction", "offload",
 )  # fmt: skip
 
 

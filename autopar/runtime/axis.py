@@ -7,7 +7,7 @@ The functions here move tensors and know nothing of autograd; runtime/collective
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -83,6 +83,24 @@ class Axis:
             parts=self.size,
         )
         return _join(received, dim, blocks)
+
+    def pass_on(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Start sending to the next rank what the one before sends here alike; the result waits for that.
+
+        Sends are waited for as well, so that what is passed on may be overwritten afterwards.
+        """
+        following, before = self.ranks[(self.rank + 1) % self.size], self.ranks[self.rank - 1]
+        received = [torch.empty_like(tensor) for tensor in tensors]
+        operations = [dist.P2POp(dist.isend, tensor, following, self.group) for tensor in tensors]
+        operations += [dist.P2POp(dist.irecv, tensor, before, self.group) for tensor in received]
+        works = dist.batch_isend_irecv(operations)
+
+        def wait() -> list[Tensor]:
+            for work in works:
+                work.wait()
+            return received
+
+        return wait
 
     def slice(self, tensor: Tensor, dim: int, blocks: int = 1) -> Tensor:
         """This rank's slice of a whole tensor; a view where blocks == 1."""

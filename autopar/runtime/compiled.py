@@ -19,15 +19,23 @@ Backend = str | Callable[..., Any]
 """What `torch.compile` takes: "inductor", "aot_eager", or a function."""
 
 
-def compile_blocks(blocks: Sequence[CompiledBlock], backend: Backend) -> tuple[CompiledBlock, ...]:
-    """The same blocks with compiled functions. Nothing is compiled before a function's first call."""
-    shared: dict[str, list[tuple[tuple[Any, ...], Callable[..., Any]]]] = {}
+Functions = dict[str, list[tuple[tuple[Any, ...], Callable[..., Any]]]]
+"""By generated code, for each set of constants in it, the compiled function."""
+
+
+def compile_blocks(
+    blocks: Sequence[CompiledBlock], backend: Backend, functions: Functions
+) -> tuple[CompiledBlock, ...]:
+    """The same blocks with compiled functions. Nothing is compiled before a function's first call.
+
+    functions: those of other stages of this rank, to which new ones are added.
+    """
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled function of what does the same as `function`."""
         # The first line has the name, which is the only difference between blocks of a kind.
         body = function.source.partition("\n")[2]
-        known = shared.setdefault(body, [])
+        known = functions.setdefault(body, [])
         constants = tuple(function.constants.values())
         for others, found in known:
             if others == constants:

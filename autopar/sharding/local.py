@@ -19,6 +19,7 @@ from . import algorithms
 from .analysis import analysis
 from .call import Call, schema
 from .placement import Placement, Split
+from .ring import ring_attention
 from .rows import Parts, parts_of
 from .rules_loss import MEAN
 from .rules_pointwise import CREATIONS
@@ -273,6 +274,11 @@ def _index_rows(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
     return LocalCall(function, call.op.args, call.op.kwargs, axes)
 
 
+def _batch_norm(local: Local, axes: tuple[Axes, ...], _: list[int]) -> LocalCall:
+    function = algorithms.BatchNorm(tuple(axis == BATCH for axis in axes))
+    return LocalCall(function, local.call.op.args, local.call.op.kwargs, axes)
+
+
 def _is_cut(local: Local, name: str) -> bool:
     rule = analysis(local.call.graph).rule(local.call.op)
     return any(
@@ -288,8 +294,10 @@ def _as_is(function: Callable[..., Any]) -> Callable[[Local, tuple[Axes, ...], _
 _SPECIALS: Mapping[str, Callable[[Local, tuple[Axes, ...], _Cuts], LocalCall]] = MappingProxyType(
     {
         "arange": _arange,
+        "batch_norm": _batch_norm,
         "index_rows": _index_rows,
         "inverse_order": _as_is(algorithms.inverse_order),
+        "ring_attention": _as_is(ring_attention),
         "sdpa_rows": _as_is(algorithms.causal_rows),
         "vocab_embedding": _as_is(algorithms.vocab_embedding),
         "vocab_cross_entropy": _as_is(algorithms.vocab_cross_entropy),
