@@ -41,7 +41,8 @@ def capture(
     call = describe_call(module, example, loss)
     # Fake parameters and known masks lie on the CPU, and so must what the module's forward makes.
     with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
-        traced, draft = keeping_whole(module, lambda whole: _traced(module, call, loss, torch_dtype(precision), whole))
+        dtype = torch_dtype(precision)
+        traced, draft = keeping_whole(module, lambda whole: _traced(module, call, loss, whole, dtype))
     _check_trainable(draft, module)
     updated = draft.updated_buffers()
     side_ops = _side_ops(draft, updated)
@@ -65,9 +66,9 @@ def capture(
 
 
 def _traced(
-    module: torch.nn.Module, call: Call, loss: Loss | None, dtype: torch.dtype, whole: frozenset[str]
+    module: torch.nn.Module, call: Call, loss: Loss | None, whole: frozenset[str], dtype: torch.dtype
 ) -> tuple[Trace, Draft]:
-    traced = trace(module, call, loss, dtype, whole)
+    traced = trace(module, call, loss, whole, dtype)
     return traced, _draft(traced, call)
 
 
