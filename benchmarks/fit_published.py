@@ -23,7 +23,7 @@ from scipy.optimize import least_squares
 from scipy.stats import kendalltau
 from tqdm import tqdm
 
-from autopar.cost.constants import HARDWARE, SOFTWARE, Constants, named_constants
+from autopar.cost.constants import HARDWARE, Constants, named_constants
 from autopar.cost.model import CostModel
 from autopar.schedule.step_time import step_time_s
 
