@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 from .graph import Op, Ref
 from .routed import routed_rows
@@ -82,7 +83,7 @@ def run_opaque(
     # Generated code passes sequences as lists, and functional_call takes anything but a tuple for a single argument.
     named = dict(zip(state_names, state, strict=True))
     out = torch.func.functional_call(modules[fqn], named, tuple(args), dict(kwargs))
-    return out if isinstance(out, torch.Tensor) else tuple(out.values() if isinstance(out, Mapping) else out)
+    return out if isinstance(out, torch.Tensor) else tuple(v for v in tree_leaves(out) if isinstance(v, torch.Tensor))
 
 
 OPS: Mapping[str, Callable[..., Any]] = MappingProxyType(

@@ -82,7 +82,7 @@ class Model(ParallelModule):
 
     def loader(self, dataset: Any, batch_size: int, shuffle: bool = False, **options: Any) -> RankLoader:
         """Batches of just this rank's rows, `batch_size` being global; see runtime/loader.py."""
-        return RankLoader(dataset, batch_size, self.runtime.compiled.rows, shuffle=shuffle, **options)
+        return RankLoader(dataset, batch_size, self.runtime.first.rows, shuffle=shuffle, **options)
 
     def refine(self, optimizer: torch.optim.Optimizer, remaining_steps: int | None = None) -> Refinement:
         """Hold the measured timeline against the predicted one, correct the cost model, search again, and move to the new
@@ -98,6 +98,7 @@ class Model(ParallelModule):
         All ranks must call it. `optimizer` keeps its identity, its options and its state.
         """
         start_s = time.perf_counter()
+        self.share_buffers()
         old, rank = self.runtime, dist.get_rank()
         before, after = (ownerships(self.graph, p) for p in (old.plan, plan))
         dtypes = {t.fqn: t.dtype for t in self.graph.parameters}
@@ -161,6 +162,7 @@ def parallelize(
 
     chosen = from_rank_zero(decide)
     chosen.validate(graph, cluster)
+    graph = chosen.graph_of(graph)
     seed = from_rank_zero(torch.initial_seed)
     return Model(
         graph,

@@ -118,6 +118,8 @@ class Plan:
 
     stages: in the order of the blocks. The same ranks may run several of them, if the schedule has it so (interleaved,
     V-shaped). precision: what blocks compute in; parameters at rest and gradients stay as the module has them.
+    rewrites: what is done to the captured graph first (capture/rewrites.py); the fingerprint, the blocks and the layouts
+    are those of the graph after them.
     """
 
     model: str
@@ -131,6 +133,7 @@ class Plan:
     prediction: Prediction | None = None
     candidates: tuple[Candidate, ...] = ()
     precision: Precision = "float32"
+    rewrites: tuple[str, ...] = ()
     schema: int = SCHEMA
 
     @property
@@ -148,6 +151,12 @@ class Plan:
         if not stage.axes:
             return [()] * stage.num_blocks
         return [tuple(self.layouts[i] for i in indices) for indices in zip(*stage.layouts, strict=True)]
+
+    def graph_of(self, graph: Graph) -> Graph:
+        """The graph that the plan runs: the captured one after the plan's rewrites. A graph that is it already stays."""
+        from .capture.rewrites import rewritten
+
+        return graph if graph.fingerprint == self.fingerprint else rewritten(graph, self.rewrites)
 
     def to_json(self) -> str:
         """The plan as JSON text; `Plan.from_json` gives back an equal plan."""

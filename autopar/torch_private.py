@@ -8,19 +8,25 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
 import torch._functorch.utils as _functorch_utils
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
 def fake_mode() -> FakeTensorMode:
     """A mode under which tensors have shapes and no storage; real constants may meet fake tensors in it."""
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+
+
+def known_value(tensor: torch.Tensor) -> torch.Tensor:
+    """The value that a fake tensor is known to have (one made from Python numbers is); any other tensor as it is."""
+    return tensor.constant if isinstance(tensor, FakeTensor) and tensor.constant is not None else tensor
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -41,16 +47,19 @@ def allocation_deltas(profile: torch.profiler.profile) -> list[int]:
 
 @contextmanager
 def forbid_custom_autograd(refuse: Callable[[type], None]) -> Iterator[None]:
-    """Call `refuse(function)` when a torch.autograd.Function other than torch's own is applied in the context.
+    """Call `refuse(function)` when a torch.autograd.Function other than torch's own is applied in the context, in this
+    thread.
 
     Tracing sees the ops of such a function's forward and would differentiate these, not call its backward. Users keep
     `apply` under names of their own, so that replacing the attribute would not do: what every `apply` calls is.
     """
     unwrap = _functorch_utils.unwrap_dead_wrappers
+    thread = threading.get_ident()
 
     def unwrap_checked(args: tuple[Any, ...]) -> tuple[Any, ...]:
         function = sys._getframe(1).f_locals.get("cls")
-        if isinstance(function, type) and not function.__module__.startswith("torch."):
+        is_own = isinstance(function, type) and function.__module__.startswith("torch.")
+        if isinstance(function, type) and not is_own and threading.get_ident() == thread:
             refuse(function)
         return unwrap(args)
 

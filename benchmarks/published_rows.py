@@ -17,6 +17,7 @@ from published_models import Decoder, graph_of
 
 from autopar.cluster.presets import preset
 from autopar.cluster.spec import Cluster
+from autopar.cost.constants import FLOAT8
 from autopar.graph import Graph
 from autopar.plan import Plan, Stage, same_recompute, tensor_axes
 from autopar.schedule.orders import SCHEDULES
@@ -171,6 +172,8 @@ def device_of(gpu: str) -> str:
     ):  # fmt: skip
         if family in text:
             memory = _MEMORY.search(text.split(family, 1)[1])
+            if family == "h100" and memory and memory.group(1) == "96":
+                return "h100hbm2e-96gb"
             return f"{family}-{memory.group(1)}gb" if memory else f"{family}-{usual}"
     raise Unsupported(f"no preset for gpu {gpu!r}")
 
@@ -184,7 +187,7 @@ def cluster_of(row: Row) -> Cluster:
         device_of(row.text("gpu")),
         hosts,
         min(per_host, num) if hosts == 1 else per_host,
-        software=row.software,
+        software=row.software + (FLOAT8 if "fp8" in row.text("dtype").lower() else ""),
         intra_bytes_per_s=bandwidths[0] and bandwidths[0] * 1e9,
         inter_bytes_per_s=bandwidths[1] and bandwidths[1] * 1e9,
     )
@@ -237,7 +240,7 @@ def _precision(dtype: str) -> str:
 
 def _zero(mode: str, data: int, tensor: int, per_host: int) -> tuple[int, int]:
     """(ZeRO level, group) of a row's dp_mode."""
-    found = re.match(r"(zero|fsdp)-?(\d?)", mode.lower())
+    found = re.search(r"(zero|fsdp)-?(\d?)", mode.lower())  # "ddp/zero1?" too
     if found is None or data == 1:
         return 0, 0
     level = int(found.group(2) or 3)
@@ -258,10 +261,10 @@ def _cuts(row: Row, graph: Graph, pipeline: int, schedule: str) -> Iterator[tupl
     if schedule == "zb-v":
         chunks = 2
     count = pipeline * (chunks if schedule in ("interleaved", "zb-v") else 1)
-    if count > layers:
-        raise Unsupported(f"{count} stages of {layers} layers")
     # Where the outer stages have a layer fewer, the cut is made as if there were two layers more.
     pad = 1 if spared else 0
+    if count > layers + 2 * pad:
+        raise Unsupported(f"{count} stages of {layers} layers")
     edges = [min(max(round(i * (layers + 2 * pad) / count) - pad, 0), layers) for i in range(count + 1)]
     for s in range(count):
         start = 0 if s == 0 else first + edges[s]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Collection, Sequence
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
 
 from autopar.graph import Graph, Op
 from autopar.plan import Layout, Plan, Stage, same_recompute, tensor_axes
+from autopar.schedule.orders import schedule_named
 from autopar.sharding.axes import Places
 from autopar.sharding.batch import batch_layout
 from autopar.sharding.flow import Run
@@ -35,7 +36,8 @@ def random_plan(
     seed: int = 0,
 ) -> Plan:
     """A plan of these degrees with random stage cuts, a random strategy per op, and random placements at rest and between
-    blocks. tensor: of one model axis, or of several."""
+    blocks. tensor: of one model axis, or of several. Schedules that run several stages on a set of ranks get as many as
+    they want, or 2."""
     meshes: list[Mesh] = [(data, tensor)] * pipeline
     return unequal_plan(graph, meshes, microbatches, schedule=schedule, zero=zero, recompute=recompute, seed=seed)
 
@@ -51,21 +53,28 @@ def unequal_plan(
     recompute: Literal["none", "full"] = "none",
     seed: int = 0,
 ) -> Plan:
-    """As `random_plan`, with a mesh per stage, and shares per stage or random ones."""
+    """As `random_plan`, with a mesh per set of ranks, and shares for each or random ones."""
     rng = random.Random(f"{seed}/{meshes}/{microbatches}/{shares}")
-    cuts = [0, *sorted(rng.sample(range(1, len(graph.blocks)), len(meshes) - 1)), len(graph.blocks)]
+    chosen = schedule_named(schedule)
+    num_stages = len(meshes) * (chosen.virtual or 2)
+    cuts = [0, *sorted(rng.sample(range(1, len(graph.blocks)), num_stages - 1)), len(graph.blocks)]
     rows = graph.batch_size // microbatches
     stages: list[Stage] = []
     layouts: list[Layout] = []
-    first_rank = 0
-    for s, (data, tensor) in enumerate(meshes):
-        axes = tensor if isinstance(tensor, tuple) else tensor_axes(tensor)
+    drawn_of: dict[int, Sequence[Sequence[Layout]]] = {}
+    all_axes = [tensor if isinstance(tensor, tuple) else tensor_axes(tensor) for _, tensor in meshes]
+    given = [random_shares(rows, data, rng) for data, _ in meshes] if shares == "random" else [*map(tuple, shares)]
+    widths = [data * math.prod(axes) for (data, _), axes in zip(meshes, all_axes, strict=True)]
+    for s in range(num_stages):
+        group = chosen.group_of(s, len(meshes))
+        data, axes, width = meshes[group][0], all_axes[group], widths[group]
+        first_rank = sum(widths[:group])
         start, stop = cuts[s], cuts[s + 1]
-        own = random_shares(rows, data, rng) if shares == "random" else tuple(shares[s]) if shares else ()
-        own = own if data > 1 else ()
-        width = data * math.prod(axes)
+        own = given[group] if given and data > 1 else ()
         units = microbatches * (rows // math.gcd(*own) if own else data)
-        drawn = [row[start:stop] for row in random_layouts(graph, axes, units, rng)]
+        if group not in drawn_of:
+            drawn_of[group] = random_layouts(graph, axes, units, rng)
+        drawn = [row[start:stop] for row in drawn_of[group]]
         stages.append(
             Stage(
                 start=start,
@@ -82,18 +91,28 @@ def unequal_plan(
                 shares=own,
             )
         )
-        first_rank += width
         layouts += [layout for row in drawn for layout in row]
     return Plan(
         model=graph.name,
         fingerprint=graph.fingerprint,
-        world_size=first_rank,
+        world_size=sum(widths),
         batch_size=graph.batch_size,
         microbatches=microbatches,
         schedule=schedule,
         stages=tuple(stages),
         layouts=tuple(layouts),
     )
+
+
+def plan_of(graph: Graph, options: Mapping[str, Any]) -> Plan:
+    """`unequal_plan` of options that name meshes, `random_plan` of others."""
+    return (unequal_plan if "meshes" in options else random_plan)(graph, **options)
+
+
+def world_of(options: Mapping[str, Any]) -> int:
+    """Ranks of `plan_of`."""
+    meshes = options.get("meshes") or [(options["data"], options["tensor"])] * options["pipeline"]
+    return sum(data * (math.prod(tensor) if isinstance(tensor, tuple) else tensor) for data, tensor in meshes)
 
 
 def random_shares(rows: int, data: int, rng: random.Random) -> tuple[int, ...]:

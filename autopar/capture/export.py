@@ -20,6 +20,7 @@ from .observe import Observer, apply_survey
 from .routing import route_rows
 from .simplify import simplify
 from .trace import Trace, trace
+from .whole import keeping_whole
 
 
 def capture(module: torch.nn.Module, example: Any, loss: Loss | None = None) -> Graph:
@@ -37,8 +38,7 @@ def capture(module: torch.nn.Module, example: Any, loss: Loss | None = None) -> 
     call = describe_call(module, example, loss)
     # Fake parameters and known masks lie on the CPU, and so must what the module's forward makes.
     with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
-        traced = trace(module, call, loss)
-        draft = _draft(traced, call)
+        traced, draft = keeping_whole(module, lambda whole: _traced(module, call, loss, whole))
     _check_trainable(draft, module)
     updated = draft.updated_buffers()
     side_ops = _side_ops(draft, updated)
@@ -58,6 +58,11 @@ def capture(module: torch.nn.Module, example: Any, loss: Loss | None = None) -> 
         constants=draft.constants,
         opaque_modules=traced.opaque.modules,
     )
+
+
+def _traced(module: torch.nn.Module, call: Call, loss: Loss | None, whole: frozenset[str]) -> tuple[Trace, Draft]:
+    traced = trace(module, call, loss, whole)
+    return traced, _draft(traced, call)
 
 
 def _draft(traced: Trace, call: Call) -> Draft:

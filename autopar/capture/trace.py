@@ -5,15 +5,17 @@ from __future__ import annotations
 import linecache
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 
 from ..torch_private import fake_mode, forbid_custom_autograd, quiet_export_failure
-from .draft import CaptureError
+from .draft import CaptureError, Untraceable
 from .example import Call, Loss, find_loss, loss_of, output_tensors, rebuild
 from .opaque import Recorder, record_opaque
 
@@ -62,9 +64,10 @@ class _WithLoss(torch.nn.Module):
         return (value, *(t for _, t in others))
 
 
-def trace(module: torch.nn.Module, call: Call, loss: Loss | None) -> Trace:
+def trace(module: torch.nn.Module, call: Call, loss: Loss | None, whole: Collection[str] = ()) -> Trace:
     """Export in training mode. The module's tensors and modes are the same after as before.
 
+    whole: names of submodules to keep whole, besides those that are marked opaque.
     ValueError where it cannot be traced: names the source line that stopped it, and what to mark opaque.
     """
     names = {id(t): name for name, t in (*module.named_parameters(), *module.named_buffers())}
@@ -76,17 +79,17 @@ def trace(module: torch.nn.Module, call: Call, loss: Loss | None) -> Trace:
         )
     trainable = frozenset(names[id(p)] for p in module.parameters() if p.requires_grad)
     mode = fake_mode()
-    with _fake_tensors(module, mode), _training(module), record_opaque(module, dict(every)) as recorder:
+    with _fake_tensors(module, mode), _training(module), record_opaque(module, dict(every), whole) as recorder:
         with mode:
             flat = tuple(torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in call.tensors)
         wrapper = _WithLoss(module, call, loss)
         try:
-            with forbid_custom_autograd(_refuse_custom_autograd), quiet_export_failure():
+            with forbid_custom_autograd(partial(_refuse_custom_autograd, module)), quiet_export_failure():
                 program = torch.export.export(wrapper, flat, strict=False)
         except CaptureError:
             raise
         except Exception as error:
-            raise ValueError(_explain(module, error)) from error
+            raise Untraceable(*_explain(module, error)) from error
     return Trace(program, wrapper.paths.loss, wrapper.paths.outputs, fqns, trainable, recorder)
 
 
@@ -135,26 +138,34 @@ def _training(module: torch.nn.Module) -> Iterator[None]:
             submodule.training = training
 
 
-def _refuse_custom_autograd(function: type) -> None:
-    raise CaptureError(
+def _refuse_custom_autograd(module: torch.nn.Module, function: type) -> None:
+    raise Untraceable(
         f"torch.autograd.Function {function.__qualname__} cannot be traced "
         f"({_last_user_line(traceback.extract_stack())}): its own backward would be lost. Mark the module that calls "
         "it with autopar.opaque(...), or register the function as an operator with torch.library.custom_op and "
-        "register_autograd"
+        "register_autograd",
+        _owner(module, [frame for frame, _ in traceback.walk_stack(None)][::-1]),
     )
 
 
-def _explain(module: torch.nn.Module, error: BaseException) -> str:
-    """One message: the user's line that stopped the trace, the submodule it stands in, and what to do."""
+def _owner(module: torch.nn.Module, frames: Sequence[FrameType]) -> str:
+    """The name of the submodule that the innermost of the frames belongs to; "" where none does."""
+    names = {id(m): name for name, m in module.named_modules() if name}
+    owners = [names[id(frame.f_locals.get("self"))] for frame in frames if id(frame.f_locals.get("self")) in names]
+    return owners[-1] if owners else ""
+
+
+def _explain(module: torch.nn.Module, error: BaseException) -> tuple[str, str]:
+    """One message: the user's line that stopped the trace, the submodule it stands in, and what to do; and its name."""
     frames = list(traceback.walk_tb(error.__traceback__))
     inner = error.__cause__ or error.__context__
     line = _last_user_line(traceback.extract_tb(error.__traceback__))
     if not line and inner is not None:
         line = _last_user_line(traceback.extract_tb(inner.__traceback__))
         frames += list(traceback.walk_tb(inner.__traceback__))
-    names = {id(m): f"{name!r} ({type(m).__name__})" for name, m in module.named_modules() if name}
-    owners = [names[id(frame.f_locals.get("self"))] for frame, _ in frames if id(frame.f_locals.get("self")) in names]
-    where = f"{line or 'a line of torch'}{' in module ' + owners[-1] if owners else ''}"
+    owner = _owner(module, [frame for frame, _ in frames])
+    named = f" in module {owner!r} ({type(module.get_submodule(owner)).__name__})" if owner else ""
+    where = f"{line or 'a line of torch'}{named}"
     reason = next((text.strip().rstrip(".") for text in str(error).splitlines() if text.strip()), "")
     values = "data-dependent" in str(error).lower() or "DataDependent" in type(error).__name__
     hint = (
@@ -162,10 +173,11 @@ def _explain(module: torch.nn.Module, error: BaseException) -> str:
         if values
         else "Check that the example's shapes and dtypes are what the module takes, and rewrite what cannot be traced"
     )
-    return (
+    message = (
         f"{type(module).__name__} cannot be traced: {where} stopped it with {type(error).__name__}: {reason}. {hint}, "
         "or keep the module that holds it whole: autopar.opaque(module.that_submodule), or @autopar.opaque on its class"
     )
+    return message, owner
 
 
 def user_line(stack_trace: str | None) -> str:

@@ -21,6 +21,7 @@ class Kernel:
 
     adjoint: look up the class's "_backward" rate. moved_bytes: what a class counted in flops reads and writes.
     shape: of a matmul, (batch, m, n, k); of attention, (batch x heads, query length, key length, head size); else ().
+    weight: makes the gradient of a parameter, which a schedule with split backwards can put off.
     """
 
     compute_class: str
@@ -31,6 +32,7 @@ class Kernel:
     adjoint: bool = False
     moved_bytes: float = 0.0
     shape: tuple[int, ...] = ()
+    weight: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,11 @@ def _products(
         if i not in call.differentiable:
             continue
         if matrix:
+            weight = call.tensors[i].role == "parameter"
             turned = tuple(shape[j] for j in turns[min(matrices, 2) - 1]) if shape else ()
-            backward.append(Kernel(compute_class, flops, flops, dtype, adjoint=True, moved_bytes=moved, shape=turned))
+            backward.append(
+                Kernel(compute_class, flops, flops, dtype, adjoint=True, moved_bytes=moved, shape=turned, weight=weight)
+            )
         else:  # a bias: its gradient is a sum over the rows of the result's
             backward.append(_bytes("reduction", call.out_bytes()))
     return forward, backward

@@ -25,19 +25,20 @@ from .stages import TOLERANCE, StageSearch
 # Partial plans looked at per shape before its proof of optimality is left open and the gap reported.
 MAX_VISITS = 20_000
 # Shapes tried, nearest first, for a row of the table of candidates whose shapes all lost by their floors.
-TRIES_PER_CANDIDATE = 3
+TRIES_PER_CANDIDATE = 1
 
 
 @dataclass(order=True, slots=True)
 class _Entry:
     """A shape with its lower bound, and what to do when it comes up: `search` its cuts, or try its next `chains`.
 
-    order: ties go to the first come.
+    order: ties go to the first come. refined: the bound is the closer of the two floors.
     """
 
     bound_s: float
     order: int
     shape: Shape = field(compare=False)
+    refined: bool = field(compare=False, default=False)
     search: StageSearch | None = field(compare=False, default=None)
     chains: Iterator[Chain] | None = field(compare=False, default=None)
 
@@ -70,7 +71,7 @@ class _Auto:
                     self._solve(entry.search)
                 else:
                     self._refine(entry)
-                    bar.update(entry.chains is None)
+                    bar.update(entry.refined)
         if self.best is None:
             raise nothing_fits(self.problem, self.prices, self.tight)
         self.tight += [self._too_large(entry.shape) for entry in self.heap if entry.bound_s == math.inf]
@@ -83,6 +84,10 @@ class _Auto:
     def _refine(self, entry: _Entry) -> None:
         """Replace a shape without a stage table by a search of its cuts, with its next chain of layouts."""
         shape, chains = entry.shape, entry.chains
+        if chains is None and not entry.refined and entry.bound_s < math.inf:
+            bound_s = max(entry.bound_s, self.floors.refined_s(shape))
+            heapq.heappush(self.heap, _Entry(bound_s, entry.order, shape, refined=True))
+            return
         if chains is None:
             if entry.bound_s == math.inf:
                 self.tight.append(self._too_large(shape))
@@ -93,7 +98,7 @@ class _Auto:
             return
         search = StageSearch(self.problem, shape, chain, self.prices)
         if search.root_bound_s < math.inf:
-            heapq.heappush(self.heap, _Entry(search.root_bound_s, entry.order, shape, search))
+            heapq.heappush(self.heap, _Entry(search.root_bound_s, entry.order, shape, search=search))
         else:
             self.tight.append(TooLarge(search.smallest()[1], shape, search))
         # Later chains are slower and take less memory, so that the first one's bound without a limit holds for them.
@@ -109,7 +114,11 @@ class _Auto:
         solution = search.solve(self.best.step_time_s if self.best else math.inf, MAX_VISITS)
         self.open_bound_s = min(self.open_bound_s, solution.open_bound_s)
         # A shape that lost is represented among the candidates by the plan that its bounds point to.
-        tried = Tried.of(self.problem, search, solution.pieces or search.first())
+        pieces = solution.pieces or search.first()
+        if pieces is None:
+            self.tight.append(TooLarge(search.smallest()[1], search.shape, search))
+            return
+        tried = Tried.of(self.problem, search, pieces)
         self.tried.append(tried)
         if solution.pieces is not None:
             self.best = tried
@@ -122,12 +131,17 @@ class _Auto:
             if entry.shape.group not in seen and entry.bound_s < math.inf:
                 groups.setdefault(entry.shape.group, []).append(entry)
         for entries in list(groups.values())[: MAX_CANDIDATES - len(seen)]:
+            # A bound that a search has found says more than a floor.
+            entries.sort(key=lambda entry: (entry.search is None, entry.bound_s))
             best: Tried | None = None
             for entry in entries[:TRIES_PER_CANDIDATE]:
                 if best is not None and entry.bound_s >= best.step_time_s:
                     break
                 search = entry.search or self._fastest(entry.shape)
-                if (pieces := search.first()) is not None:
+                pieces = search.first() if search.root_bound_s < math.inf else None
+                if pieces is None:
+                    self.tight.append(TooLarge(search.smallest()[1], entry.shape, search))
+                else:
                     tried = Tried.of(self.problem, search, pieces)
                     best = min(best or tried, tried, key=lambda one: one.step_time_s)
             if best is not None:

@@ -12,11 +12,18 @@ from ..graph import Graph
 from ..plan import Plan
 from .auto import auto
 from .chains import LayoutChains
+from .methods.aceso import aceso
 from .methods.alpa import alpa
 from .methods.dapple import dapple
 from .methods.exhaustive import exhaustive
+from .methods.flexflow import flexflow
+from .methods.metis import metis
 from .methods.pipedream import pipedream
 from .methods.piper import piper
+from .methods.tofu import tofu
+from .methods.uniap import uniap
+from .methods.unity import unity
+from .methods.whale import whale
 from .problem import Constraints, Costs, Problem
 
 METHODS: dict[str, Callable[[Problem, bool], Plan]] = {
@@ -25,7 +32,14 @@ METHODS: dict[str, Callable[[Problem, bool], Plan]] = {
     "pipedream": pipedream,
     "dapple": dapple,
     "piper": piper,
+    "flexflow": flexflow,
+    "tofu": tofu,
+    "unity": unity,
     "alpa": alpa,
+    "whale": whale,
+    "aceso": aceso,
+    "metis": metis,
+    "uniap": uniap,
 }
 
 

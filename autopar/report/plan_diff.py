@@ -11,7 +11,8 @@ _STAGE_FIELDS = ("data", "tensor", "axes", "zero", "zero_group", "shares", "reco
 def diff_plans(before: Plan, after: Plan) -> str:
     """One line per difference, "" when the plans do the same; predictions are compared, candidates are not."""
     lines = []
-    for name in ("schema", "model", "fingerprint", "world_size", "batch_size", "microbatches", "schedule", "precision"):
+    identity = ("schema", "model", "fingerprint", "rewrites")
+    for name in (*identity, "world_size", "batch_size", "microbatches", "schedule", "precision"):
         was, now = getattr(before, name), getattr(after, name)
         if was != now:
             lines.append(f"{name}: {was} -> {now}")

@@ -95,6 +95,11 @@ class Handover:
     sender: Spread
     receiver: Spread
 
+    def __post_init__(self) -> None:
+        # Else a microbatch would not be the same rows on both sides.
+        on_batch = [side.placements[0] for side in (self.sender, self.receiver)]
+        assert len({place if isinstance(place, Split) else None for place in on_batch}) == 1, on_batch
+
     def of_gradient(self) -> Handover:
         return Handover(self.receiver.of_gradient(), self.sender.of_gradient())
 

@@ -12,14 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..graph import Graph
+from ..ops import mutated_inputs
 from ..plan import Plan, Stage
 from ..schedule.build import program_for
 from ..schedule.instructions import Instruction
 from ..sharding.axes import Places
 from ..sharding.placement import REPLICATED
-from .executor import Executor, block_function
+from .executor import Executor, StagePart, block_function
 from .groups import Groups, build_groups
 from .ownership import Holder, Ownership
+from .rank_storage import RankStorage
 from .recorder import Recorder
 from .replicas import Replicas
 from .routes import route
@@ -31,17 +33,25 @@ from .transport import Transport
 
 @dataclass(frozen=True, eq=False)
 class Runtime:
-    """One rank's part of a plan, ready to run. training_actions and evaluation_actions: its rows of the programs."""
+    """One rank's part of a plan, ready to run. training_actions and evaluation_actions: its rows of the programs.
+
+    compiled: the stages that the rank runs, by index. specs: their parameters, each once.
+    """
 
     plan: Plan
     groups: Groups
-    compiled: CompiledStage
-    storage: Storage
+    compiled: Mapping[int, CompiledStage]
+    storage: RankStorage
     executor: Executor
     recorder: Recorder
     specs: tuple[ParameterSpec, ...]
     training_actions: tuple[Instruction, ...]
     evaluation_actions: tuple[Instruction, ...]
+
+    @property
+    def first(self) -> CompiledStage:
+        """The first of this rank's stages; all of them have the same rows and batch inputs."""
+        return self.compiled[self.groups.stage]
 
     def abandon(self) -> None:
         """After a failure: let go of what is under way and of the groups.
@@ -66,7 +76,8 @@ def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, 
     found: dict[int, list[ParameterSpec]] = {s: [] for s in range(len(plan.stages))}
     for name, by_stage in at_rest.items():
         tensor = graph.tensors[name]
-        holders = tuple(_holder(plan.stages[s], places) for s, places in by_stage.items())
+        # Stages of the same ranks hold it once.
+        holders = tuple(dict.fromkeys(_holder(plan.stages[s], places) for s, places in by_stage.items()))
         spec = ParameterSpec(tensor.fqn, tensor.dtype, Ownership(tensor.shape, holders), tensor.requires_grad)
         for s in by_stage:
             found[s].append(spec)
@@ -81,6 +92,19 @@ def _holder(stage: Stage, places: Places) -> Holder:
 def ownerships(graph: Graph, plan: Plan) -> dict[str, Ownership]:
     """Where every parameter of the model lies under `plan`, by original name, in one order on all ranks."""
     return {spec.fqn: spec.ownership for specs in parameter_specs(graph, plan).values() for spec in specs}
+
+
+def updated_buffers(graph: Graph, plan: Plan) -> dict[str, int]:
+    """The buffers that a step writes, by original name, each with a rank whose copy is up to date."""
+    found = {}
+    for stage in plan.stages:
+        for block in graph.blocks[stage.start : stage.stop]:
+            for op in graph.block_ops(block):
+                for name in mutated_inputs(op):
+                    tensor = graph.tensors[graph.tensors[name].base or name]
+                    if tensor.role == "buffer":
+                        found[tensor.fqn] = stage.ranks[0]
+    return found
 
 
 def build_runtime(
@@ -98,36 +122,50 @@ def build_runtime(
     """
     rank = dist.get_rank()
     groups = build_groups(plan)
-    stage = plan.stages[groups.stage]
-    compiled = compile_stage(graph, plan, groups.stage, groups.data.rank, groups.model, device)
     by_stage = parameter_specs(graph, plan)
-    specs = _with_reductions(graph, compiled, by_stage[groups.stage], rank)
+    compiled: dict[int, CompiledStage] = {}
+    specs: dict[int, tuple[ParameterSpec, ...]] = {}
+    for s, mesh in groups.meshes.items():
+        compiled[s] = compile_stage(graph, plan, s, mesh.data.rank, mesh.model, device)
+        specs[s] = _with_reductions(graph, compiled[s], by_stage[s], rank)
+    union: dict[str, ParameterSpec] = {}
+    for of_stage in specs.values():
+        for spec in of_stage:
+            union.setdefault(spec.fqn, spec)
     tied = {s.fqn: s for specs in by_stage.values() for s in specs if len(s.ownership.holders) > 1 and s.requires_grad}
     if not any(rank in s.ownership.ranks for s in tied.values()):
         tied = {}
-    axes = StageAxes(
-        groups.data, groups.tensor, groups.all_of_stage, rank, device, groups.lines if len(stage.axes) > 1 else {}
-    )
-    blocks = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled.blocks)}
-    kind = Shards if stage.zero == 3 and stage.data > 1 else Replicas
-    storage: Storage = kind(specs, blocks, values(specs), axes)
-    for i in blocks:
-        storage.bind(i, block_function)
+
+    def build_storage(s: int, values: Mapping[str, Tensor]) -> Storage:
+        stage, mesh = plan.stages[s], groups.meshes[s]
+        lines = mesh.lines if len(stage.axes) > 1 else {}
+        axes = StageAxes(mesh.data, mesh.tensor, mesh.all_of_stage, rank, device, lines)
+        names = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled[s].blocks)}
+        kind = Shards if stage.zero == 3 and stage.data > 1 else Replicas
+        storage: Storage = kind(specs[s], names, values, axes)
+        for i in names:
+            storage.bind(i, block_function)
+        return storage
+
+    storage = RankStorage(specs, build_storage, values(tuple(union.values())))
     recorder = Recorder(rank, device)
     executor = Executor(
         graph=graph,
-        compiled=compiled,
+        parts={
+            s: StagePart(compiled[s], mesh, storage.stages[s], plan.stages[s].block_recompute[0] == "full")
+            for s, mesh in groups.meshes.items()
+        },
         microbatches=plan.microbatches,
         groups=groups,
         transport=_transport(graph, plan, groups, device),
         storage=storage,
-        recompute=stage.block_recompute[0] == "full",
         recorder=recorder,
         state=state,
         random=random,
         tied={fqn: s.ownership for fqn, s in tied.items()},
         tied_dtypes={fqn: s.dtype for fqn, s in tied.items()},
     )
+    group = plan.groups.index(plan.stages[groups.stage].ranks)
     return Runtime(
         plan=plan,
         groups=groups,
@@ -135,9 +173,9 @@ def build_runtime(
         storage=storage,
         executor=executor,
         recorder=recorder,
-        specs=specs,
-        training_actions=program_for(plan).actions[groups.stage],
-        evaluation_actions=program_for(plan, training=False).actions[groups.stage],
+        specs=tuple(union.values()),
+        training_actions=program_for(plan).actions[group],
+        evaluation_actions=program_for(plan, training=False).actions[group],
     )
 
 
@@ -159,7 +197,8 @@ def _transport(graph: Graph, plan: Plan, groups: Groups, device: torch.device) -
     """With the routes of activations and gradients over every boundary of this rank's stages."""
     routes = {}
     for first, second in zip(range(len(plan.stages) - 1), range(1, len(plan.stages)), strict=True):
-        if groups.rank not in (*plan.stages[first].ranks, *plan.stages[second].ranks):
+        ranks = plan.stages[first].ranks, plan.stages[second].ranks
+        if ranks[0] == ranks[1] or groups.rank not in (*ranks[0], *ranks[1]):
             continue
         crossing = handovers(graph, plan, first)
         dtypes = {name: graph.tensors[name].dtype for name in crossing}

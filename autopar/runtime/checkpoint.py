@@ -96,6 +96,7 @@ def save(
         "model": _facts(model),
         "optimizer": described,
     }
+    model.share_buffers()
     with _removed_on_failure(temporary, rank):
         parts: list[Part] = []
 

@@ -140,7 +140,7 @@ def build_groups(plan: Plan) -> Groups:
     boundaries: dict[tuple[int, int], dist.ProcessGroup] = {}
     for first in range(len(plan.stages) - 1):
         members = sorted({*plan.stages[first].ranks, *plan.stages[first + 1].ranks})
-        if len(members) == 1:
+        if plan.stages[first].ranks == plan.stages[first + 1].ranks:
             continue
         for way in ((first, first + 1), (first + 1, first)):
             group = dist.new_group(members)

@@ -15,7 +15,7 @@ from ..graph import Graph
 from ..plan import Plan
 from ..schedule.instructions import Instruction
 from ..timeline import Timeline
-from .build import Runtime
+from .build import Runtime, updated_buffers
 from .failure import publish, stop_everyone
 from .measure import Measurement
 from .storage import deliver
@@ -101,6 +101,14 @@ class ParallelModule(nn.Module):
             if tensor.role == "buffer":
                 yield (f"{prefix}.{tensor.fqn}" if prefix else tensor.fqn), self.runtime.executor.state[tensor.name]
 
+    def share_buffers(self) -> None:
+        """Bring every rank's buffers to what the ranks that run the ops that write them have. All ranks call it.
+
+        A buffer is written on the ranks of one stage alone, which are the only ones that read it in a step.
+        """
+        for fqn, source in updated_buffers(self.graph, self.plan).items():
+            dist.broadcast(dict(self.named_buffers())[fqn], src=source)
+
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> dict[str, Tensor]:
         """This rank's parameters (DTensors where the plan shards) and buffers by original name."""
         found = dict(self.named_parameters(prefix)) | dict(self.named_buffers(prefix))
@@ -127,7 +135,7 @@ class ParallelModule(nn.Module):
 
     def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """This data rank's rows of every batch input; ValueError where the batch is not like the example."""
-        mine = self.runtime.compiled.rows
+        mine = self.runtime.first.rows
         every, start, count = mine.of_global(self.graph.batch_size)
         rows: dict[str, Tensor] = {}
         for name, key in zip(self.graph.inputs, self.graph.input_keys, strict=True):
@@ -135,7 +143,7 @@ class ParallelModule(nn.Module):
             value = _find(key, args, kwargs)
             if not isinstance(value, Tensor):
                 raise ValueError(f"batch entry {key!r}: expected a tensor of shape {expected.shape}, got {value!r}")
-            splits = self.runtime.compiled.batch_splits[name]
+            splits = self.runtime.first.batch_splits[name]
             local = (count * mine.microbatches, *expected.shape[1:]) if splits else expected.shape
             if value.dtype != expected.dtype or tuple(value.shape) not in (expected.shape, local):
                 raise ValueError(
@@ -203,13 +211,12 @@ def _instruction_of(model: weakref.ref[ParallelModule]) -> Callable[[], tuple[An
         if alive is None:
             return None
         runtime = alive.runtime
-        return getattr(runtime.executor, "current", None), runtime.groups.stage
+        action = getattr(runtime.executor, "current", None)
+        return action, runtime.groups.stage if action is None else action.stage
 
     return current
 
 
 def _explained(error: Exception, runtime: Runtime) -> BaseException:
     action: Instruction | None = runtime.executor.current
-    return stop_everyone(
-        error, f"in {action} of stage {runtime.groups.stage}" if action else "between instructions", ring
-    )
+    return stop_everyone(error, f"in {action} of stage {action.stage}" if action else "between instructions", ring)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..graph import Block, Graph, Op
 from ..plan import Layout, Plan
+from ..schedule.orders import schedule_named
 from ..sharding.axes import Places
 from ..sharding.batch import BatchLayout, batch_layout
 from ..sharding.flow import Run, block_flow, layout_places
@@ -74,10 +76,14 @@ def compile_stage(
     rows = rows_of(plan, stage, data_rank)
     shards = rows.units
     batch = batch_layout(graph, shards)
-    rewriter = Rewriter(graph, batch, rows, stage.axes, axes, device)
+    members = graph.blocks[stage.start : stage.stop]
+    deferrable: frozenset[str] = frozenset()
+    if schedule_named(plan.schedule).splits_backward:
+        uses = Counter(name for block in members for name in block.parameters)
+        deferrable = frozenset(name for name, count in uses.items() if count == 1)
+    rewriter = Rewriter(graph, batch, rows, stage.axes, axes, device, deferrable=deferrable)
     evaluation = Rewriter(graph, batch, rows, stage.axes, axes, device, training=False)
     layouts = plan.layouts_of(stage)
-    members = graph.blocks[stage.start : stage.stop]
     # A replicated parameter used by a split op gets one summand of its gradient per rank. The reduction is linear in
     # the uses, so such a parameter enters every block as SHARED, which defers it to the end of the step.
     reduced: dict[str, frozenset[int]] = {}

@@ -59,6 +59,7 @@ def save_safetensors(
     """
     target, rank, world_size = Path(folder), dist.get_rank(), dist.get_world_size()
     from_rank_zero(lambda: target.mkdir(parents=True, exist_ok=True))
+    model.share_buffers()
     held = {fqn: local_tensor(p.detach()) for fqn, p in model.runtime.storage.parameters.items()}
     buffers = {fqn: buffer for fqn, buffer in model.named_buffers() if fqn in model.state_names}
     dtypes = {t.fqn: t.dtype for t in model.graph.parameters}

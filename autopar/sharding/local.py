@@ -283,6 +283,11 @@ def _index_rows(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
     return LocalCall(function, call.op.args, call.op.kwargs, axes)
 
 
+def _batch_norm(local: Local, axes: tuple[Axes, ...], _: list[int]) -> LocalCall:
+    function = algorithms.BatchNorm(tuple(axis == BATCH for axis in axes))
+    return LocalCall(function, local.call.op.args, local.call.op.kwargs, axes)
+
+
 def _is_cut(local: Local, name: str) -> bool:
     rule = analysis(local.call.graph).rule(local.call.op)
     return any(
@@ -303,6 +308,7 @@ def _routed(function: Callable[..., Any]) -> Callable[[Local, tuple[Axes, ...], 
 _SPECIALS: Mapping[str, Callable[[Local, tuple[Axes, ...], _Cuts], LocalCall]] = MappingProxyType(
     {
         "arange": _arange,
+        "batch_norm": _batch_norm,
         "index_rows": _index_rows,
         "inverse_order": _as_is(algorithms.inverse_order),
         "ring_attention": _as_is(ring_attention),

@@ -26,6 +26,8 @@ class Special:
         gradient flows, else REPLICATED).
     work: factor on the share of the op's compute. collective_bytes: see `Strategy`. exchanged_bytes: the same of
         tensors of which each rank exchanges its part only.
+    meets: why rows of the batch meet there, where the algorithm communicates over data and so cannot run in time; "" where
+        it needs no more than its place.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Special:
     work: float = 1.0
     collective_bytes: int = 0
     exchanged_bytes: int = 0
+    meets: str = ""
 
 
 @dataclass(frozen=True, slots=True)

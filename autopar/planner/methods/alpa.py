@@ -42,7 +42,7 @@ def alpa(problem: Problem, progress: bool = True, limit_s: float | None = None) 
                     cuts, edges = [stage.stop for stage in found.stages], cluster_blocks(bench, shape)
                     bench.offer(bench.equal_plan(shape, [edges[stop] for stop in cuts], [recompute] * shape.pipeline))
                     break
-        if problem.unequal_stages:
+        if bench.unequal:
             for microbatches in sorted({shape.microbatches for shape in shapes}):
                 if bench.spent:
                     break

@@ -20,7 +20,7 @@ from ...plan import Candidate, Plan, Prediction, Recompute, Stage, same_recomput
 from ...report.words import gib, plan_in_words
 from ...simulate import simulate
 from ..pricing import Piece, StagePrices
-from ..problem import Chain, Problem, Shape
+from ..problem import Chain, Costs, Problem, Shape
 
 # Rows of the table of candidates that a method's plan carries.
 MAX_CANDIDATES = 8
@@ -82,6 +82,16 @@ class Bench:
     # -- the space
 
     @property
+    def unequal(self) -> bool:
+        """Whether stages may differ in their meshes: not where the constraints ask for one."""
+        pinned = self.problem.constraints
+        free = all(value is None for value in (pinned.data, pinned.tensor, pinned.pipeline)) and pinned.zero in (
+            None,
+            0,
+        )
+        return self.problem.unequal_stages and free and not self.problem.batch_conflict
+
+    @property
     def num_blocks(self) -> int:
         return len(self.problem.graph.blocks)
 
@@ -130,11 +140,8 @@ class Bench:
     def plan(self, parts: Sequence[Part], microbatches: int, schedule: str = "1f1b") -> Plan:
         """The plan of these parts, each with the fastest layouts of its mesh."""
         stages, layouts = [], {}
-        chains: dict[int, Chain] = {}
         for part in parts:
-            shape = Shape(len(parts), part.data, part.tensor, microbatches, schedule, part.zero)
-            # one chain per degree, so that neighbours of one degree agree at their boundary
-            chain = chains.setdefault(part.tensor, self.fastest(shape))
+            chain = self.fastest(Shape(len(parts), part.data, part.tensor, microbatches, schedule, part.zero))
             rows = ()
             if part.tensor > 1:
                 used = [chain.unique[i] for i in chain.index[part.start : part.stop]]
@@ -168,6 +175,18 @@ class Bench:
         ]  # fmt: skip
         return self.plan(parts, shape.microbatches, shape.schedule)
 
+    def uniform(self, plan: Plan) -> Plan:
+        """The plan with all blocks of a stage recomputed where any is: not every runtime mixes within a stage."""
+        return replace(
+            plan,
+            stages=tuple(
+                replace(stage, recompute=same_recompute("full", stage.num_blocks))
+                if "full" in stage.recompute
+                else stage
+                for stage in plan.stages
+            ),
+        )
+
     def relieved(self, plan: Plan) -> Plan:
         """The plan with recomputation in the stages that do not fit without, where the constraints allow a choice."""
         if "full" not in self.problem.recompute_choices:
@@ -184,8 +203,11 @@ class Bench:
 
     # -- the judge
 
-    def offer(self, plan: Plan | None) -> float:
-        """Simulate a plan and keep it if it is the best; its step time, infinite where it is refused or does not fit."""
+    def offer(self, plan: Plan | None, costs: Costs | None = None) -> float:
+        """Simulate a plan and keep it if it is the best; its step time, infinite where it is refused or does not fit.
+
+        costs: of the plan's own graph, where it rewrites the problem's.
+        """
         if plan is None:
             return math.inf
         try:
@@ -193,7 +215,7 @@ class Bench:
         except ValueError as error:
             self._refusal = self._refusal or str(error)
             return math.inf
-        line = simulate(self.problem.graph, plan, self.problem.cluster, model=self.problem.costs)
+        line = simulate(self.problem.graph, plan, self.problem.cluster, model=costs or self.problem.costs)
         peak_bytes = max(line.peak_memory_bytes.values())
         plan = replace(plan, prediction=Prediction(line.step_time_s, peak_bytes))
         self._bar.update()

@@ -13,10 +13,9 @@ Reference: Tarnawski et al., NeurIPS 2021, sections 3 and 4.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ...cost.types import StageCost
-from ...plan import Plan, same_recompute
+from ...plan import Plan
 from ..inputs.layer_dag import Choice, Edge, Layer, LayerAt, LayerDag, LayerMachine
 from ..problem import Problem, Shape
 from .bench import Bench, Part, split_rows
@@ -35,7 +34,7 @@ def piper(problem: Problem, progress: bool = True, limit_s: float | None = None)
             found = piper_dag(dag, machine, data=[shape.data], all_devices=True)
             if found is not None:
                 _offer(bench, found, shape)
-        if problem.unequal_stages:
+        if bench.unequal:
             _unequal(bench, shapes)
         if bench.best is None:
             # by Piper's memory model nothing fits: what comes nearest is told by the common one
@@ -94,13 +93,9 @@ def _offer(bench: Bench, found: DagPlan, shape: Shape) -> None:
             Part(start, stop, tuple(range(first, first + width)), stage.data, stage.tensor, stage.choices, 0, shares)
         )
         first += width
-    bench.offer(bench.plan(parts, microbatches, shape.schedule))
-    if any(len(set(part.recompute)) > 1 for part in parts):
-        whole = [
-            replace(p, recompute=same_recompute("full" if "full" in p.recompute else "none", p.stop - p.start))
-            for p in parts
-        ]
-        bench.offer(bench.plan(whole, microbatches, shape.schedule))
+    plan = bench.plan(parts, microbatches, shape.schedule)
+    bench.offer(plan)
+    bench.offer(bench.uniform(plan))
 
 
 def _unequal(bench: Bench, shapes: Sequence[Shape]) -> None:

@@ -67,9 +67,7 @@ def _solve(bench: Bench, shapes: Sequence[Shape], limit_s: float) -> None:
     edges = cluster_blocks(bench, first)
     # without unequal stages the program falls apart into one per mesh, which are solved one by one
     meshes = (
-        [ways]
-        if problem.unequal_stages
-        else [[w for w in ways if w.mesh == m] for m in dict.fromkeys(w.mesh for w in ways)]
+        [ways] if bench.unequal else [[w for w in ways if w.mesh == m] for m in dict.fromkeys(w.mesh for w in ways)]
     )
     for some in meshes:
         costs = chain_costs(bench, some, edges, first.pipeline)
@@ -81,14 +79,17 @@ def _solve(bench: Bench, shapes: Sequence[Shape], limit_s: float) -> None:
 def chain_costs(bench: Bench, ways: Sequence[_Way], edges: Sequence[int], num_stages: int) -> ChainCosts:
     """The program's figures from the cost model. Memory of a layer: at rest, and its activations as often as 1F1B holds
     them; the largest transient of any layer counts on each stage's first."""
-    num, mixed = len(edges) - 1, bench.problem.unequal_stages
+    num, mixed = len(edges) - 1, bench.unequal
     work_s, sends_s = np.zeros((num, len(ways))), np.zeros((num, len(ways)))
     memory_bytes = np.zeros((num, len(ways), num_stages))
     for k, way in enumerate(ways):
         held = schedule_named(way.shape.schedule).in_flight
         for i, (start, stop) in enumerate(itertools.pairwise(edges)):
             cost = bench.cost(way.shape, start, stop, way.recompute)
-            work_s[i, k], sends_s[i, k] = cost.forward_s + cost.backward_s, cost.send_s
+            # what happens once per step, shared out over the microbatches
+            once_s = max(0.0, cost.reduce_s - cost.reduce_overlap_s) + cost.reduce_model_s + cost.optimizer_s
+            work_s[i, k] = cost.forward_s + cost.backward_s + once_s / way.shape.microbatches
+            sends_s[i, k] = cost.send_s
             rest = cost.parameter_bytes + cost.gradient_bytes + cost.optimizer_bytes + cost.unsharded_bytes
             for s in range(num_stages):
                 flight = held(s, num_stages, way.shape.microbatches)
@@ -124,4 +125,5 @@ def _offer(bench: Bench, ways: Sequence[_Way], edges: Sequence[int], found: Join
         )
     plan = bench.plan(parts, way.shape.microbatches, way.shape.schedule)
     bench.offer(plan)
+    bench.offer(bench.uniform(plan))
     bench.offer(bench.relieved(plan))
