@@ -96,6 +96,7 @@ class Executor:
     tied_dtypes: Mapping[str, torch.dtype]
 
     def __post_init__(self) -> None:
+        self.current: Instruction | None = None
         self._handlers: dict[type, Callable[[_Step, Any], int]] = {
             Prologue: self._prologue,
             Forward: self._forward,
@@ -123,7 +124,6 @@ class Executor:
         last_halves = BackwardWeight if split else Backward
         left = Counter(a.stage for a in actions if isinstance(a, last_halves))
         step = _Step(batch, training, split, left, scale=scale)
-        self.current: Instruction | None = None
         self.storage.begin()
         differentiable = bool(step.backwards_left)
         if differentiable:
