@@ -207,9 +207,19 @@ def ops_in_words(graph: Graph, block: Block, layout: Layout, shards: int) -> lis
     return lines
 
 
+_EXPERTS = {
+    "n": "tokens split, all experts on every rank",
+    "e": "experts split, results summed (expert parallel)",
+    "n+e": "experts and tokens split, tokens exchanged by all-to-all (expert parallel)",
+    "i": "each expert split (tensor parallel)",
+}
+
+
 def _common_name(op: Op, strategy: Strategy, parameters: list[str]) -> str:
     """What the literature calls this choice; "" where it has no name and no parameter."""
     kind = op.target.split(".")[1]
+    if op.target == "autopar.routed_rows":
+        return _EXPERTS.get(strategy.key.partition("@")[0], "whole on every rank")
     if strategy.special:
         return f"as {strategy.special.replace('_', ' ')}"
     wanted = dict(zip(op.inputs, strategy.inputs, strict=True))
