@@ -24,6 +24,7 @@ from .refine import Refinement, refine
 from .runtime.agree import from_rank_zero
 from .runtime.background import Saving
 from .runtime.build import build_runtime, ownerships
+from .runtime.compiled import Backend
 from .runtime.initialise import Initialise, local_state, local_values
 from .runtime.loader import RankLoader
 from .runtime.model import ParallelModule
@@ -55,19 +56,21 @@ class Model(ParallelModule):
         device: torch.device,
         initialise: Initialise | None,
         constraints: Mapping[str, Any],
+        compile_with: Backend | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.cluster = cluster
         self.corrections = Corrections()
         self.constraints = dict(constraints)
         self.seeds = Seeds(seed)
+        self._compile_with = compile_with
         start_s = time.perf_counter()
         state = local_state(graph, module, device, seed, initialise)
 
         def values(specs: Sequence[ParameterSpec]) -> Mapping[str, Tensor]:
             return local_values(specs, module, dist.get_rank(), seed, device, initialise)
 
-        runtime = build_runtime(graph, plan, values, state, device, self._stream(device))
+        runtime = build_runtime(graph, plan, values, state, device, self._stream(device), compile_with)
         super().__init__(graph, runtime, simulate(graph, plan, cluster), device, timeout_s)
         self.build_s = time.perf_counter() - start_s
         self.saving = Saving()
@@ -109,7 +112,8 @@ class Model(ParallelModule):
             return reshard(held, before, after, dtypes, rank, self.device)
 
         state = old.executor.state
-        runtime = build_runtime(self.graph, plan, values, state, self.device, self._stream(self.device))
+        stream = self._stream(self.device)
+        runtime = build_runtime(self.graph, plan, values, state, self.device, stream, self._compile_with)
         move_optimizer(optimizer, old.storage.parameters, runtime.storage.parameters, before, after, rank, self.device)
         self.measurement.close()
         self.install(runtime)
@@ -130,6 +134,7 @@ def parallelize(
     precision: Precision | None = None,
     reduce_dtype: Precision = "float32",
     offload: bool = False,
+    compile: bool | Backend = False,
     **constraints: Any,
 ) -> Model:
     """Make `module` train on the whole world, by the plan expected to be fastest among those that fit in memory.
@@ -147,6 +152,8 @@ def parallelize(
         With "float16", torch.amp.GradScaler works as ever.
     reduce_dtype: what gradients of parameters that are cast so are summed in. offload: parameters at rest, gradients and
         the optimizer's state stay in host memory, and the optimizer runs there. A given plan says these two itself.
+    compile: run blocks through torch.compile, each kind of block once; True is its default backend, and another may be
+        named or given. An instruction may then take ten times timeout_s, because the first ones compile.
     constraints: data=, tensor=, pipeline=, microbatches=, schedule=, zero=, recompute=, memory_limit_bytes= pin a choice
         of the search each.
     Under torchrun all ranks must call it alike; without a launcher the world is this process. ValueError for what cannot
@@ -180,5 +187,6 @@ def parallelize(
         device=device,
         initialise=initialise,
         constraints=constraints,
-        timeout_s=timeout_s,
+        compile_with="inductor" if compile is True else compile or None,
+        timeout_s=timeout_s * (10 if compile else 1),
     )

@@ -119,11 +119,11 @@ class Plan:
 
     stages: in the order of the blocks. The same ranks may run several of them, if the schedule has it so (interleaved,
     V-shaped). precision: what blocks compute in; parameters at rest and gradients stay as the module has them.
-    rewrites: what is done to the captured graph first (capture/rewrites.py); the fingerprint, the blocks and the layouts
-    are those of the graph after them.
     reduction: what gradients are summed in, over microbatches and data ranks, where blocks compute in less than float32.
     offload: parameters at rest, their `.grad` and the optimizer's state lie in host memory, and the optimizer runs there;
         blocks compute with copies on the device (Ren et al. 2021, ZeRO-Offload).
+    rewrites: what is done to the captured graph first (capture/rewrites.py); the fingerprint, the blocks and the layouts
+        are those of the graph after them.
     """
 
     model: str
@@ -137,9 +137,9 @@ class Plan:
     prediction: Prediction | None = None
     candidates: tuple[Candidate, ...] = ()
     precision: Precision = "float32"
-    rewrites: tuple[str, ...] = ()
     reduction: Precision = "float32"
     offload: bool = False
+    rewrites: tuple[str, ...] = ()
     schema: int = SCHEMA
 
     @property

@@ -175,14 +175,13 @@ def _uses(graph: Graph, stage: Stage, parameter: str) -> bool:
 
 def _check_runnable(plan: Plan) -> None:
     """What the vocabulary of plans can say and the runtime cannot do yet."""
-    if schedule_named(plan.schedule).splits_backward:
-        for s, stage in enumerate(plan.stages):
-            if stage.zero:
-                raise ValueError(
-                    f"plan.stages[{s}].zero is {stage.zero}, but schedule {plan.schedule!r} puts gradients of weights "
-                    "off, and ZeRO reduces them with those of inputs; set zero to 0, or the schedule to '1f1b' or "
-                    "'interleaved'"
-                )
+    for s, stage in enumerate(plan.stages):
+        at = f"plan.stages[{s}]"
+        if stage.zero and schedule_named(plan.schedule).splits_backward:
+            raise ValueError(
+                f"{at}.zero is {stage.zero}, but schedule {plan.schedule!r} puts gradients of weights off, and ZeRO reduces "
+                "them with those of inputs; set zero to 0, or the schedule to '1f1b' or 'interleaved'"
+            )
 
 
 def _check_stages(plan: Plan, graph: Graph) -> None:

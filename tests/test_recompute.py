@@ -74,7 +74,7 @@ def work(choice: str, tensor: int) -> tuple[int, dict[str, int], list[int], dict
     with pytest.MonkeyPatch.context() as patch, Living() as living:
         patch.setattr("autopar.runtime.executor.call_block", watched)
         call(model, example)
-    assert len(kept) == len(executor.compiled.blocks)
+    assert len(kept) == len(executor.parts[0].compiled.blocks)
     gradients = {name: getattr(p.grad, "_local_tensor", p.grad) for name, p in model.named_parameters()}
     return flops.get_total_flops(), collectives.found, kept, gradients
 

@@ -17,6 +17,7 @@ from .lower import lower
 from .masks import simplify_masks
 from .normalise import normalise_losses
 from .observe import Observer, apply_survey
+from .routing import route_rows
 from .simplify import simplify
 from .trace import Trace, trace
 from .whole import keeping_whole
@@ -41,7 +42,8 @@ def capture(
     call = describe_call(module, example, loss)
     # Fake parameters and known masks lie on the CPU, and so must what the module's forward makes.
     with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
-        traced, draft = keeping_whole(module, lambda whole: _traced(module, call, loss, torch_dtype(precision), whole))
+        dtype = torch_dtype(precision)
+        traced, draft = keeping_whole(module, lambda whole: _traced(module, call, loss, whole, dtype))
     _check_trainable(draft, module)
     updated = draft.updated_buffers()
     side_ops = _side_ops(draft, updated)
@@ -65,9 +67,9 @@ def capture(
 
 
 def _traced(
-    module: torch.nn.Module, call: Call, loss: Loss | None, dtype: torch.dtype, whole: frozenset[str]
+    module: torch.nn.Module, call: Call, loss: Loss | None, whole: frozenset[str], dtype: torch.dtype
 ) -> tuple[Trace, Draft]:
-    traced = trace(module, call, loss, dtype, whole)
+    traced = trace(module, call, loss, whole, dtype)
     return traced, _draft(traced, call)
 
 
@@ -80,6 +82,7 @@ def _draft(traced: Trace, call: Call) -> Draft:
     simplify_masks(draft)
     draft.drop_dead()
     normalise_losses(draft, observer, observer.survey(draft, grad=False))
+    route_rows(draft)
     draft.drop_dead()
     apply_survey(draft, observer.survey(draft))
     return draft

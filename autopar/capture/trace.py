@@ -73,8 +73,8 @@ def trace(
     module: torch.nn.Module,
     call: Call,
     loss: Loss | None,
-    dtype: torch.dtype = torch.float32,
     whole: Collection[str] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> Trace:
     """Export in training mode, with float32 parameters and inputs of the module as `dtype`.
 
@@ -95,7 +95,8 @@ def trace(
         name: p.dtype for name, p in module.named_parameters() if p.dtype == torch.float32 and dtype != torch.float32
     }
     mode = fake_mode()
-    with _fake_tensors(module, mode, dtype), _training(module), record_opaque(module, dict(every), whole) as recorder:
+    fakes = _fake_tensors(module, mode, dtype)
+    with fakes, _training(module), record_opaque(module, dict(every), whole) as recorder:
         with mode:
             flat = tuple(torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in call.tensors)
         wrapper = _WithLoss(module, call, loss, dtype)

@@ -18,6 +18,7 @@ from ..schedule.build import program_for
 from ..schedule.instructions import Instruction
 from ..sharding.axes import Places
 from ..sharding.placement import REPLICATED
+from .compiled import Backend, Functions, compile_blocks
 from .executor import Executor, StagePart, block_function
 from .groups import Groups, build_groups
 from .ownership import Holder, Ownership
@@ -116,19 +117,24 @@ def build_runtime(
     state: Mapping[str, Tensor],
     device: torch.device,
     random: Callable[[str], AbstractContextManager[Any]],
+    compile_with: Backend | None = None,
 ) -> Runtime:
     """Build this rank's runtime; all ranks of the world must call it with the same plan.
 
     values(specs): this rank's local parts of these parameters, by original name. state: buffers and constants on
     `device`, by tensor name. random(key): a context in which random ops draw from the stream of that key.
+    compile_with: torch.compile's backend for the blocks; None: they run as they are.
     """
     rank = dist.get_rank()
     groups = build_groups(plan)
     by_stage = parameter_specs(graph, plan)
     compiled: dict[int, CompiledStage] = {}
+    functions: Functions = {}
     specs: dict[int, tuple[ParameterSpec, ...]] = {}
     for s, mesh in groups.meshes.items():
         compiled[s] = compile_stage(graph, plan, s, mesh.data.rank, mesh.model, device)
+        if compile_with is not None:
+            compiled[s] = replace(compiled[s], blocks=compile_blocks(compiled[s].blocks, compile_with, functions))
         specs[s] = _with_reductions(graph, compiled[s], by_stage[s], rank)
     union: dict[str, ParameterSpec] = {}
     for of_stage in specs.values():
@@ -137,7 +143,8 @@ def build_runtime(
     tied = {s.fqn: s for specs in by_stage.values() for s in specs if len(s.ownership.holders) > 1 and s.requires_grad}
     if not any(rank in s.ownership.ranks for s in tied.values()):
         tied = {}
-    options: dict[str, Any] = dict(reduction=torch_dtype(plan.reduction), offload=plan.offload)
+
+    options = {"reduction": torch_dtype(plan.reduction), "offload": plan.offload}
 
     def build_storage(s: int, values: Mapping[str, Tensor]) -> Storage:
         stage, mesh = plan.stages[s], groups.meshes[s]

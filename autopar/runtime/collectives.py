@@ -14,6 +14,7 @@ COLLECTIVES = frozenset({"all_reduce", "all_gather", "reduce_scatter", "all_to_a
 """The actions that communicate."""
 
 
+@torch.compiler.disable
 def convert(
     tensor: Tensor,
     axis: Axis,

@@ -99,6 +99,7 @@ def compile_calls(
     exec(compile(text, f"<autopar {name}>", "exec"), scope)
     function = scope[name]
     function.source = text
+    function.constants = constants
     return function
 
 

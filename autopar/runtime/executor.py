@@ -68,8 +68,8 @@ class _Step:
     gradients: dict[Place, list[Tensor]] = field(default_factory=dict)
     owed: dict[Place, Owed] = field(default_factory=dict)
     loss: Tensor | None = None
-    reduced: set[int] = field(default_factory=set)
     scale: Tensor | None = None
+    reduced: set[int] = field(default_factory=set)
     parameter_gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -121,18 +121,23 @@ class Executor:
         actions = [a for a in actions if not isinstance(a, OptimizerStep)]
         split = any(isinstance(a, BackwardInput) for a in actions)
         last_halves = BackwardWeight if split else Backward
-        backwards = Counter(a.stage for a in actions if isinstance(a, last_halves))
-        step = _Step(batch, training, split, backwards, scale=scale)
+        left = Counter(a.stage for a in actions if isinstance(a, last_halves))
+        step = _Step(batch, training, split, left, scale=scale)
         self.current: Instruction | None = None
         self.storage.begin()
-        for part in self.parts.values():
-            (part.storage.begin_step if backwards else part.storage.begin_evaluation)()
+        differentiable = bool(step.backwards_left)
+        if differentiable:
+            for part in self.parts.values():
+                part.storage.begin_step()
+        else:
+            for part in self.parts.values():
+                part.storage.begin_evaluation()
         self.transport.begin(actions)
         for action in actions:
             self.current = action
             self.recorder.run(str(action), self._handlers[type(action)], step, action)
         self.transport.finish()
-        if not backwards:
+        if not differentiable:
             for part in self.parts.values():
                 part.storage.end_evaluation()
         self.current = None

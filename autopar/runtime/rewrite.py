@@ -42,11 +42,10 @@ class Chunk:
     The part is `length` of the batch's `size` units from unit `rank` on (`Rows`). Serves as the batch axis of ops that
     need to know their offset (`rank`, `size`).
     draw(name, on_batch, on_model, function, args, kwargs) runs a random op under its own key.
-
+    kept: in a block that is recomputed selectively, where its expensive results stay.
     data: the axis of the ranks that share a microbatch, for ops whose rows meet. found: by op, the buffers as its first
     run of the step found them, shared by all chunks of a step.
     owed: where the backward is split, what its weight half will have to compute.
-    kept: in a block that is recomputed selectively, where its expensive results stay.
     """
 
     rank: int
@@ -58,12 +57,15 @@ class Chunk:
     owed: Owed | None = None
     kept: Kept | None = None
 
+    @torch.compiler.disable
     def keep_op(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs) if self.kept is None else self.kept.op(function, args, kwargs)
 
+    @torch.compiler.disable
     def keep_conversion(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args) if self.kept is None else self.kept.conversion(function, args)
 
+    @torch.compiler.disable
     def draw(self, key: str, split_by_batch: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.random(f"{key}/{self.rank}" if split_by_batch else key):
             return function(*args, **kwargs)
@@ -73,6 +75,7 @@ class Chunk:
         assert self.data is not None, "this chunk stands alone"
         return self.data.all_reduce(tensor, op) if self.data.size > 1 else tensor
 
+    @torch.compiler.disable
     def update(
         self, key: str, function: Callable[..., Any], written: Sequence[torch.Tensor], *args: Any, **kwargs: Any
     ) -> Any:
