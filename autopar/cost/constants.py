@@ -37,6 +37,7 @@ class Constants:
     overlap, gather_overlap, tensor_overlap: share of a gradient reduction, of a ZeRO gather and of a model-axis
         collective that hides behind compute; the rest is what the transfer costs the compute beside it.
     update_overlap: share of ZeRO 1's and 2's gather of updated parameters that hides.
+    fused_loss: whether the cross entropy reads narrow logits as they are and writes their gradient in their place.
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
     selective_kept: share of products whose results selective recomputation keeps (torchtitan: every other one).
     microbatch_s, step_s: host time per microbatch, and per step: data loading, logging, zeroing of gradients.
@@ -75,6 +76,7 @@ class Constants:
     gather_overlap: float = 1.0
     tensor_overlap: float = 0.0
     update_overlap: float = 0.0
+    fused_loss: bool = False
     scatter_each: bool = False
     selective_kept: float = 1.0
     microbatch_s: float = 0.0
@@ -129,7 +131,7 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     },
     "composer": {
         "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 0.95, "product_scale": 1.02, "attention_scale": 0.68,
-        "gather_overlap": 0.85, "scatter_each": True, "context_bytes": 2e9,
+        "gather_overlap": 0.85, "fused_loss": True, "scatter_each": True, "context_bytes": 2e9,
     },
     "internevo": {
         "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 1.14, "overlap": 0.96, "scatter_each": True,
@@ -143,7 +145,7 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     "megatron-deepspeed": {
         "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "fusion": 0.83, "product_scale": 1.07, "overlap": 0.0,
         "optimizer_passes": 7.1, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 16.0,
-        "narrow_copy": False, "context_bytes": 4e9, "allocator_share": 0.1,
+        "narrow_copy": False, "context_bytes": 4e9, "allocator_share": 0.15,
     },
     "alpa": {
         "launch_s": 5e-6, "backward_launch_s": 5e-6, "overlap": 0.0, "fusion": 0.92, "product_scale": 0.98,
