@@ -151,11 +151,17 @@ class WholeLayouts:
             return (Chain(),)
         return (Chain.of([whole_layout(block, shape.tensor) for block in problem.graph.blocks]),)
 
-    def pass_s(self, problem: Problem, tensor: int) -> float:
-        shape, whole = Shape(1, 1, tensor, 1, "1f1b", 0), Piece(0, len(problem.graph.blocks), "none")
+    def smallest(self, problem: Problem, shape: Shape) -> Chain:
+        return self.of(problem, shape)[0]
+
+    def pass_s(self, problem: Problem, tensor: int, shards: int) -> list[float]:
+        shape = Shape(1, 1, tensor, shards, "1f1b", 0)
         (chain,) = self.of(problem, shape)
-        cost = problem.costs.stage(assemble(problem, shape, chain, [whole]), 0)
-        return cost.forward_s + cost.backward_s
+        costs = []
+        for block in problem.graph.blocks:
+            plan = assemble(problem, shape, chain, [Piece(block.index, block.index + 1, "none")])
+            costs.append(problem.costs.stage(plan, 0))
+        return [cost.forward_s + cost.backward_s for cost in costs]
 
 
 def whole_layout(block: Block, tensor: int) -> Layout:

@@ -122,7 +122,7 @@ def test_cuts_of_one_shape_are_optimal(seed):
         edges = list(itertools.pairwise((0, *inner, len(graph.blocks))))
         for choice in itertools.product(("none", "full"), repeat=pipeline):
             pieces = tuple(Piece(*edge, recompute) for edge, recompute in zip(edges, choice, strict=True))
-            if all(cuts._way(s, piece).peak_bytes <= problem.memory_limit_bytes for s, piece in enumerate(pieces)):
+            if all(cuts.priced(s, piece).peak_bytes <= problem.memory_limit_bytes for s, piece in enumerate(pieces)):
                 time_s = cuts.step_time_s(pieces)
                 assert time_s >= cuts.root_bound_s * (1 - 1e-9)
                 best_s = min(best_s, time_s)
@@ -243,8 +243,13 @@ def test_real_prices_are_those_of_the_whole_plan(graphs):
                 pieces = found.first()
                 plan = found.plan(pieces)
                 plan.validate(graphs[name], cluster)
-                for s, piece in enumerate(pieces):
-                    assert prices.cost(shape, chain, s, piece) == problem.costs.stage(plan, s)
+                whole = [problem.costs.stage(plan, s) for s in range(plan.pipeline)]
+                assert prices.of_plan(shape, chain, pieces) == whole
+                for s, (piece, cost) in enumerate(zip(pieces, whole, strict=True)):
+                    alone = prices.cost(shape, chain, s, piece)
+                    if graphs[name].shared_parameters:
+                        alone = replace(alone, reduce_model_s=cost.reduce_model_s)
+                    assert alone == cost
 
 
 def test_planning_is_fast(capsys):
@@ -369,7 +374,7 @@ def test_candidates_say_why_they_lost():
     costs = MadeUpCosts(graph, cluster, 3)
     problem = Problem(graph, cluster, costs, WholeLayouts())
     roomy = auto(problem, progress=False)
-    tight = auto(limited(problem, roomy.prediction.peak_memory_bytes // 5), progress=False)
+    tight = auto(limited(problem, roomy.prediction.peak_memory_bytes // 8), progress=False)
     for plan in (roomy, tight):
         assert 5 <= len(plan.candidates) <= 20
         for one in plan.candidates:

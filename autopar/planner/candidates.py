@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from ..cost.types import StageCost
 from ..plan import Candidate, Plan, Prediction
 from ..report.words import gib, plan_in_words
+from ..schedule.step_time import step_time_s
 from ..simulate import simulate
 from .pricing import Piece, StagePrices, assemble
 from .problem import Problem, Shape
@@ -23,7 +24,7 @@ WORK = "work"
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A plan that was simulated, with where its step time goes (seconds, mean over stages)."""
+    """A plan that was priced exactly, with where its step time goes (seconds, mean over stages)."""
 
     plan: Plan
     shape: Shape
@@ -33,11 +34,16 @@ class Tried:
 
     @classmethod
     def of(cls, problem: Problem, search: StageSearch, pieces: tuple[Piece, ...]) -> Tried:
-        plan = assemble(problem, search.shape, search.chain, pieces)
-        line = simulate(problem.graph, plan, problem.cluster, model=problem.costs)
-        costs = [problem.costs.stage(plan, s) for s in range(plan.pipeline)]
-        peak_bytes = max(line.peak_memory_bytes.values())
-        return cls(plan, search.shape, line.step_time_s, peak_bytes, _parts(search, pieces, costs, line.step_time_s))
+        shape, costs = search.shape, search.costs(pieces)
+        seconds = step_time_s(shape.pipeline, shape.microbatches, shape.schedule, costs)
+        peak_bytes = max(search.priced(s, piece).peak_bytes for s, piece in enumerate(pieces))
+        return cls(search.plan(pieces), shape, seconds, peak_bytes, _parts(search, pieces, costs, seconds))
+
+    def simulated(self, problem: Problem) -> Tried:
+        """The same, with the figures of the simulator itself."""
+        line = simulate(problem.graph, self.plan, problem.cluster, model=problem.costs)
+        assert abs(line.step_time_s - self.step_time_s) <= 1e-6 * line.step_time_s, (line.step_time_s, self.step_time_s)
+        return replace(self, step_time_s=line.step_time_s, peak_memory_bytes=max(line.peak_memory_bytes.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +94,15 @@ def conclude(
     open_bound_s: float,
 ) -> Plan:
     """The best plan with its prediction and the table of candidates: fastest first, then those that do not fit."""
+    chosen = best.simulated(problem)
+    tried = [chosen if one is best else one for one in tried]
+    best = chosen
     rows = {plan_in_words(one.plan): one for one in sorted(tried, key=lambda one: -one.step_time_s)}
     kept = [_candidate(one, best, open_bound_s) for one in _choose(list(rows.values()), best)]
     fits = {one.shape.group for one in tried}
     lost = [_lacking(problem, prices, one) for one in _nearest(tight) if one.shape.group not in fits]
+    # Layouts that were not looked at, because they are no faster than the best plan, may fit where others did not.
+    lost = [one for one in lost if one.peak_memory_bytes > problem.memory_limit_bytes]
     prediction = Prediction(best.step_time_s, best.peak_memory_bytes)
     return replace(best.plan, prediction=prediction, candidates=(*kept, *lost))
 

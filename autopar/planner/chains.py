@@ -3,8 +3,9 @@
 One chain spans the whole model, so that stages agree at their boundaries wherever the pipeline is cut. Its prices are
 the cost model's, for one rank of the tensor axis: compute and conversions of a microbatch, and, spread over the
 microbatches of a step, the gradient reductions and the optimizer that follow from the bytes at rest. Memory counts as
-on the stage that holds most microbatches; it only decides which chains are tried, the stage search then counts
-exactly.
+on the stage that holds most microbatches, per microbatch in flight; it only decides which chains are tried, the stage
+search then counts exactly. So shapes of one tensor degree and share of the batch differ in their parameters' prices
+alone, and have the rest of their programs in common.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..sharding.batch import batch_layout
 from ..sharding.placement import Placement, Split, conversion
 from ..sharding.strategies import strategies
 from ..sharding.strategy import Strategy
-from .layout_chain import ChainSolution, chain_frontier, chain_layouts
+from .layout_chain import ChainSolution, chain_frontier, chain_layouts, smallest_chain
 from .layout_costs import Seconds2
 from .layout_elimination import Order
 from .layout_options import LayoutOptions, layout_options
@@ -39,6 +40,7 @@ class LayoutChains:
 
     def __init__(self) -> None:
         self._options: dict[tuple, LayoutOptions] = {}
+        self._basis: dict[tuple, LayoutOptions] = {}
         self._fastest: dict[tuple, ChainSolution] = {}
         self._orders: dict[Hashable, Order] = {}
         self._answers: dict[tuple[int, int], Answers] = {}
@@ -66,18 +68,35 @@ class LayoutChains:
             options = self._options_of(problem, shape, recompute)
             yield from chain_frontier(options, 0, num_blocks, num_points=MAX_CHAINS)
 
-    def pass_s(self, problem: Problem, tensor: int) -> float:
-        """Forward and backward of the whole model and batch on `tensor` ranks: no layout is faster."""
-        shape = Shape(1, 1, tensor, 1, "1f1b", 0)
-        prices = PassPrices(problem, shape, False, self._answers_of(shape))
-        options = layout_options(problem.graph, tensor, prices, self._orders)
-        return chain_layouts(options, 0, len(problem.graph.blocks)).time_s
+    def smallest(self, problem: Problem, shape: Shape) -> Chain:
+        """The chain that keeps least, with the most recomputation."""
+        if shape.tensor == 1:
+            return Chain()
+        options = self._options_of(problem, shape, problem.recompute_choices[-1])
+        return Chain.of(smallest_chain(options, 0, len(problem.graph.blocks)).layouts)
+
+    def pass_s(self, problem: Problem, tensor: int, shards: int) -> list[float]:
+        """Per block, forward and backward on `tensor` ranks of one of `shards` shares of the batch.
+
+        No layout is faster; what happens once per step apart.
+        """
+        return self._basis_of(problem, tensor, shards, "none").least_s()
+
+    def _basis_of(self, problem: Problem, tensor: int, shards: int, recompute: str) -> LayoutOptions:
+        """The programs without what happens once per step."""
+        key = (tensor, shards, recompute)
+        if key not in self._basis:
+            shape = Shape(1, 1, tensor, shards, "1f1b", 0)
+            prices = PassPrices(problem, shape, recompute == "full", self._answers_of(shape))
+            self._basis[key] = layout_options(problem.graph, tensor, prices, self._orders)
+        return self._basis[key]
 
     def _options_of(self, problem: Problem, shape: Shape, recompute: str) -> LayoutOptions:
         prices = AxisPrices(problem, shape, recompute == "full", self._answers_of(shape))
         key = (shape.data, shape.tensor, shape.microbatches, shape.zero, recompute, prices.in_flight)
         if key not in self._options:
-            self._options[key] = layout_options(problem.graph, shape.tensor, prices, self._orders)
+            basis = self._basis_of(problem, shape.tensor, shape.shards, recompute)
+            self._options[key] = layout_options(problem.graph, shape.tensor, prices, self._orders, basis)
         return self._options[key]
 
     def _answers_of(self, shape: Shape) -> Answers:
@@ -99,7 +118,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class AxisPrices:
-    """`LayoutCosts` of the tensor axis of one shape, by the problem's cost model."""
+    """`LayoutCosts` of the tensor axis of one shape, by the problem's cost model; bytes per microbatch in flight."""
 
     problem: Problem
     shape: Shape
@@ -176,22 +195,22 @@ class AxisPrices:
         size = self._local.size_bytes(parameter, placement, self.shape.tensor)
         if tensor.requires_grad:
             size = 2 * size + OPTIMIZER_BYTES_PER_ELEMENT * size // tensor.dtype.itemsize
-        return size / (self.shape.data if self.shape.zero == 3 else 1)
+        return size / (self.shape.data if self.shape.zero == 3 else 1) / self.in_flight
 
     def saved_bytes(self, tensor: str, placement: Placement) -> float:
         if self.recompute:
             return 0.0
-        return self.in_flight * self._local.size_bytes(tensor, placement, self.shape.tensor)
+        return self._local.size_bytes(tensor, placement, self.shape.tensor)
 
     def saved_extra_bytes(self, op: Op, strategy: Strategy) -> float:
         if self.recompute:
             return 0.0
-        return self.in_flight * op.saved_extra_bytes * strategy.work / self.shape.shards
+        return op.saved_extra_bytes * strategy.work / self.shape.shards
 
     def input_bytes(self, tensor: str, placement: Placement) -> float:
         if not self.recompute:
             return 0.0
-        return self.in_flight * self._local.size_bytes(tensor, placement, self.shape.tensor)
+        return self._local.size_bytes(tensor, placement, self.shape.tensor)
 
     def _twice(self, seconds: Seconds2) -> Seconds2:
         """Recomputation runs the forward again in front of the backward."""

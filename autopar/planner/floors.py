@@ -3,7 +3,14 @@
 Time. With C the time of a microbatch through the whole model, P stages of times c_0 .. c_{P-1} that sum to at least
 C, and M microbatches, the work bound of planner/stages.py is least when c_s = c_0 (1 - 1/M)^s, where it equals
 
-    (1)  C / (1 - (1 - 1/M)^P)                                                                           time_s
+    (1)  C / (1 - (1 - 1/M)^P)                                                                           _spread_s
+
+Blocks are whole. If block b takes at least tau_b on t ranks, the work bound needs a way to cut the blocks into P stages
+so that every stage s, behind stages that take p_s together, has p_s + M c_s <= T. Filling each stage as far as T lets
+it is such a way if there is one, and T is found by bisection:
+
+    (1')  the least T for which filling reaches the end                                                   _filled_s
+
 
 Memory. Stage s has r_s bytes at rest and keeps a_s for each of its K_s microbatches in flight, K_0 >= K_1 >= ..;
 these sum to at least R and A. If the fullest stage holds L = max_s (r_s + K_s a_s), then summing over s, as it is or
@@ -15,8 +22,8 @@ so a limit on L is one on A. Where the model's A exceeds it, blocks must recompu
 per second of forward (a fractional knapsack), and their forward adds to C. Where even recomputing all is not enough,
 nothing fits.
 
-Tensor axis of t ranks: C is that of one rank times the ratio of the two at the largest share of the batch, where
-collectives cost relatively least; bytes and recomputed forwards are at least a t-th.
+Tensor axis of t ranks: C and tau are those of the fastest layouts at the largest share of the batch, where collectives
+cost relatively least, or at the shape's own (`refined_s`); bytes and recomputed forwards are at least a t-th.
 
 Assumed of the cost model: cutting a stage in two never makes its parts cheaper together, ZeRO and recomputation never
 make a stage faster, and the statements on the tensor axis hold up to the slacks below.
@@ -27,13 +34,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import numpy as np
+
 from ..cost.types import StageCost
 from ..schedule.orders import schedule_named
 from ..simulate import at_rest_bytes
 from .pricing import Piece, StagePrices
 from .problem import Chain, Problem, Shape
 
-# Allowance for the ratio of a tensor axis falling with the share of the batch, where rates rise as shares get smaller.
+# Allowance for blocks that take less together than alone, and for rates that rise as shares of the batch get smaller.
 TIME_SLACK = 0.98
 # Allowance for bytes that single blocks count and a whole model does not, such as a tensor that two blocks both keep.
 MEMORY_SLACK = 0.95
@@ -44,30 +53,89 @@ class Floors:
 
     def __init__(self, problem: Problem, prices: StagePrices) -> None:
         self.problem, self.prices = problem, prices
-        self._ratios: dict[int, float] = {1: 1.0}
+        self._passes: dict[tuple[int, int], np.ndarray] = {}
+        self._again: dict[Shape, float] = {}
+        self._fillings: dict[tuple, float] = {}
         self._knapsacks: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
 
     def time_s(self, shape: Shape) -> float:
         """No plan of this shape is faster; infinite if none fits in memory."""
-        plain = self._whole(shape, self.problem.recompute_choices[0])
-        pass_s = plain.forward_s + plain.backward_s
-        excess_bytes = plain.activation_bytes - self._most_kept_bytes(shape, plain)
-        again_s = self._recomputed_s(shape, excess_bytes) if excess_bytes > 0 else 0.0
-        most_s = pass_s * self._ratio(shape.tensor) + again_s / shape.tensor
+        return self._spread_s(shape, 1)
+
+    def refined_s(self, shape: Shape) -> float:
+        """The same, closer, for the price of one layout solve per tensor degree and share of the batch."""
+        return max(self._spread_s(shape, shape.shards), self._filled_s(shape))
+
+    def chain_s(self, shape: Shape, chain: Chain) -> float:
+        """No plan of this shape with these layouts is faster; infinite if none fits in memory. For two stage costs."""
+        plain = self._whole(shape, self.problem.recompute_choices[0], chain)
+        if self.memory_bytes(shape, chain) > self.problem.memory_limit_bytes:
+            return math.inf
+        most_s = TIME_SLACK * (plain.forward_s + plain.backward_s)
+        excess_bytes = MEMORY_SLACK * plain.activation_bytes - self._most_kept_bytes(shape, plain, 1)
+        if excess_bytes > 0:
+            again = self._whole(shape, self.problem.recompute_choices[-1], chain)
+            freed_bytes = plain.activation_bytes - again.activation_bytes
+            most_s += self._recomputed_s(shape, excess_bytes) / shape.tensor if freed_bytes > 0 else math.inf
         return most_s / (1 - (1 - 1 / shape.microbatches) ** shape.pipeline)
 
-    def memory_bytes(self, shape: Shape) -> float:
-        """No plan of this shape has a fullest rank with less."""
-        least = self._whole(shape, self.problem.recompute_choices[-1])
+    def _spread_s(self, shape: Shape, shards: int) -> float:
+        if shape not in self._again:
+            plain = self._whole(shape, self.problem.recompute_choices[0])
+            excess_bytes = plain.activation_bytes - self._most_kept_bytes(shape, plain, shape.tensor)
+            self._again[shape] = self._recomputed_s(shape, excess_bytes) if excess_bytes > 0 else 0.0
+        pass_s = self._pass_s(shape.tensor, shards).sum() * shards / shape.shards
+        most_s = pass_s + self._again[shape] / shape.tensor
+        return most_s / (1 - (1 - 1 / shape.microbatches) ** shape.pipeline) + self._tail_s(shape)
+
+    def _filled_s(self, shape: Shape) -> float:
+        """Bound (1')."""
+        key = (shape.pipeline, shape.tensor, shape.shards, shape.microbatches)
+        if key not in self._fillings:
+            blocks_s = self._pass_s(shape.tensor, shape.shards)
+            ends_s = np.concatenate([[0.0], np.cumsum(blocks_s)])
+            low_s = ends_s[-1] * shape.microbatches / shape.pipeline
+            high_s = ends_s[-1] * shape.microbatches
+            for _ in range(20):
+                middle_s = (low_s + high_s) / 2
+                reached, stages = 0, 0
+                while reached < len(blocks_s) and stages < shape.pipeline:
+                    most_s = ends_s[reached] + (middle_s - ends_s[reached]) / shape.microbatches
+                    reached = int(np.searchsorted(ends_s, most_s, side="right")) - 1
+                    stages += 1
+                if reached < len(blocks_s):
+                    low_s = middle_s
+                else:
+                    high_s = middle_s
+            self._fillings[key] = low_s
+        return self._fillings[key]
+
+    def _pass_s(self, tensor: int, shards: int) -> np.ndarray:
+        """Least forward and backward seconds per block of a microbatch of one of `shards` shares of the batch."""
+        if (tensor, shards) not in self._passes:
+            seconds = self.problem.chains.pass_s(self.problem, tensor, shards)
+            self._passes[tensor, shards] = TIME_SLACK * np.array(seconds)
+        return self._passes[tensor, shards]
+
+    def _tail_s(self, shape: Shape) -> float:
+        """What follows the last backward where all blocks are one stage."""
+        if shape.pipeline > 1:
+            return 0.0
+        whole = self._whole(shape, self.problem.recompute_choices[0])
+        return TIME_SLACK * (max(0.0, whole.reduce_s - whole.reduce_overlap_s) + whole.optimizer_s) / shape.tensor
+
+    def memory_bytes(self, shape: Shape, chain: Chain | None = None) -> float:
+        """No plan of this shape (with these layouts) has a fullest rank with less."""
+        least = self._whole(shape, self.problem.recompute_choices[-1], chain)
         held = self._in_flight(shape)
         rest_bytes, kept_bytes = self._rest_bytes(shape, least), least.activation_bytes
         by_sum = (rest_bytes + held[-1] * kept_bytes) / shape.pipeline
         by_share = (rest_bytes / held[0] + kept_bytes) / sum(1 / k for k in held)
-        return MEMORY_SLACK * max(by_sum, by_share) / shape.tensor
+        return MEMORY_SLACK * max(by_sum, by_share) / (1 if chain else shape.tensor)
 
-    def _most_kept_bytes(self, shape: Shape, cost: StageCost) -> float:
-        """What a microbatch may keep over all stages under the memory limit, by (2)."""
-        limit_bytes = self.problem.memory_limit_bytes * shape.tensor / MEMORY_SLACK
+    def _most_kept_bytes(self, shape: Shape, cost: StageCost, ranks: int) -> float:
+        """What a microbatch may keep over all stages and `ranks` ranks of each under the memory limit, by (2)."""
+        limit_bytes = self.problem.memory_limit_bytes * ranks / MEMORY_SLACK
         held, rest_bytes = self._in_flight(shape), self._rest_bytes(shape, cost)
         by_sum = (shape.pipeline * limit_bytes - rest_bytes) / held[-1]
         return min(by_sum, limit_bytes * sum(1 / k for k in held) - rest_bytes / held[0])
@@ -109,17 +177,10 @@ class Floors:
         alone = Shape(stage + (index < last) + 1, shape.data, 1, shape.microbatches, "1f1b", shape.zero)
         return self.prices.cost(alone, Chain(), stage, Piece(index, index + 1, recompute))
 
-    def _whole(self, shape: Shape, recompute: str) -> StageCost:
-        """The whole model as one stage, without a tensor axis."""
-        alone = Shape(1, shape.data, 1, shape.microbatches, "1f1b", shape.zero)
-        return self.prices.cost(alone, Chain(), 0, Piece(0, len(self.problem.graph.blocks), recompute))
-
-    def _ratio(self, tensor: int) -> float:
-        if tensor not in self._ratios:
-            one = self._whole(Shape(1, 1, 1, 1, "1f1b", 0), self.problem.recompute_choices[0])
-            pass_s = self.problem.chains.pass_s(self.problem, tensor)
-            self._ratios[tensor] = TIME_SLACK * pass_s / (one.forward_s + one.backward_s)
-        return self._ratios[tensor]
+    def _whole(self, shape: Shape, recompute: str, chain: Chain | None = None) -> StageCost:
+        """The whole model as one stage: with these layouts, or without a tensor axis."""
+        alone = Shape(1, shape.data, shape.tensor if chain else 1, shape.microbatches, "1f1b", shape.zero)
+        return self.prices.cost(alone, chain or Chain(), 0, Piece(0, len(self.problem.graph.blocks), recompute))
 
     def _in_flight(self, shape: Shape) -> list[int]:
         in_flight = schedule_named(shape.schedule).in_flight

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .layout_costs import storage
-from .layout_model import BlockModel, Flow, Keep
+from .layout_model import BlockModel, Choice, Flow, Keep
 
 # Entries of one table, above which the integer program is the better way.
 MAX_TABLE = 4_000_000
@@ -63,25 +63,50 @@ class Elimination:
 
     kept: the choices whose every joint option is answered for, in the order of the answer's axes.
     orders: remembered orders by structure, which blocks of one kind share under all prices.
+    basis: the same block under prices that differ in its parameters alone: the other tables are taken from there.
     """
 
-    def __init__(self, model: BlockModel, kept: Sequence[int], orders: dict[Hashable, Order]) -> None:
+    def __init__(
+        self,
+        model: BlockModel,
+        kept: Sequence[int],
+        orders: dict[Hashable, Order],
+        basis: Elimination | None = None,
+    ) -> None:
         self.model, self.kept = model, tuple(kept)
-        self.sizes = [len(choice.options) for choice in model.choices]
-        self.factors: list[Factor] = []
+        if basis is None:
+            self._begin()
+        else:
+            self.common, self.sizes = basis.common, list(basis.common[0])
+            self.factors = list(basis.common[1])
         for index, choice in enumerate(model.choices):
-            prices = np.array(choice.prices, dtype=float).reshape(len(choice.options), 2)
-            self._add((index,), prices[:, 0], prices[:, 1])
-        for flow in model.flows:
+            if choice.role == "parameter":
+                self._add_choice(index, choice)
+        for flow in model.parameter_flows:
             self._add_flow(flow)
-        for keep in model.keeps:
-            self._add_keep(keep)
         structure = (tuple(self.sizes), tuple(f.scope for f in self.factors), self.kept)
         if structure not in orders:
             orders[structure] = _order(self.sizes, [f.scope for f in self.factors], self.kept)
         self.order = orders[structure]
         if self.order.largest > MAX_TABLE:
             raise TooWide
+
+    def _begin(self) -> None:
+        """All tables but those of parameters."""
+        self.sizes = [len(choice.options) for choice in self.model.choices]
+        self.factors: list[Factor] = []
+        for index, choice in enumerate(self.model.choices):
+            if choice.role != "parameter":
+                self._add_choice(index, choice)
+        for flow in self.model.activation_flows:
+            self._add_flow(flow)
+        for keep in self.model.keeps:
+            self._add_keep(keep)
+        self.common = (tuple(self.sizes), tuple(self.factors))
+
+    def _add_choice(self, index: int, choice: Choice) -> None:
+        prices = np.array(choice.prices, dtype=float).reshape(len(choice.options), 2)
+        self._add((index,), prices[:, 0], prices[:, 1])
 
     def _add(self, scope: tuple[int, ...], seconds: np.ndarray, size_bytes: np.ndarray | None = None) -> None:
         if size_bytes is not None and not size_bytes.any():

@@ -8,8 +8,8 @@ that autograd saves: each distinct storage of it is paid once, however many ops 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -60,11 +60,22 @@ class Keep:
 
 @dataclass(frozen=True)
 class BlockModel:
-    """All of one block. `choices` lists ops, then parameters, inputs and outputs, each in the block's order."""
+    """All of one block. `choices` lists ops, then parameters, inputs and outputs, each in the block's order.
+
+    parameter_flows: those of parameters, also where every conversion is free. saved_parameters: whose converted copies
+    autograd keeps.
+    """
 
     choices: tuple[Choice, ...]
-    flows: tuple[Flow, ...]
+    activation_flows: tuple[Flow, ...]
+    parameter_flows: tuple[Flow, ...]
     keeps: tuple[Keep, ...]
+    saved_parameters: frozenset[str]
+
+    @cached_property
+    def flows(self) -> tuple[Flow, ...]:
+        """Those with a conversion that costs something."""
+        return tuple(flow for flow in (*self.activation_flows, *self.parameter_flows) if flow.prices)
 
     @cached_property
     def index(self) -> dict[tuple[str, str], int]:
@@ -113,6 +124,41 @@ def block_model(
     if graph.loss in builder.sources and graph.loss not in (*block.inputs, *block.outputs):
         builder.add("output", graph.loss, (REPLICATED,), [(0.0, 0.0)])
     return builder.finish()
+
+
+def repriced(model: BlockModel, costs: LayoutCosts, shared_parameters: Collection[str]) -> BlockModel:
+    """`model` under `costs` that differ from its own in what parameters cost, at rest and to convert, and nowhere else."""
+    choices = tuple(
+        replace(choice, prices=_rest_prices(costs, choice.name, choice.options))
+        if choice.role == "parameter" and choice.name not in shared_parameters
+        else choice
+        for choice in model.choices
+    )
+    flows = tuple(
+        replace(flow, prices=_flow_prices(costs, flow, flow.tensor in model.saved_parameters))
+        for flow in model.parameter_flows
+    )
+    return replace(model, choices=choices, parameter_flows=flows)
+
+
+def _rest_prices(costs: LayoutCosts, name: str, candidates: Iterable[Placement]) -> tuple[Price, ...]:
+    return tuple((costs.rest_s(name, p), costs.rest_bytes(name, p)) for p in candidates)
+
+
+def _flow_prices(costs: LayoutCosts, flow: Flow, saved_parameter: bool) -> dict[tuple[Placement, Placement], Price]:
+    wanted = dict.fromkeys(p for sink in flow.sinks for p in sink.placements)
+    prices = {}
+    for have in dict.fromkeys(flow.source.placements):
+        for want in wanted:
+            if have == want:
+                continue
+            size = 0.0
+            if saved_parameter and storage(have) != storage(want):
+                size = costs.saved_bytes(flow.tensor, want)
+            price = (sum(costs.conversion_s(flow.tensor, have, want)), size)
+            if price != (0.0, 0.0):
+                prices[have, want] = price
+    return prices
 
 
 class _Builder:
@@ -169,8 +215,7 @@ class _Builder:
             self.add("parameter", name, (fixed,), [(0.0, 0.0)])
             return
         candidates = rest_candidates(p for use in self.sinks.get(name, ()) for p in use.placements)
-        prices = [(self.costs.rest_s(name, p), self.costs.rest_bytes(name, p)) for p in candidates]
-        self.add("parameter", name, candidates, prices)
+        self.add("parameter", name, candidates, _rest_prices(self.costs, name, candidates))
 
     def finish(self) -> BlockModel:
         for name in self.sinks:
@@ -183,7 +228,16 @@ class _Builder:
                 self.add("input", name, (REPLICATED,), [(0.0, 0.0)])
         flows = [self._flow(name, tuple(sinks)) for name, sinks in self.sinks.items()]
         keeps = [self._keep(name, tuple(uses)) for name, uses in self.holders.items() if self._is_activation(name)]
-        return BlockModel(tuple(self.choices), tuple(f for f in flows if f.prices), tuple(keeps))
+        return BlockModel(
+            tuple(self.choices),
+            tuple(flow for flow in flows if flow.prices and not self._is_parameter(flow.tensor)),
+            tuple(flow for flow in flows if self._is_parameter(flow.tensor)),
+            tuple(keeps),
+            frozenset(name for name in self.holders if self._is_parameter(name)),
+        )
+
+    def _is_parameter(self, name: str) -> bool:
+        return self.graph.tensors[name].role == "parameter"
 
     def _is_activation(self, name: str) -> bool:
         """Whether saving `name` takes memory of its own: parameters and side tensors are there anyway."""
@@ -191,21 +245,9 @@ class _Builder:
         return producer is not None and producer.name not in self.graph.side_ops
 
     def _flow(self, name: str, sinks: tuple[Use, ...]) -> Flow:
-        source = self.sources[name]
-        wanted = dict.fromkeys(p for sink in sinks for p in sink.placements)
-        saved_parameter = self.graph.tensors[name].role == "parameter" and name in self.holders
-        prices = {}
-        for have in dict.fromkeys(source.placements):
-            for want in wanted:
-                if have == want:
-                    continue
-                size = 0.0
-                if saved_parameter and storage(have) != storage(want):
-                    size = self.costs.saved_bytes(name, want)
-                price = (sum(self.costs.conversion_s(name, have, want)), size)
-                if price != (0.0, 0.0):
-                    prices[have, want] = price
-        return Flow(name, source, sinks, prices)
+        flow = Flow(name, self.sources[name], sinks, {})
+        saved_parameter = self._is_parameter(name) and name in self.holders
+        return replace(flow, prices=_flow_prices(self.costs, flow, saved_parameter))
 
     def _keep(self, name: str, holders: tuple[Use, ...]) -> Keep:
         placements = {storage(p): p for use in holders for p in use.placements}

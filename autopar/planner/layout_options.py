@@ -20,7 +20,7 @@ from ..graph import Block, Graph, Op
 from ..sharding.placement import REPLICATED, Placement, Split
 from .layout_costs import LayoutCosts
 from .layout_elimination import Elimination, Order, Solved, TooWide
-from .layout_model import BlockModel, block_model, rest_candidates
+from .layout_model import BlockModel, block_model, repriced, rest_candidates
 from .layout_program import BlockProgram, Infeasible, Selection
 from .layouts import BlockSolution, solution
 
@@ -61,12 +61,24 @@ class LayoutOptions:
     """Solutions for all blocks of `graph` on a model axis of `degree` ranks, under one set of prices."""
 
     def __init__(
-        self, graph: Graph, degree: int, costs: LayoutCosts, orders: dict[Hashable, Order] | None = None
+        self,
+        graph: Graph,
+        degree: int,
+        costs: LayoutCosts,
+        orders: dict[Hashable, Order] | None = None,
+        basis: LayoutOptions | None = None,
     ) -> None:
-        self.graph, self.degree, self.costs = graph, degree, costs
+        self.graph, self.degree, self.costs, self._basis = graph, degree, costs, basis
         self._orders = {} if orders is None else orders
-        self._states = [self._boundary_states(i) for i in range(len(graph.blocks) + 1)]
-        self._signatures = [self._signature(block) for block in graph.blocks]
+        if basis is None:
+            self._states = [self._boundary_states(i) for i in range(len(graph.blocks) + 1)]
+            # Boundaries with equal states have one tuple, so that identity tells them apart.
+            same = {states: states for states in self._states}
+            self._states = [same[states] for states in self._states]
+            numbers: dict[tuple, int] = {}
+            self._signatures = [numbers.setdefault(self._signature(b), len(numbers)) for b in graph.blocks]
+        else:
+            self._states, self._signatures = basis._states, basis._signatures
         self._kinds: dict[tuple, _Kind] = {}
         self._tables: dict[tuple, np.ndarray] = {}
 
@@ -82,11 +94,11 @@ class LayoutOptions:
 
         Infinite where every layout needs a forbidden conversion.
         """
-        kind, key = self._kind(index, shared_parameters)
+        kind = self._kind(index, shared_parameters)
         if kind.tables is None:
             return None
         before, after = self._states[index], self._states[index + 1]
-        question = (key, memory_weight, before, after)
+        question = (id(kind), memory_weight, id(before), id(after))
         if question not in self._tables:
             all_s = self._solved(kind, memory_weight).objective_s
             rows, columns = (
@@ -110,7 +122,7 @@ class LayoutOptions:
         inputs, outputs: states of its two boundaries; None leaves a state free, which gives a lower bound for every
         state of it.
         """
-        found = self._select(self._kind(index, shared_parameters)[0], inputs, outputs, memory_weight)
+        found = self._select(self._kind(index, shared_parameters), inputs, outputs, memory_weight)
         return math.inf if found is None else found.objective_s
 
     def solution(
@@ -122,7 +134,7 @@ class LayoutOptions:
         memory_weight: float,
     ) -> BlockSolution:
         """The layout behind the objective, which must be finite, held against its price."""
-        kind, _ = self._kind(index, shared_parameters)
+        kind = self._kind(index, shared_parameters)
         question = (inputs, outputs, memory_weight)
         if question not in kind.selections and kind.tables is not None:
             kind.selections[question] = self._selection(kind, inputs, outputs, memory_weight)
@@ -135,6 +147,16 @@ class LayoutOptions:
                 self.graph, block, self.degree, self.costs, kind.model, found, memory_weight, shared
             )
         return kind.solutions[known]
+
+    def least_s(self) -> list[float]:
+        """Per block, a time that no layout of it beats, however its neighbours are laid out."""
+        return [self._least_s(index) for index in range(len(self.graph.blocks))]
+
+    def _least_s(self, index: int) -> float:
+        kind = self._kind(index, {})
+        if kind.tables is None:
+            return self.objective_s(index, None, None, {}, 0.0)
+        return float(self._solved(kind, 0.0).objective_s.min())
 
     def candidates(self, parameter: str) -> tuple[Placement, ...]:
         """Placements at rest of `parameter` that its uses in all blocks suggest."""
@@ -186,31 +208,40 @@ class LayoutOptions:
         gradients = tuple(self.graph.tensors[name].requires_grad for name in names)
         return block.kind, gradients, self.graph.loss in names
 
-    def _kind(self, index: int, shared_parameters: Mapping[str, Placement]) -> tuple[_Kind, tuple]:
-        parameters = self.graph.blocks[index].parameters
-        key = (self._signatures[index], tuple(shared_parameters.get(name) for name in parameters))
-        if key not in self._kinds:
+    def _kind(self, index: int, shared_parameters: Mapping[str, Placement]) -> _Kind:
+        shared = {}
+        if shared_parameters:
+            parameters = self.graph.blocks[index].parameters
             shared = {name: shared_parameters[name] for name in parameters if name in shared_parameters}
+        # Not by its parameters' names, which differ within a kind: by where they stand.
+        placed = tuple(map(shared.get, self.graph.blocks[index].parameters)) if shared else ()
+        key = (self._signatures[index], placed)
+        if key not in self._kinds:
             self._kinds[key] = self._build(index, shared)
-        return self._kinds[key], key
+        return self._kinds[key]
 
     def _build(self, index: int, shared: dict[str, Placement]) -> _Kind:
+        if self._basis is not None:
+            common = self._basis._kind(index, shared)
+            model = repriced(common.model, self.costs, common.shared_parameters)
+            tables = common.tables and self._eliminate(common.block, model, common.tables)
+            return _Kind(common.block, model, common.shared_parameters, tables)
         block = self.graph.blocks[index]
         alike = [b for b, s in zip(self.graph.blocks, self._signatures, strict=True) if s == self._signatures[index]]
         inputs, outputs = (
             [list(dict.fromkeys(column)) for column in zip(*itertools.chain(*boundaries), strict=True)]
             for boundaries in (
-                dict.fromkeys(self._states[b.index] for b in alike),
-                dict.fromkeys(self._states[b.index + 1] for b in alike),
+                {id(states): states for states in (self._states[b.index] for b in alike)}.values(),
+                {id(states): states for states in (self._states[b.index + 1] for b in alike)}.values(),
             )
         )
         model = block_model(self.graph, block, self.costs, inputs, outputs, shared)
-        return _Kind(block, model, tuple(shared), self._eliminate(block, model))
+        return _Kind(block, model, tuple(shared), self._eliminate(block, model, None))
 
-    def _eliminate(self, block: Block, model: BlockModel) -> Elimination | None:
+    def _eliminate(self, block: Block, model: BlockModel, basis: Elimination | None) -> Elimination | None:
         boundary = [model.index["input", n] for n in block.inputs] + [model.index["output", n] for n in block.outputs]
         try:
-            return Elimination(model, boundary, self._orders)
+            return Elimination(model, boundary, self._orders, basis)
         except TooWide:
             return None
 
@@ -242,12 +273,17 @@ class LayoutOptions:
 
 
 def layout_options(
-    graph: Graph, degree: int, costs: LayoutCosts, orders: dict[Hashable, Order] | None = None
+    graph: Graph,
+    degree: int,
+    costs: LayoutCosts,
+    orders: dict[Hashable, Order] | None = None,
+    basis: LayoutOptions | None = None,
 ) -> LayoutOptions:
     """Nothing is solved yet: `LayoutOptions.solution` solves on demand and remembers.
 
     orders: orders of elimination that other prices of the same graph have found and this one may reuse.
+    basis: options of the same graph and degree under prices that differ in parameters alone.
     """
     if degree < 1:
         raise ValueError(f"degree {degree}: a model axis has at least one rank")
-    return LayoutOptions(graph, degree, costs, orders)
+    return LayoutOptions(graph, degree, costs, orders, basis)
