@@ -289,6 +289,7 @@ class Pricer:
             op.name in self.storages.copies,
             tuple(len(self.graph.consumers[name]) for name in op.inputs),
             self.constants.products_in,
+            self.constants.fused_loss,
         )
 
 
