@@ -59,7 +59,7 @@ def compare_methods(graph: Graph, cluster: Cluster, constraints: Mapping[str, An
 def _row(
     method: str, graph: Graph, plan: Plan, cluster: Cluster, costs: CostModel, elapsed_s: float
 ) -> tuple[str, ...]:
-    line = simulate(graph, plan, cluster, model=costs)
+    line = simulate(graph, plan, cluster, model=None if plan.rewrites else costs)
     return (
         method,
         plan_in_words(plan),

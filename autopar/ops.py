@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 from .graph import Op, Ref
+from .routed import routed_rows
 from .torch_private import schema
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -81,13 +83,14 @@ def run_opaque(
     # Generated code passes sequences as lists, and functional_call takes anything but a tuple for a single argument.
     named = dict(zip(state_names, state, strict=True))
     out = torch.func.functional_call(modules[fqn], named, tuple(args), dict(kwargs))
-    return out if isinstance(out, torch.Tensor) else tuple(out.values() if isinstance(out, Mapping) else out)
+    return out if isinstance(out, torch.Tensor) else tuple(v for v in tree_leaves(out) if isinstance(v, torch.Tensor))
 
 
 OPS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "autopar.cross_entropy_sum": cross_entropy_sum,
         "autopar.nll_loss_sum": nll_loss_sum,
+        "autopar.routed_rows": routed_rows,
         "autopar.target_count": target_count,
     }
 )

@@ -13,7 +13,7 @@ from typing import get_args
 from .cluster.spec import Cluster
 from .graph import Block, Graph
 from .plan import SCHEMA, Layout, Plan, Recompute, Stage
-from .schedule.orders import SCHEDULES
+from .schedule.orders import SCHEDULES, schedule_named
 from .sharding.batch import batch_layout
 from .sharding.flow import find_strategies
 from .sharding.placement import REPLICATED, Split, parse_placement
@@ -27,12 +27,13 @@ _REMAKE = "make the plan again with autopar.search(graph, cluster)"
 
 def validate_plan(plan: Plan, graph: Graph, cluster: Cluster) -> None:
     """ValueError unless `plan` can run `graph` on `cluster`."""
+    graph = plan.graph_of(graph)
     _check_identity(plan, graph, cluster)
     _check_degrees(plan, graph)
     _check_stages(plan, graph)
+    _check_schedule(plan, graph)
     _check_runnable(plan)
     _check_batch(plan, graph)
-    _check_boundaries(plan, graph)
     _check_layouts(plan, graph)
 
 
@@ -53,6 +54,11 @@ def _check_identity(plan: Plan, graph: Graph, cluster: Cluster) -> None:
         raise ValueError(
             f"plan.batch_size is {plan.batch_size}, the captured example has {graph.batch_size} rows; "
             f"capture with {plan.batch_size} rows, or {_REMAKE}"
+        )
+    if plan.precision != graph.precision:
+        raise ValueError(
+            f"plan.precision is {plan.precision!r}, but {graph.name} was captured to compute in {graph.precision!r}; "
+            f"capture with precision={plan.precision!r}, or {_REMAKE}"
         )
     if plan.fingerprint != graph.fingerprint:
         raise ValueError(
@@ -127,20 +133,55 @@ def _check_mesh(stage: Stage, at: str) -> None:
         )
 
 
-def _check_runnable(plan: Plan) -> None:
-    """What the vocabulary of plans can say and the runtime cannot do yet."""
-    if plan.pipeline != len(plan.stages):
-        raise ValueError("plan.stages: two stages on the same ranks are not supported; give each stage its own ranks")
-    if plan.precision != "float32":
-        raise ValueError(f"plan.precision is {plan.precision!r}; only 'float32' is supported")
+def _check_schedule(plan: Plan, graph: Graph) -> None:
+    """The schedule finds each stage where it looks for it, and stages of the same ranks fit together."""
+    schedule = schedule_named(plan.schedule)
+    try:
+        schedule.check_stages(plan.pipeline, len(plan.stages))
+    except ValueError as error:
+        raise ValueError(f"plan.stages: {error}") from None
+    lowest: dict[tuple[int, ...], int] = {}
     for s, stage in enumerate(plan.stages):
         at = f"plan.stages[{s}]"
-        if "selective" in stage.recompute or len(set(stage.recompute)) > 1:
-            raise ValueError(f"{at}.recompute: only 'none' or 'full' for all blocks of a stage is supported")
-        if stage.zero not in (0, 3):
-            raise ValueError(f"{at}.zero is {stage.zero}; only 0 and 3 are supported")
-        if stage.zero_group not in (0, stage.data):
-            raise ValueError(f"{at}.zero_group is {stage.zero_group}; only 0 is supported")
+        wanted = plan.groups[schedule.group_of(s, plan.pipeline)]
+        if stage.ranks != wanted:
+            raise ValueError(
+                f"{at}.ranks is {list(stage.ranks)}, but schedule {schedule.name!r} runs stage {s} of {len(plan.stages)} "
+                f"on ranks {list(wanted)}"
+            )
+        other = lowest.setdefault(stage.ranks, s)
+        for name in ("data", "axes", "shares"):
+            if getattr(stage, name) != getattr(plan.stages[other], name):
+                raise ValueError(
+                    f"{at}.{name} is {getattr(stage, name)}, but plan.stages[{other}].{name}, on the same ranks, is "
+                    f"{getattr(plan.stages[other], name)}; the stages of one set of ranks have one mesh"
+                )
+    for name in graph.shared_parameters:
+        users = [s for s, stage in enumerate(plan.stages) if _uses(graph, stage, name)]
+        for s in users:
+            other = next(o for o in users if plan.stages[o].ranks == plan.stages[s].ranks)
+            for field in ("zero", "zero_group"):
+                if getattr(plan.stages[s], field) != getattr(plan.stages[other], field):
+                    raise ValueError(
+                        f"plan.stages[{s}].{field} is {getattr(plan.stages[s], field)}, but plan.stages[{other}].{field} "
+                        f"is {getattr(plan.stages[other], field)}, and both use {graph.tensors[name].fqn} on the same "
+                        "ranks; make the two equal"
+                    )
+
+
+def _uses(graph: Graph, stage: Stage, parameter: str) -> bool:
+    return any(parameter in block.parameters for block in graph.blocks[stage.start : stage.stop])
+
+
+def _check_runnable(plan: Plan) -> None:
+    """What the vocabulary of plans can say and the runtime cannot do yet."""
+    for s, stage in enumerate(plan.stages):
+        at = f"plan.stages[{s}]"
+        if stage.zero and schedule_named(plan.schedule).splits_backward:
+            raise ValueError(
+                f"{at}.zero is {stage.zero}, but schedule {plan.schedule!r} puts gradients of weights off, and ZeRO reduces "
+                "them with those of inputs; set zero to 0, or the schedule to '1f1b' or 'interleaved'"
+            )
 
 
 def _check_stages(plan: Plan, graph: Graph) -> None:
@@ -206,7 +247,8 @@ def _check_batch(plan: Plan, graph: Graph) -> None:
                 + (f", or {at}.shares {uneven}" if uneven else "")
             )
         units = stage_units(plan, stage)
-        conflict = batch_layout(graph, units).conflict if units > 1 else None
+        layout = batch_layout(graph, units) if units > 1 else None
+        conflict = layout and (layout.time_conflict if plan.microbatches > 1 else layout.conflict)
         if conflict:
             field, value = ("microbatches", plan.microbatches) if plan.microbatches > 1 else ("data", stage.data)
             where = "plan" if plan.microbatches > 1 else at
@@ -226,30 +268,20 @@ def _in_proportion(shares: tuple[int, ...], rows: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _check_boundaries(plan: Plan, graph: Graph) -> None:
-    """What crosses from one stage to the next is cut along the batch alike on both."""
-    for s, (stage, following) in enumerate(zip(plan.stages, plan.stages[1:], strict=False)):
-        before, after = (batch_layout(graph, stage_units(plan, one)).placements for one in (stage, following))
-        for name in graph.blocks[stage.stop - 1].outputs:
-            if before[name] != after[name]:
-                raise ValueError(
-                    f"plan.stages[{s + 1}].data is {following.data}: {name} enters the stage cut along the batch as "
-                    f"{after[name]}, but leaves the stage before, of data {stage.data}, as {before[name]}; give both the "
-                    "same data degree and shares"
-                )
-
-
 def _check_layouts(plan: Plan, graph: Graph) -> None:
     checked: set[tuple[tuple[int, ...], int, int]] = set()
+    leaving: list[tuple[str, ...]] | None = None
+    of_ranks: dict[tuple[int, ...], dict[tuple[str, int], tuple[str, str]]] = {}
     for s, stage in enumerate(plan.stages):
         at = f"plan.stages[{s}]"
         if len(stage.layouts) != len(stage.axes):
             raise ValueError(
                 f"{at}.layouts has {len(stage.layouts)} entries, expected {len(stage.axes)}: one per model axis"
             )
-        # From stage to stage a tensor or a parameter may lie otherwise; the runtime hands it over accordingly.
-        leaving: list[tuple[str, ...]] | None = None
-        at_rest: dict[tuple[str, int], tuple[str, str]] = {}
+        # From one set of ranks to another a tensor or a parameter may lie otherwise; the runtime hands it over accordingly.
+        if s == 0 or plan.stages[s - 1].ranks != stage.ranks:
+            leaving = None
+        at_rest = of_ranks.setdefault(stage.ranks, {})
         for a, row in enumerate(stage.layouts):
             _check_row(plan, stage, row, f"{at}.layouts[{a}]")
         columns = list(zip(*stage.layouts, strict=True)) if stage.axes else [()] * stage.num_blocks

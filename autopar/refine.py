@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,8 +36,9 @@ from .runtime.agree import from_rank_zero
 from .runtime.measure import Measurement
 from .runtime.recorder import CollectiveSample
 from .runtime.timing import time_collectives
-from .schedule.instructions import Backward, Forward, parse_instruction
-from .simulate import at_rest_bytes, simulate, stage_peak_bytes
+from .schedule.build import program_for
+from .schedule.instructions import Backward, BackwardInput, BackwardWeight, Forward, parse_instruction
+from .simulate import at_rest_bytes, program_peak_bytes, simulate
 from .timeline import Event
 
 if TYPE_CHECKING:
@@ -53,12 +54,12 @@ OpSeconds = Mapping[str, tuple[float, float]]
 class Observation:
     """What one rank measured.
 
-    stage: its stage of the plan; op_seconds: of the profiled step; slowdown: how much longer forward and backward
+    stages: its stages of the plan; op_seconds: of the profiled step; slowdown: how much longer forward and backward
     instructions took in it than in an undisturbed one; samples: timed collectives; peak_memory_bytes: of the profiled
     step, with what lay at rest.
     """
 
-    stage: int
+    stages: tuple[int, ...]
     op_seconds: OpSeconds
     slowdown: tuple[float, float]
     samples: tuple[CollectiveSample, ...]
@@ -98,7 +99,7 @@ def observe(measurement: Measurement, samples: Sequence[CollectiveSample]) -> Ob
     profiled = _compute_seconds(measurement.profiled_events)
     slowdown = tuple(max(p / u, 1.0) if u > 0 else 1.0 for p, u in zip(profiled, usual, strict=True))
     return Observation(
-        stage=measurement.runtime.groups.stage,
+        stages=tuple(measurement.runtime.groups.meshes),
         op_seconds=dict(measurement.op_seconds),
         slowdown=(slowdown[0], slowdown[1]),
         samples=(*measurement.samples, *samples),
@@ -111,8 +112,8 @@ def _compute_seconds(events: Iterable[Event]) -> tuple[float, float]:
     seconds = [0.0, 0.0]
     for event in events:
         instruction = parse_instruction(event.token)
-        if isinstance(instruction, Forward | Backward):
-            seconds[isinstance(instruction, Backward)] += event.duration_s
+        if isinstance(instruction, Forward | Backward | BackwardInput | BackwardWeight):
+            seconds[not isinstance(instruction, Forward)] += event.duration_s
     return seconds[0], seconds[1]
 
 
@@ -162,10 +163,11 @@ def _compute_factors(
                 found = measured.setdefault(class_of[name], [0.0, 0.0])
                 for i in (0, 1):
                     found[i] += seconds[i] / observation.slowdown[i]
-        for name, pair in model.breakdown(plan, observation.stage).compute.items():
-            expected = predicted.setdefault(name, [0.0, 0.0])
-            for i in (0, 1):
-                expected[i] += pair[i] * plan.microbatches
+        for stage in observation.stages:
+            for name, pair in model.breakdown(plan, stage).compute.items():
+                expected = predicted.setdefault(name, [0.0, 0.0])
+                for i in (0, 1):
+                    expected[i] += pair[i] * plan.microbatches
     whole = [sum(pair[i] for pair in predicted.values()) for i in (0, 1)]
     factors = {}
     for name, expected in predicted.items():
@@ -199,10 +201,11 @@ def _link_factors(
 def _memory_factor(plan: Plan, model: CostModel, observations: Sequence[Observation]) -> float:
     """Measured over predicted bytes above what lies at rest; the fullest rank's, so that what was learnt is safe."""
     factors = []
+    program = program_for(plan)
     for observation in observations:
-        cost = model.stage(plan, observation.stage)
-        rest = at_rest_bytes(cost)
-        peak = stage_peak_bytes(cost, plan.schedule, observation.stage, len(plan.stages), plan.microbatches)
+        costs = {stage: model.stage(plan, stage) for stage in observation.stages}
+        rest = sum(map(at_rest_bytes, costs.values()))
+        peak = program_peak_bytes(program.actions[program.home[observation.stages[0]]], costs)
         if observation.peak_memory_bytes is not None and peak > rest:
             factors.append((observation.peak_memory_bytes - rest) / (peak - rest))
     return _clamped(max(factors)) if factors and max(factors) > 0 else 1.0
@@ -232,7 +235,8 @@ def refine(model: Model, optimizer: torch.optim.Optimizer, remaining_steps: int 
     costs = CostModel(graph, cluster, corrections)
 
     def decide() -> tuple[Plan, float, float, float, float]:
-        best = search(graph, cluster, model=costs, progress=False, **model.constraints)
+        found = search(graph, cluster, model=costs, progress=False, **model.constraints)
+        best = replace(found, reduction=plan.reduction, offload=plan.offload)
         old_s = simulate(graph, plan, cluster, costs).step_time_s
         new_s = simulate(graph, best, cluster, costs).step_time_s
         move_s = model.build_s + _state_transfer_s(model, corrections)

@@ -64,7 +64,7 @@ def simulate(
     all_ranks: events for every rank. By default each group's first rank stands for all; `peak_memory_bytes` always
         has every rank.
     """
-    model = model or CostModel(graph, cluster)
+    model = model or CostModel(plan.graph_of(graph), cluster)
     costs = [model.stage(plan, index) for index in range(len(plan.stages))]
     return simulate_program(program_for(plan, training), costs, plan.groups, all_ranks=all_ranks)
 

@@ -29,7 +29,7 @@ class Event:
 
     @property
     def kind(self) -> str:
-        """The letters of the token: F, B, P, D, O, SA, RA, SG or RG; the whole token where it has no such form."""
+        """The letters of the token: F, B, I, W, P, D, O, SA, RA, SG or RG; the whole token where it has no such form."""
         match = _KIND.match(self.token)
         return match.group(1) if match else self.token
 

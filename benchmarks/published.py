@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from published_rows import Case, Row, Unsupported, read_rows, rebuild
+from published_rows import Case, Row, read_rows, rebuild
 from scipy.stats import kendalltau
 from tqdm import tqdm
 
@@ -27,17 +27,16 @@ from autopar.cost.model import CostModel
 from autopar.schedule.step_time import step_time_s
 from autopar.simulate import simulate, stage_peak_bytes
 
-# Above this many microbatch passes a step time comes from the recurrences, which give what the walk gives.
-_WALKED = 4000
-
 
 @dataclass(frozen=True)
 class Judged:
-    """One row: what was predicted, or why nothing could be."""
+    """One row: what was predicted, or why nothing could be. peak_bytes, first_bytes: of the fullest rank and of rank 0,
+    which is the one that Megatron-DeepSpeed reports."""
 
     row: Row
     step_time_s: float | None = None
     peak_bytes: int | None = None
+    first_bytes: int | None = None
     limit_bytes: int = 0
     reason: str = ""
 
@@ -50,35 +49,40 @@ class Judged:
     @property
     def memory_error(self) -> float | None:
         measured = self.row.memory_gib
-        return None if measured is None or self.peak_bytes is None else self.peak_bytes / 2**30 / measured - 1
+        return None if measured is None or self.reported_bytes is None else self.reported_bytes / 2**30 / measured - 1
+
+    @property
+    def reported_bytes(self) -> int | None:
+        return self.first_bytes if self.row.software == "megatron-deepspeed" else self.peak_bytes
 
     @property
     def fits(self) -> bool | None:
         return None if self.peak_bytes is None else self.peak_bytes <= self.limit_bytes
 
 
-def predict(case: Case, constants: Constants | None = None) -> tuple[float, int]:
-    """(step time, bytes of the fullest rank) of a case."""
+def predict(case: Case, constants: Constants | None = None) -> tuple[float, int, int]:
+    """(step time, bytes of the fullest rank, of rank 0) of a case."""
     model = CostModel(case.graph, case.cluster, constants=constants)
     plan = case.plan
     costs = [model.stage(plan, i) for i in range(len(plan.stages))]
-    if plan.schedule == "1f1b" and len(plan.stages) * plan.microbatches > _WALKED or plan.pipeline == 1:
-        step_s = step_time_s(len(plan.stages), plan.microbatches, plan.schedule, costs)
+    if len(plan.stages) == plan.pipeline and plan.schedule == "1f1b":
+        # Equal to the walk, and as fast for 2,048 microbatches as for two.
+        step_s = step_time_s(plan.pipeline, plan.microbatches, plan.schedule, costs)
         peaks = [
             stage_peak_bytes(cost, plan.schedule, i, len(costs), plan.microbatches) for i, cost in enumerate(costs)
         ]
-        return step_s, max(peaks)
+        return step_s, max(peaks), peaks[0]
     line = simulate(case.graph, plan, case.cluster, model)
-    return line.step_time_s, max(line.peak_memory_bytes.values())
+    return line.step_time_s, max(line.peak_memory_bytes.values()), line.peak_memory_bytes[0]
 
 
 def judge(row: Row) -> Judged:
     try:
         case = rebuild(row)
-        step_s, peak = predict(case)
-    except Unsupported as error:
+        step_s, peak, first = predict(case)
+    except ValueError as error:
         return Judged(row, reason=str(error))
-    return Judged(row, step_s, peak, case.cluster.device.memory_bytes)
+    return Judged(row, step_s, peak, first, case.cluster.device.memory_bytes)
 
 
 def judge_all(rows: Sequence[Row], quiet: bool = False) -> list[Judged]:
@@ -155,7 +159,7 @@ def write_rows(path: Path, judged: Sequence[Judged]) -> None:
             ["file", "line", *names, "predicted_s", "error", "predicted_GiB", "memory_error", "fits", "reason"]
         )
         for j in judged:
-            memory = None if j.peak_bytes is None else round(j.peak_bytes / 2**30, 2)
+            memory = None if j.reported_bytes is None else round(j.reported_bytes / 2**30, 2)
             writer.writerow([
                 j.row.file, j.row.number, *(j.row.text(n) for n in names), j.step_time_s,
                 None if j.time_error is None else round(j.time_error, 4), memory,

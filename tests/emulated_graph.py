@@ -24,6 +24,9 @@ from autopar.sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, S
 from autopar.sharding.strategies import strategies
 from autopar.sharding.strategy import Strategy
 
+# Algorithms whose backward communicates too; here one thread runs the backward of all ranks.
+BACKWARD_MEETS = ("ring_attention", "exchanged_groups")
+
 Values = Mapping[str, torch.Tensor]
 
 

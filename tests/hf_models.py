@@ -198,7 +198,12 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-EXTRA_INPUTS: Mapping[str, Mapping[str, Callable[[Tensor], Tensor]]] = {
+EXTRA_INPUTS: Mapping[str, Mapping[str, Callable[[Tensor], Any]]] = {
+    # Its experts loop over values, in attention too, which is kept whole and cannot take a cache then.
+    "jetmoe": {
+        "use_cache": lambda ids: False,
+        "position_ids": lambda ids: torch.arange(ids.shape[1]).expand_as(ids).contiguous(),
+    },
     "git": {"pixel_values": lambda ids: torch.linspace(-1, 1, len(ids) * 192).view(len(ids), 3, 8, 8)},
 }
 LABELS_BY_CODEBOOK = ("musicgen", "musicgen_melody")

@@ -66,6 +66,22 @@ class _Sent:
     def wait(self) -> None:
         pass
 
+    def is_completed(self) -> bool:
+        return True
+
+
+@dataclass(eq=False)
+class _Reduction:
+    """What an asynchronous all_reduce returns: done by wait()."""
+
+    tensor: Tensor
+    op: Any
+    others: Callable[[], tuple[list[Any], int]]
+
+    def wait(self) -> None:
+        stacked = torch.stack(self.others()[0])
+        self.tensor.detach().copy_(stacked.amax(0) if self.op == dist.ReduceOp.MAX else _sum(stacked, self.op))
+
 
 def run(function: Callable[..., T], num_ranks: int, *args: Any) -> list[T]:
     """The results of `function(*args)` on each rank; the first rank's error if one raises, with a note of its rank."""
@@ -171,6 +187,10 @@ class Loopback:
 
     def _meet(self, kind: str, value: Any, group: Group | None) -> tuple[list[Any], int]:
         """What every rank of the group brings to its next collective, and this rank's place among them."""
+        return self._enter(kind, value, group)()
+
+    def _enter(self, kind: str, value: Any, group: Group | None) -> Callable[[], tuple[list[Any], int]]:
+        """Bring something to the group's next collective; the function that waits for the others."""
         group = group or self._world
         rank = self.get_rank()
         assert rank in group.ranks, f"rank {rank} is not in {group}"
@@ -181,8 +201,12 @@ class Loopback:
         for other, (theirs, _) in present.items():
             assert theirs == kind, f"rank {rank} calls {kind} where rank {other} calls {theirs}, in {group}"
         missing = f"{kind} number {number} of {group.name} {list(group.ranks)}"
-        self.wait_until(lambda: len(present) == len(group.ranks), missing)
-        return [present[r][1] for r in group.ranks], group.ranks.index(rank)
+
+        def wait() -> tuple[list[Any], int]:
+            self.wait_until(lambda: len(present) == len(group.ranks), missing)
+            return [present[r][1] for r in group.ranks], group.ranks.index(rank)
+
+        return wait
 
     def get_rank(self, group: Group | None = None) -> int:
         rank = self._local.rank
@@ -207,10 +231,13 @@ class Loopback:
     def barrier(self, group: Group | None = None) -> None:
         self._meet("barrier", None, group)
 
-    def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Group | None = None) -> None:
-        values, _ = self._meet(f"all_reduce {op}", tensor.detach().clone(), group)
-        stacked = torch.stack(values)
-        tensor.detach().copy_(stacked.amax(0) if op == dist.ReduceOp.MAX else _sum(stacked, op))
+    def all_reduce(
+        self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Group | None = None, async_op: bool = False
+    ) -> _Reduction | None:
+        reduction = _Reduction(tensor, op, self._enter(f"all_reduce {op}", tensor.detach().clone(), group))
+        if async_op:
+            return reduction
+        return reduction.wait()
 
     def all_gather_into_tensor(self, out: Tensor, tensor: Tensor, group: Group | None = None) -> None:
         values, _ = self._meet("all_gather", tensor.detach().clone(), group)
@@ -235,9 +262,19 @@ class Loopback:
     all_gather_single = all_gather_into_tensor
     reduce_scatter_single = reduce_scatter_tensor
 
-    def all_to_all_single(self, out: Tensor, tensor: Tensor, group: Group | None = None) -> None:
-        values, place = self._meet("all_to_all", tensor.detach().clone(), group)
-        out.view(-1).copy_(torch.cat([value.reshape(len(values), -1)[place] for value in values]))
+    def all_to_all_single(
+        self,
+        out: Tensor,
+        tensor: Tensor,
+        output_split_sizes: list[int] | None = None,
+        input_split_sizes: list[int] | None = None,
+        group: Group | None = None,
+    ) -> None:
+        values, place = self._meet("all_to_all", (tensor.detach().clone(), input_split_sizes), group)
+        parts = [value.split(sizes) if sizes else value.chunk(len(values)) for value, sizes in values]
+        if output_split_sizes:
+            assert [len(part[place]) for part in parts] == output_split_sizes
+        out.view(-1).copy_(torch.cat([part[place].reshape(-1) for part in parts]))
 
     def broadcast(self, tensor: Tensor, src: int, group: Group | None = None) -> None:
         values, _ = self._meet(f"broadcast from {src}", tensor.detach().clone(), group)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from models import build_llama
 from planner_cases import MadeUpCosts, WholeLayouts, chain_graph, small_cluster
+from torch import nn
 
+from autopar import capture
+from autopar.cluster.presets import preset
+from autopar.cost.model import CostModel
+from autopar.graph import Graph
+from autopar.planner.chains import LayoutChains
 from autopar.planner.problem import Constraints, Problem
 
 
@@ -34,3 +43,32 @@ def ungated(problem: Problem, monkeypatch) -> Problem:
     """The problem as it is when the runtime executes all that a plan can say."""
     monkeypatch.setattr("autopar.plan_validate._check_runnable", lambda *_: None, raising=False)
     return replace(problem, unequal_stages=True)
+
+
+class Classifier(nn.Module):
+    """A small body under a classifier that holds most parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+        self.head = nn.Linear(256, 65536, bias=False)
+
+    def forward(self, x):
+        return self.head(self.body(x)).sum()
+
+
+@functools.cache
+def captured(model: str) -> Graph:
+    if model == "llama":
+        return capture(*build_llama())
+    with torch.device("meta"):
+        if model == "classifier":
+            return capture(Classifier(), torch.zeros(512, 256))
+        wide = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512))
+        return capture(wide, torch.zeros(16, 512), loss=lambda out: out.sum())
+
+
+def captured_problem(model: str, world_size: int, **pinned) -> Problem:
+    """A captured model ("llama", "mlp" or "classifier") on devices of one host, by the real cost model."""
+    graph, cluster = captured(model), preset("a100-80gb", 1, world_size)
+    return Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), Constraints(**pinned))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from autopar.graph import Graph, Op
-from autopar.plan import Layout, Plan, Stage, same_recompute, tensor_axes
+from autopar.plan import Layout, Plan, Recompute, Stage, same_recompute, tensor_axes
+from autopar.schedule.orders import schedule_named
 from autopar.sharding.axes import Places
 from autopar.sharding.batch import batch_layout
 from autopar.sharding.flow import Run
-from autopar.sharding.placement import REPLICATED, Placement, Split
+from autopar.sharding.placement import REPLICATED, SHARED, Placement, Split, Whole
 from autopar.sharding.rule import divides
 from autopar.sharding.strategies import strategies
 from autopar.sharding.strategy import Strategy
@@ -30,14 +31,17 @@ def random_plan(
     microbatches: int,
     *,
     schedule: str = "1f1b",
-    zero: Literal[0, 3] = 0,
-    recompute: Literal["none", "full"] = "none",
+    zero: Literal[0, 1, 2, 3] = 0,
+    zero_group: int = 0,
+    recompute: Literal["none", "selective", "full", "mixed"] = "none",
     seed: int = 0,
 ) -> Plan:
     """A plan of these degrees with random stage cuts, a random strategy per op, and random placements at rest and between
-    blocks. tensor: of one model axis, or of several."""
+    blocks. tensor: of one model axis, or of several. Schedules that run several stages on a set of ranks get as many as
+    they want, or 2."""
     meshes: list[Mesh] = [(data, tensor)] * pipeline
-    return unequal_plan(graph, meshes, microbatches, schedule=schedule, zero=zero, recompute=recompute, seed=seed)
+    options = dict(schedule=schedule, zero=zero, zero_group=zero_group, recompute=recompute, seed=seed)
+    return unequal_plan(graph, meshes, microbatches, **options)
 
 
 def unequal_plan(
@@ -47,25 +51,33 @@ def unequal_plan(
     *,
     shares: Sequence[tuple[int, ...]] | Literal["random"] = (),
     schedule: str = "1f1b",
-    zero: Literal[0, 3] = 0,
-    recompute: Literal["none", "full"] = "none",
+    zero: Literal[0, 1, 2, 3] = 0,
+    zero_group: int = 0,
+    recompute: Literal["none", "selective", "full", "mixed"] = "none",
     seed: int = 0,
 ) -> Plan:
-    """As `random_plan`, with a mesh per stage, and shares per stage or random ones."""
+    """As `random_plan`, with a mesh per set of ranks, and shares for each or random ones."""
     rng = random.Random(f"{seed}/{meshes}/{microbatches}/{shares}")
-    cuts = [0, *sorted(rng.sample(range(1, len(graph.blocks)), len(meshes) - 1)), len(graph.blocks)]
+    chosen = schedule_named(schedule)
+    num_stages = len(meshes) * (chosen.virtual or 2)
+    cuts = [0, *sorted(rng.sample(range(1, len(graph.blocks)), num_stages - 1)), len(graph.blocks)]
     rows = graph.batch_size // microbatches
     stages: list[Stage] = []
     layouts: list[Layout] = []
-    first_rank = 0
-    for s, (data, tensor) in enumerate(meshes):
-        axes = tensor if isinstance(tensor, tuple) else tensor_axes(tensor)
+    drawn_of: dict[int, Sequence[Sequence[Layout]]] = {}
+    all_axes = [tensor if isinstance(tensor, tuple) else tensor_axes(tensor) for _, tensor in meshes]
+    given = [random_shares(rows, data, rng) for data, _ in meshes] if shares == "random" else [*map(tuple, shares)]
+    widths = [data * math.prod(axes) for (data, _), axes in zip(meshes, all_axes, strict=True)]
+    for s in range(num_stages):
+        group = chosen.group_of(s, len(meshes))
+        data, axes, width = meshes[group][0], all_axes[group], widths[group]
+        first_rank = sum(widths[:group])
         start, stop = cuts[s], cuts[s + 1]
-        own = random_shares(rows, data, rng) if shares == "random" else tuple(shares[s]) if shares else ()
-        own = own if data > 1 else ()
-        width = data * math.prod(axes)
+        own = given[group] if given and data > 1 else ()
         units = microbatches * (rows // math.gcd(*own) if own else data)
-        drawn = [row[start:stop] for row in random_layouts(graph, axes, units, rng)]
+        if group not in drawn_of:
+            drawn_of[group] = random_layouts(graph, axes, units, rng)
+        drawn = [row[start:stop] for row in drawn_of[group]]
         stages.append(
             Stage(
                 start=start,
@@ -77,23 +89,40 @@ def unequal_plan(
                     tuple(range(len(layouts) + a * (stop - start), len(layouts) + (a + 1) * (stop - start)))
                     for a in range(len(axes))
                 ),
-                recompute=same_recompute(recompute, stop - start),
+                recompute=_recompute(recompute, stop - start, rng),
                 zero=zero if data > 1 else 0,
+                zero_group=zero_group if data > zero_group else 0,
                 shares=own,
             )
         )
-        first_rank += width
         layouts += [layout for row in drawn for layout in row]
     return Plan(
         model=graph.name,
         fingerprint=graph.fingerprint,
-        world_size=first_rank,
+        world_size=sum(widths),
         batch_size=graph.batch_size,
         microbatches=microbatches,
         schedule=schedule,
         stages=tuple(stages),
         layouts=tuple(layouts),
     )
+
+
+def plan_of(graph: Graph, options: Mapping[str, Any]) -> Plan:
+    """`unequal_plan` of options that name meshes, `random_plan` of others."""
+    return (unequal_plan if "meshes" in options else random_plan)(graph, **options)
+
+
+def world_of(options: Mapping[str, Any]) -> int:
+    """Ranks of `plan_of`."""
+    meshes = options.get("meshes") or [(options["data"], options["tensor"])] * options["pipeline"]
+    return sum(data * (math.prod(tensor) if isinstance(tensor, tuple) else tensor) for data, tensor in meshes)
+
+
+def _recompute(choice: str, num_blocks: int, rng: random.Random) -> tuple[Recompute, ...]:
+    if choice == "mixed":
+        return tuple(rng.choice(get_args(Recompute)) for _ in range(num_blocks))
+    return same_recompute(choice, num_blocks)
 
 
 def random_shares(rows: int, data: int, rng: random.Random) -> tuple[int, ...]:
@@ -103,12 +132,13 @@ def random_shares(rows: int, data: int, rng: random.Random) -> tuple[int, ...]:
 
 
 def random_strategies(
-    graph: Graph, op: Op, degrees: Sequence[int], shards: int, rng: random.Random
+    graph: Graph, op: Op, degrees: Sequence[int], shards: int, rng: random.Random, without: Collection[str] = ()
 ) -> tuple[Strategy, ...]:
-    """One strategy per model axis, each fitting into those before it."""
+    """One strategy per model axis, each fitting into those before it. without: special algorithms not to draw."""
     chosen: tuple[Strategy, ...] = ()
     for degree in degrees:
-        chosen += (rng.choice(strategies(graph, op, degree, shards, tuple(zip(chosen, degrees, strict=False)))),)
+        options = strategies(graph, op, degree, shards, tuple(zip(chosen, degrees, strict=False)))
+        chosen += (rng.choice([s for s in options if s.special not in without]),)
     return chosen
 
 
@@ -125,9 +155,9 @@ def random_layouts(graph: Graph, axes: Sequence[int], shards: int, rng: random.R
         cuts = [(on_batch.get(name, REPLICATED), shards), *zip(places, axes, strict=True)]
         return divides(graph.tensors[name].shape, cuts)
 
-    def draw(name: str, options: Sequence[Sequence[Placement]]) -> Places:
-        """Replicated or one of the splits, on each axis, so that together they fit."""
-        choices = itertools.product(*([REPLICATED, *(p for p in one if isinstance(p, Split))] for one in options))
+    def draw(name: str, options: Sequence[Sequence[Placement]], kinds: tuple[type, ...] = (Split,)) -> Places:
+        """Replicated or one of the splits (or of other kinds), on each axis, so that together they fit."""
+        choices = itertools.product(*([REPLICATED, *(p for p in one if isinstance(p, kinds))] for one in options))
         return rng.choice([places for places in choices if fits(name, places)])
 
     for block in graph.blocks if axes else ():
@@ -146,7 +176,9 @@ def random_layouts(graph: Graph, axes: Sequence[int], shards: int, rng: random.R
         for name in block.outputs:
             as_made = made.get(name, whole)
             if name not in crossing:
-                crossing[name] = draw(name, [[place] for place in as_made]) if name != graph.loss else whole
+                summed = (SHARED,) if graph.tensors[name].requires_grad else ()
+                options = [(place, *summed) for place in as_made]
+                crossing[name] = draw(name, options, (Split, Whole)) if name != graph.loss else whole
         for a, degree in enumerate(axes):
             rows[a].append(
                 Layout(

@@ -6,9 +6,10 @@ First without processes (the loopback runs all ranks here), then a few plans on 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import random
+from collections import Counter
+from dataclasses import replace
 
 import models
 import pytest
@@ -17,9 +18,12 @@ import torch.distributed as dist
 from loopback import run
 from plan_cases import random_plan
 from test_parity import call, graph_of, one_step
-from torch import Tensor
+from torch import Tensor, nn
 
-from autopar.plan import Plan, Stage
+import autopar
+from autopar.cluster.spec import Cluster
+from autopar.graph import Graph, Op
+from autopar.plan import Layout, Plan, Stage
 from autopar.runtime.build import _with_reductions, parameter_specs
 from autopar.runtime.collectives import convert
 from autopar.runtime.groups import build_groups
@@ -28,8 +32,11 @@ from autopar.runtime.stage import compile_stage
 from autopar.runtime.storage import StageAxes, reduction_axis
 from autopar.sharding.axes import absolute, changes, nests
 from autopar.sharding.emulate import combine_all, dual, hand_out_all
+from autopar.sharding.flow import Convert, Run, block_flow
 from autopar.sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split, conversion
 from autopar.sharding.rule import divides
+from autopar.sharding.strategies import strategies
+from autopar.sharding.strategy import Strategy
 
 SHAPE = (48, 72)
 PLACEMENTS: tuple[Placement, ...] = (
@@ -121,7 +128,7 @@ def take_part(name: str, plan: Plan) -> tuple[float, dict[str, float]]:
     module, example, values, expected = case(name)
     groups = build_groups(plan)
     rank, stage = groups.rank, plan.stages[0]
-    compiled = compile_stage(graph, plan, 0, groups.model, torch.device("cpu"))
+    compiled = compile_stage(graph, plan, 0, groups.data.rank, groups.model, torch.device("cpu"))
     specs = {s.fqn: s for s in _with_reductions(graph, compiled, parameter_specs(graph, plan)[0], rank)}
     leaves = {
         t.name: specs[t.fqn].ownership.take(values[t.name], rank).requires_grad_(t.requires_grad)
@@ -196,22 +203,152 @@ def case(name: str):
     return value.item(), example, values, gradients
 
 
-NAMES = ["build_llama", "build_gpt2", "build_mlp", "build_conv_net", "build_tied_lm", "build_two_inputs"]
+NUM_SEEDS = {
+    "build_llama": 1, "build_gpt2": 1, "build_tied_lm": 2, "build_mlp": 8, "build_conv_net": 4, "build_two_inputs": 8
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+def check(name: str, plan: Plan, told: object) -> None:
+    """Run all ranks of the plan's one stage in this process, and hold them against the module."""
+    expected = case(name)[0]
+    results = run(take_part, plan.world_size, name, plan)
+    losses = [total for total, _ in results[:: plan.stages[0].tensor]]
+    assert abs(sum(losses) - expected) < 1e-5 * abs(expected), (told, losses, expected)
+    for rank, (_, wrong) in enumerate(results):
+        assert max(wrong.values()) < 1e-4, (rank, told, wrong)
+
+
+@pytest.mark.parametrize("name", NUM_SEEDS)
 def test_random_plans_on_several_axes(name: str) -> None:
     graph = graph_of(name)
-    for seed, (data, degrees, microbatches) in enumerate(
-        itertools.product((1, 2), ((2, 2), (4, 2), (2, 2, 2)), (1, 2))
-    ):
-        plan = random_plan(graph, data, degrees, 1, microbatches, seed=seed)
-        expected = case(name)[0]
-        results = run(take_part, plan.world_size, name, plan)
-        losses = [total for total, _ in results[:: math.prod(degrees)]]
-        assert abs(sum(losses) - expected) < 1e-5 * abs(expected), (plan.stages, losses, expected)
-        for rank, (_, wrong) in enumerate(results):
-            assert max(wrong.values()) < 1e-4, (rank, seed, degrees, wrong)
+    meshes = ((1, (2, 2), 1), (1, (2, 2), 2), (2, (2, 2), 1), (1, (4, 2), 1), (1, (2, 2, 2), 2), (2, (2, 2), 2))
+    for seed in range(NUM_SEEDS[name]):
+        for data, degrees, microbatches in meshes:
+            plan = random_plan(graph, data, degrees, 1, microbatches, seed=seed)
+            plan.validate(graph, Cluster.preset("cpu", hosts=1, devices_per_host=plan.world_size))
+            check(name, plan, (seed, data, degrees, microbatches))
+
+
+def following(graph: Graph, degree: int, attention: str) -> tuple[Layout, ...]:
+    """The sequence (dim 1) split everywhere but in attention, which runs as `attention` says: op by op, what asks for
+    the fewest conversions."""
+    placed: dict[str, Placement] = {}
+    layouts = []
+    for block in graph.blocks:
+        chosen = []
+        for op in graph.block_ops(block):
+            options = strategies(graph, op, degree)
+            if "attention" in op.target:
+                options = [s for s in options if s.key == attention]
+
+            def fit(
+                strategy: Strategy, op: Op = op, placed: dict[str, Placement] = placed
+            ) -> tuple[bool, int, bool, float]:
+                pairs = list(zip(op.inputs, strategy.inputs, strict=True))
+                matches = sum(placed.get(t) == p for t, p in pairs if isinstance(p, Split))
+                weights = any(isinstance(p, Split) for t, p in pairs if graph.tensors[t].role == "parameter")
+                return not weights, matches, strategy.outputs[0] == Split(1), -strategy.work
+
+            best = max(options, key=fit)
+            chosen.append(best.key)
+            placed.update(zip(op.outputs, best.outputs, strict=True))
+        placed |= {t: REPLICATED for t in (graph.loss,) if t in placed}
+        edges = [tuple(str(placed[t]) for t in names) for names in (block.inputs, block.outputs)]
+        layouts.append(Layout(degree, tuple(chosen), *edges, ("R",) * len(block.parameters)))
+    return tuple(layouts)
+
+
+@pytest.mark.parametrize("attention", ["q+k", "q", "d1"])
+def test_context_parallel_and_ulysses(attention: str) -> None:
+    """Ring attention, gathered keys and values, and heads exchanged for sequence by all-to-all."""
+    graph = graph_of("build_llama")
+    layouts = following(graph, 2, attention)
+    count = len(graph.blocks)
+    stage = Stage(0, count, (0, 1), 1, (2,), (tuple(range(count)),))
+    plan = replace(random_plan(graph, 1, 2, 1, 1), stages=(stage,), layouts=layouts)
+    plan.validate(graph, Cluster.preset("cpu", hosts=1, devices_per_host=2))
+    steps = [
+        step
+        for block, layout in zip(graph.blocks, layouts, strict=True)
+        for step in block_flow(graph, block, (layout,))
+    ]
+    of_layers = [
+        conversion(step.have, step.want).forward
+        for step in steps
+        if isinstance(step, Convert) and graph.tensors[step.tensor].role == "activation"
+    ]
+    attentions = [step.op for step in steps if isinstance(step, Run) and "attention" in step.op.target]
+    # Per attention: nothing | keys and values gathered | query, key, value and output exchanged.
+    expected = {"q+k": {}, "q": {"all_gather": 2}, "d1": {"all_to_all": 4}}[attention]
+    found = Counter(action for action in of_layers if action in ("all_gather", "all_to_all", "reduce_scatter"))
+    assert len(attentions) == 2 and found == {k: v * 2 for k, v in expected.items()}, found
+    check("build_llama", plan, attention)
+
+
+def test_more_ranks_than_key_value_heads() -> None:
+    """4 query heads over 2 key-value heads on 2 x 2 ranks: the second axis splits the query heads of a group."""
+    graph = graph_of("build_llama")
+    attention = next(op for op in graph.ops if "attention" in op.target)
+    heads = next(s for s in strategies(graph, attention, 2) if s.key == "d1")
+    inside = {s.key: s for s in strategies(graph, attention, 2, 1, ((heads, 2),))}
+    assert inside["d1"].inputs[0] == Split(1)
+    key = graph.producer[
+        graph.producer[attention.inputs[1]].inputs[0]
+    ]  # the heads of keys, each as often as it is used
+    outer = next(s for s in strategies(graph, key, 2) if s.key == "d1")
+    options = [s.key for s in strategies(graph, key, 2, 1, ((outer, 2),))]
+    assert "d1" not in options and "d2" in options
+    only = Grouped(8, 2, 4)
+    graph = autopar.capture(only, torch.randn(4, 6, 32))
+    (attention,) = (op for op in graph.ops if "attention" in op.target)
+    assert {"d1", "r"} <= {s.key for s in strategies(graph, attention, 2)}
+    heads = next(s for s in strategies(graph, attention, 2) if s.key == "d1")
+    within = next(s for s in strategies(graph, attention, 2, 1, ((heads, 2),)) if s.key == "r")
+    assert within.inputs == (Split(1, 2), SHARED, SHARED)
+
+
+def test_refused_layouts_of_the_second_axis() -> None:
+    graph = graph_of("build_mlp")
+    cluster = Cluster.preset("cpu", hosts=1, devices_per_host=4)
+    plan = random_plan(graph, 1, (2, 2), 1, 1)
+    count = len(graph.blocks)
+    (stage,) = plan.stages
+    with pytest.raises(ValueError, match=r"stages\[0\].layouts has 1 entries, expected 2: one per model axis"):
+        replace(plan, stages=(replace(stage, layouts=stage.layouts[:1]),)).validate(graph, cluster)
+    with pytest.raises(ValueError, match=rf"stages\[0\].layouts\[1\] has {count - 1} entries"):
+        replace(plan, stages=(replace(stage, layouts=(stage.layouts[0], stage.layouts[1][:-1])),)).validate(
+            graph, cluster
+        )
+    plan = random_plan(graph, 1, (4, 4), 1, 1)
+    cluster = Cluster.preset("cpu", hosts=1, devices_per_host=16)
+    for index, layout in enumerate(plan.layouts[count:], count):
+        block = graph.blocks[index - count]
+        for i, op in enumerate(graph.block_ops(block)):
+            outer = next(s for s in strategies(graph, op, 4) if s.key == plan.layouts[index - count].strategies[i])
+            inside = {s.key for s in strategies(graph, op, 4, 1, ((outer, 4),))}
+            for lost in {s.key for s in strategies(graph, op, 4)} - inside:
+                keys = (*layout.strategies[:i], lost, *layout.strategies[i + 1 :])
+                wrong = replace(layout, strategies=keys)
+                layouts = (*plan.layouts[:index], wrong, *plan.layouts[index + 1 :])
+                with pytest.raises(ValueError, match=r"inside '.*' on the axes before, can run on 4 ranks only as"):
+                    replace(plan, layouts=layouts).validate(graph, cluster)
+                return
+    raise AssertionError("no op lost a strategy to the first axis")
+
+
+class Grouped(nn.Module):
+    def __init__(self, heads: int, groups: int, size: int) -> None:
+        super().__init__()
+        self.heads, self.groups, self.size = heads, groups, size
+        self.q = nn.Linear(heads * size, heads * size, bias=False)
+        self.kv = nn.Linear(heads * size, 2 * groups * size, bias=False)
+        self.o = nn.Linear(heads * size, heads * size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2 * self.groups, self.size)).transpose(1, 2).chunk(2, 1)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o(out.transpose(1, 2).flatten(2)).square().mean()
 
 
 GLOO = [

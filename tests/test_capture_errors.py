@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -31,6 +32,11 @@ class Loop(nn.Module):
         while y.norm() > 3:
             y = y / 2
         return y * scale + self.offset, y.tanh()
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square().mean()
 
 
 class Holder(nn.Module):
@@ -63,9 +69,15 @@ def test_untraceable_modules_name_the_line() -> None:
         _autopar_opaque = False
 
     message = r"line \d+ of .*test_capture_errors.py, `while y.norm\(\) > 3:`.*loop.*opaque"
-    with pytest.raises(ValueError, match=message):
-        capture(Holder(Plain()), torch.randn(ROWS, WIDTH))
-    capture(Holder(opaque(Plain())), torch.randn(ROWS, WIDTH))
+    module, x = Holder(Plain()), torch.randn(ROWS, WIDTH)
+    with pytest.warns(UserWarning, match="Plain is kept whole.*" + message):
+        graph = capture(module, x)
+    assert dict(graph.opaque_modules) == {"loop": module.loop}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert capture(Holder(opaque(Plain())), x).fingerprint == graph.fingerprint
+    with pytest.raises(ValueError, match=r"line \d+ of .*`while y.norm\(\) > 3:`.*opaque"):
+        capture(Plain(), x)
 
     class Doubled(torch.autograd.Function):
         @staticmethod
@@ -76,6 +88,13 @@ def test_untraceable_modules_name_the_line() -> None:
         def backward(ctx: Any, gradient: Tensor) -> Tensor:
             return gradient * 3
 
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Doubled.apply(x)
+
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), Inner(), nn.Linear(WIDTH, WIDTH), Mean())
+    with pytest.warns(UserWarning, match="Inner is kept whole.*Doubled cannot be traced"):
+        assert_same_step(module, x, eager=module(x))
     with pytest.raises(ValueError, match=r"Doubled cannot be traced \(line \d+ .*opaque"):
         capture(Applied(Doubled.apply), torch.randn(ROWS, WIDTH))
     with pytest.raises(ValueError, match=r"line \d+ of .*self.function.*depends on the values"):

@@ -96,7 +96,7 @@ def test_flops_agree_with_torch(name: str) -> None:
     pricer = Pricer(graph, CPU, Corrections())
     found = [0.0, 0.0]
     for op in graph.ops:
-        for way, part in enumerate(kernels(pricer._call(op, None, 1))):
+        for way, part in enumerate(kernels(pricer._call(op, (), 1))):
             found[way] += sum(k.amount for k in part if k.compute_class in ("matmul", "convolution"))
 
     def counted(counter: FlopCounterMode) -> int:
@@ -112,7 +112,7 @@ def test_attention_counts_its_causal_half() -> None:
     graph = graph_of("llama")
     pricer = Pricer(graph, CPU, Corrections())
     op = next(op for op in graph.ops if "scaled_dot_product" in op.target)
-    (forward,), backward = kernels(pricer._call(op, None, 1))
+    (forward,), backward = kernels(pricer._call(op, (), 1))
     batch, heads, length, width = graph.tensors[op.outputs[0]].shape
     causal = "is_causal" in dict(op.kwargs) and dict(op.kwargs)["is_causal"] or True in op.args
     assert forward.amount == 4 * batch * heads * length**2 * width / (2 if causal else 1)
@@ -124,7 +124,7 @@ def test_an_embedding_writes_its_whole_gradient() -> None:
     amounts = []
     for graph in (small, large):
         op = next(op for op in graph.ops if op.target.startswith("aten.embedding"))
-        _, (kernel,) = kernels(Pricer(graph, CPU, Corrections())._call(op, None, 1))
+        _, (kernel,) = kernels(Pricer(graph, CPU, Corrections())._call(op, (), 1))
         amounts.append(kernel.amount)
     assert amounts[1] - amounts[0] == 4096 * 32 * 4
 

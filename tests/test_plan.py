@@ -123,7 +123,7 @@ def test_every_wrong_type_is_an_error_that_names_the_field():
     for path in _paths(json.loads(full.to_json())):
         for wrong in (
             {"strange": 1},
-            True,
+            path[-1] != "offload" or "true",
             [["x", {}]],
             "nonsense" if path[-1] in ("recompute", "zero", "stages") else 1.5j,
         ):
@@ -209,8 +209,25 @@ def layout(plan: Plan, index: int, **changes) -> Plan:
     return replace(plan, layouts=tuple(layouts))
 
 
+def halves(plan: Plan, groups: tuple[int, ...], schedule: str) -> Plan:
+    """One stage for each entry of `groups`, on that group's ranks, over the blocks in order."""
+    last = len(groups) - 1
+    stages = tuple(
+        replace(
+            plan.stages[g],
+            start=i,
+            stop=len(GRAPH.blocks) if i == last else i + 1,
+            layouts=(tuple(range(i, len(GRAPH.blocks) if i == last else i + 1)),),
+            recompute=(),
+        )
+        for i, g in enumerate(groups)
+    )
+    return replace(plan, stages=stages, schedule=schedule)
+
+
 def test_a_good_plan_is_valid():
     good_plan().validate(GRAPH, CLUSTER)
+    halves(good_plan(), (0, 1, 0, 1), "interleaved").validate(GRAPH, CLUSTER)
     Plan(GRAPH.name, GRAPH.fingerprint, 1, 8, 8, "gpipe", (Stage(0, 4, (0,), 1),)).validate(GRAPH, small_cluster(1))
 
 
@@ -273,6 +290,19 @@ BAD = {
     "boundary": (
         lambda p: layout(p, 1, inputs=("S1",)),
         r"layouts\[1\].inputs \(block 1\) is \['S1'\], but .* leaves \['R'\]",
+    ),
+    "stages for the schedule": (
+        lambda p: halves(p, (0, 1, 0, 1), schedule="1f1b"),
+        "plan.stages: schedule '1f1b' runs 1 stage on each set of ranks, so 2 sets need 2 stages, not 4",
+    ),
+    "order of groups": (
+        lambda p: halves(p, (0, 1, 1, 0), schedule="interleaved"),
+        r"stages\[2\].ranks is \[4, 5, 6, 7\], but schedule 'interleaved' runs stage 2 of 4 on ranks \[0, 1, 2, 3\]",
+    ),
+    "uneven laps": (lambda p: halves(p, (0, 1, 0), schedule="interleaved"), "the nearest counts are 2 and 4"),
+    "meshes of a group": (
+        lambda p: stage(halves(p, (0, 1, 0, 1), schedule="interleaved"), 2, data=4, axes=(), layouts=()),
+        r"stages\[2\].data is 4, but plan.stages\[0\].data, on the same ranks, is 2",
     ),
 }
 

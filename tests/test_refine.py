@@ -45,7 +45,7 @@ def observations(graph: Graph, plan: autopar.Plan, truth: CostModel) -> list[Obs
                 for kind in ("all_reduce", "all_gather")
                 for size in (10_000, 1_000_000)
             )
-            found.append(Observation(index, seconds, (2.0, 2.0), samples, peaks[rank]))
+            found.append(Observation((index,), seconds, (2.0, 2.0), samples, peaks[rank]))
     return found
 
 

@@ -17,6 +17,14 @@ class CaptureError(ValueError):
     """A user's error found while tracing, already in words; capture lets it pass unchanged."""
 
 
+class Untraceable(CaptureError):
+    """A module that cannot be traced. module: its fully qualified name, as far as it is known; "" for the outermost."""
+
+    def __init__(self, message: str, module: str) -> None:
+        super().__init__(message)
+        self.module = module
+
+
 @dataclass
 class Draft:
     """tensors: all named values, in order of definition. ops: topological. trainable: parameters that require grad.

@@ -48,6 +48,7 @@ class _Functionaliser:
         self.now: dict[str, tuple[int, str]] = {}
         self.same: dict[str, str] = {}
         self.frozen: set[str] = set()
+        self.learned = self.depend_on_trainable()
         self.ops: list[Op] = []
 
     def run(self) -> list[Op]:
@@ -63,6 +64,14 @@ class _Functionaliser:
         self.draft.loss = self.read(self.draft.loss)
         self.draft.outputs = [(path, self.read(name)) for path, name in self.draft.outputs]
         return self.ops
+
+    def depend_on_trainable(self) -> set[str]:
+        """Roots of the families in which a trainable parameter has a part at any time, by whatever way."""
+        found = {t.name for t in self.draft.tensors.values() if t.requires_grad}
+        for op in self.draft.ops:
+            if any(self.root(name) in found for name in op.inputs):
+                found.update(self.root(name) for name in (*op.outputs, *mutated_inputs(op)))
+        return found
 
     def root(self, name: str) -> str:
         return self.survey.base.get(name, name)
@@ -125,7 +134,7 @@ class _Functionaliser:
             return
         if self.root(name) in self.frozen:
             raise self.unsupported(op, "writes to a tensor whose shape or gradient was changed in place before")
-        if op.no_grad and self.draft.tensors[name].dtype.is_floating_point:
+        if op.no_grad and self.draft.tensors[name].dtype.is_floating_point and self.root(name) in self.learned:
             raise self.unsupported(op, "writes to an activation under no_grad")
         name, root = self.canonical(name), self.root(name)
         self.same[op.outputs[0]] = name

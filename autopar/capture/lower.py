@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch.export.graph_signature import InputKind
 
 from ..graph import DEVICE, Op, Ref
 from ..ops import OPAQUE, draws_random
-from .draft import CaptureError, Draft
+from ..torch_private import known_value
+from .draft import Draft, Untraceable
 from .example import Call
 from .opaque import Slot
 from .trace import Trace, user_line
@@ -19,6 +21,16 @@ from .trace import Trace, user_line
 _CHECKS = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten._assert_async", "aten.sym_constrain_range")
 # What a rank decides for itself.
 _DROPPED_KWARGS = {"pin_memory": (False, None), "layout": (torch.strided, None)}
+
+
+_VALUES = "makes a number, or a shape, that depends on the values of a tensor"
+
+
+@dataclass(frozen=True)
+class _Number:
+    """What `tensor.item()` gives, made at `node`. An assertion may look at it, which no step repeats; an op may not."""
+
+    node: torch.fx.Node
 
 
 def lower(trace: Trace, call: Call) -> Draft:
@@ -54,7 +66,9 @@ class _Lowering:
                 role = "parameter" if spec.kind is InputKind.PARAMETER else "buffer"
                 trainable = name in self.trace.trainable
                 if name not in draft.tensors:
-                    draft.add_tensor(name, value.shape, value.dtype, role, requires_grad=trainable, fqn=name)
+                    rest = self.trace.rest_dtypes.get(name)
+                    fields = dict(requires_grad=trainable, fqn=name, rest_dtype=rest)
+                    draft.add_tensor(name, value.shape, value.dtype, role, **fields)
             elif spec.kind is InputKind.CONSTANT_TENSOR:
                 name = self.constant(spec.target, program.constants[spec.target])
             elif spec.kind is InputKind.USER_INPUT and isinstance(value, torch.Tensor):
@@ -70,6 +84,7 @@ class _Lowering:
 
     def constant(self, target: str, value: torch.Tensor) -> str:
         target = target.removeprefix("module.")
+        value = known_value(value)
         if value.is_meta or type(value) is not torch.Tensor:
             raise ValueError(
                 f"the module uses the tensor {target!r} ({type(value).__name__} on {value.device}), which is neither a "
@@ -96,6 +111,8 @@ class _Lowering:
                 env[node] = self.region(node, env, no_grad)
             elif isinstance(node.target, torch._ops.OpOverload):
                 env[node] = self.operator(node, env, no_grad)
+            elif any(isinstance(self.value(v, env), _Number) for v in node.args):
+                env[node] = _Number(node)
             else:
                 what = getattr(node.target, "__name__", node.target)
                 raise self.unsupported(node, f"computes {what} of sizes that depend on the values of a tensor")
@@ -131,11 +148,15 @@ class _Lowering:
         kwargs = tuple((k, self.value(v, env)) for k, v in node.kwargs.items())
         kwargs = tuple((k, v) for k, v in kwargs if not (k in _DROPPED_KWARGS and v in _DROPPED_KWARGS[k]))
         value = node.meta.get("val")
+        if name == "aten.item.default":
+            return _Number(node)
+        for number in (v for v in (*args, *(v for _, v in kwargs)) if isinstance(v, _Number)):
+            raise self.unsupported(number.node, _VALUES)
         sequence = isinstance(value, tuple | list)
         values = tuple(value) if sequence else (value,)
         for item in values:
             if not isinstance(item, torch.Tensor) or any(not isinstance(n, int) for n in item.shape):
-                raise self.unsupported(node, "makes a number, or a shape, that depends on the values of a tensor")
+                raise self.unsupported(node, _VALUES)
         draft = self.draft
         # Opaque calls are named by their module, like everything else that a message or a plan shows.
         op_name = draft.fresh("opaque" if name == "autopar.opaque.default" else node.name)
@@ -185,11 +206,12 @@ class _Lowering:
             return tuple(self.value(v, env) for v in value)
         return value
 
-    def unsupported(self, node: torch.fx.Node, what: str) -> CaptureError:
+    def unsupported(self, node: torch.fx.Node, what: str) -> Untraceable:
         module = _module_path(node)
-        return CaptureError(
+        return Untraceable(
             f"cannot be captured: {user_line(node.meta.get('stack_trace'))} in module {module!r} {what}. Rewrite it "
-            "without, or keep that module whole: autopar.opaque(module.that_submodule), or @autopar.opaque on its class"
+            "without, or keep that module whole: autopar.opaque(module.that_submodule), or @autopar.opaque on its class",
+            module,
         )
 
 

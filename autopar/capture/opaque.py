@@ -4,26 +4,28 @@ While torch.export runs, the forward of a marked module is replaced by a call of
 output shapes come from running the module once, for real, on zeros on the CPU. At run time the op calls the original
 module with this rank's parameters and buffers (`ops.run_opaque`).
 
-Limits: positional and keyword arguments may be tensors, plain values, or tuples of these; the output is a tensor, or a
-tuple, list or dict of tensors. Rows of the inputs are taken to correspond to rows of the outputs where their numbers
-agree.
+Limits: positional and keyword arguments may be tensors, plain values, or tuples of these; the output is a tensor, or
+tensors and plain values nested in tuples, lists and dicts. Rows of the inputs are taken to correspond to rows of the
+outputs where their numbers agree.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..torch_private import storage_key
-from .draft import CaptureError
+from .draft import Untraceable
 
 Marked = TypeVar("Marked", torch.nn.Module, type[torch.nn.Module])
 _MARK = "_autopar_opaque"
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 def opaque(module_or_class: Marked) -> Marked:
@@ -71,15 +73,17 @@ class Recorder:
 
 
 @contextmanager
-def record_opaque(module: torch.nn.Module, originals: Mapping[str, torch.Tensor]) -> Iterator[Recorder]:
+def record_opaque(
+    module: torch.nn.Module, originals: Mapping[str, torch.Tensor], whole: Collection[str] = ()
+) -> Iterator[Recorder]:
     """Replace the forward of every outermost marked submodule while the context lasts.
 
-    originals: the user's own parameters and buffers, by fully qualified name.
+    originals: the user's own parameters and buffers, by fully qualified name. whole: submodules to treat as marked.
     """
     recorder = Recorder()
     for fqn, submodule in module.named_modules():
         inside = any(fqn.startswith(outer + ".") or outer == "" for outer in recorder.modules)
-        if getattr(submodule, _MARK, False) and not inside:
+        if (getattr(submodule, _MARK, False) or fqn in whole) and not inside:
             recorder.modules[fqn] = submodule
     had_forward = {fqn: m.__dict__.get("forward") for fqn, m in recorder.modules.items()}
     for fqn, submodule in recorder.modules.items():
@@ -105,19 +109,22 @@ def _stand_in(
                 return Slot(len(tensors) - 1)
             if isinstance(value, tuple | list):
                 return tuple(slot(v) for v in value)
-            if isinstance(value, Mapping):
-                raise CaptureError(f"opaque module {fqn!r} is called with a dict; pass its tensors as arguments")
-            return value
+            if isinstance(value, _PLAIN):
+                return value
+            raise Untraceable(
+                f"opaque module {fqn!r} is called with a {type(value).__name__}; pass its tensors as arguments", fqn
+            )
 
         slots = slot(args), tuple((k, slot(v)) for k, v in kwargs.items())
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         inputs = [(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors]
-        real_state = {name: originals[f"{fqn}.{name}" if fqn else name] for name in state}
+        real_state = {name: originals[f"{fqn}.{name}" if fqn else name].to(fake.dtype) for name, fake in state.items()}
         ran = _in_clean_thread(lambda: _run_real(module, forward, slots, inputs, real_state))
         if isinstance(ran, Exception):
-            raise CaptureError(
+            raise Untraceable(
                 f"opaque module {fqn!r} ({type(module).__name__}) failed on zeros of shapes "
-                f"{[shape for shape, _, _ in inputs]}: {type(ran).__name__}: {ran}"
+                f"{[shape for shape, _, _ in inputs]}: {type(ran).__name__}: {ran}",
+                fqn,
             ) from ran
         outputs, rebuild, saves = ran
         recorder.calls.append(OpaqueCall(fqn, *slots, tuple(state), *saves))
@@ -170,15 +177,21 @@ def _materialised(tensor: torch.Tensor) -> torch.Tensor:
     return copy.requires_grad_(tensor.requires_grad)
 
 
-def _flatten_output(out: Any) -> tuple[tuple[torch.Tensor, ...], Callable[[list[torch.Tensor]], Any]]:
-    if isinstance(out, torch.Tensor):
-        return (out,), lambda flat: flat[0]
-    if isinstance(out, Mapping) and all(isinstance(v, torch.Tensor) for v in out.values()):
-        names = tuple(out)
-        return tuple(out.values()), lambda flat: dict(zip(names, flat, strict=True))
-    if isinstance(out, tuple | list) and all(isinstance(v, torch.Tensor) for v in out):
-        return tuple(out), tuple
-    raise TypeError(f"returned a {type(out).__name__}; an opaque module returns tensors, or a tuple or dict of tensors")
+def _flatten_output(out: Any) -> tuple[tuple[torch.Tensor, ...], Callable[[Sequence[torch.Tensor]], Any]]:
+    """The tensors in what a module returned, and how to put others in their places."""
+    leaves, structure = tree_flatten(out)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    strange = next((leaf for leaf in leaves if not isinstance(leaf, (torch.Tensor, *_PLAIN))), None)
+    if strange is not None or not places:
+        raise TypeError(f"returned a {type(out if strange is None else strange).__name__}; expected tensors")
+
+    def rebuild(flat: Sequence[torch.Tensor]) -> Any:
+        filled = list(leaves)
+        for place, tensor in zip(places, flat, strict=True):
+            filled[place] = tensor
+        return tree_unflatten(filled, structure)
+
+    return tuple(leaves[i] for i in places), rebuild
 
 
 def _match_saved(saved: Any, inputs: Any, outputs: Any, state: Any) -> tuple[tuple[int, ...], tuple[int, ...], int]:

@@ -1,7 +1,7 @@
 """Clusters from published data sheets, for planning without the machine at hand.
 
-Memory is decimal gigabytes as sold: what torch reports beyond that (79 GiB of an "80 GB" part) is left to the driver's
-context and to communication buffers. float32 is the rate outside tensor cores, because torch keeps TF32 off for matrix
+Memory is what torch reports on these parts: gibibytes by the number they are sold with, less 1.5% that ECC and the driver
+keep (79 GiB of an "80 GB" part). float32 is the rate outside tensor cores, because torch keeps TF32 off for matrix
 products by default. Rates are peaks: cost/compute.py applies efficiencies.
 """
 
@@ -143,11 +143,18 @@ _PARTS: dict[str, _Part] = {
     ),
 }
 
+_USABLE_MEMORY = 0.985
+
 # Dispatch of an eager op: about 5 us of host time with its kernel launch, and about as much per backward node: the
 # order that a probe of server CPUs gives (4 to 9 us).
 _LAUNCH_S = 5e-6
 
 PRESETS = tuple(_PARTS)
+
+
+def _usable_bytes(name: str, sold_bytes: float) -> int:
+    """Of an accelerator sold with this many gigabytes."""
+    return int(sold_bytes) if name == "cpu" else int(sold_bytes / 1e9 * 2**30 * _USABLE_MEMORY)
 
 
 def preset(
@@ -174,7 +181,7 @@ def preset(
         raise ValueError(f"no preset {name!r}; {hint}Known: {', '.join(PRESETS)}")
     device = Device(
         kind=name.lower(),
-        memory_bytes=int(part.memory_bytes),
+        memory_bytes=_usable_bytes(name.lower(), part.memory_bytes),
         flops_per_s=part.flops_per_s,
         memory_bytes_per_s=part.memory_bytes_per_s,
         launch_s=_LAUNCH_S,

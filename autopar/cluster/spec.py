@@ -217,11 +217,13 @@ class Cluster:
         return cls.from_json(Path(path).read_text(), source=str(path))
 
     @classmethod
-    def preset(cls, name: str, hosts: int = 1, devices_per_host: int = 8, inter: Link | None = None) -> Cluster:
+    def preset(
+        cls, name: str, hosts: int = 1, devices_per_host: int = 8, inter: Link | None = None, software: str = "torch"
+    ) -> Cluster:
         """A cluster from published data sheets; see cluster/presets.py."""
         from .presets import preset
 
-        return preset(name, hosts, devices_per_host, inter)
+        return preset(name, hosts, devices_per_host, inter, software=software)
 
     @classmethod
     def probe(cls, device: Any = None, process_group: Any = None) -> Cluster:

@@ -6,6 +6,7 @@ host needs to launch it; the difference stands as class "launch" among the compu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from ..sharding.placement import Action, Placement, Split, conversion
 from ..sharding.rows import Parts
 from ..sharding.strategy import Strategy
 from .collectives import collective_s
-from .compute import host_s, seconds_by_class
+from .compute import host_s, kernel_s, seconds_by_class
 from .constants import Constants, constants_of
 from .corrections import Corrections
 from .kernels import Call, Kernel, kernels
@@ -35,18 +36,22 @@ COLLECTIVE_ACTIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"
 
 @dataclass(frozen=True, slots=True)
 class OpSeconds:
-    """(forward, backward) of one op on one rank: by compute class on the device, and on the host that launches it."""
+    """(forward, backward) of one op on one rank: by compute class on the device, and on the host that launches it.
+
+    weight_s: of the backward, what gradients of parameters take.
+    """
 
     forward: Mapping[str, float]
     backward: Mapping[str, float]
     host: Both
+    weight_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class BlockSeconds:
     """compute: (forward, backward) seconds by class; collectives: by "<link>/<collective>", link "intra" or "inter";
     both of the device. host: seconds of launching. cheap_host_s: of launching in the forward what is not counted in
-    flops, which selective recomputation does again.
+    flops, which selective recomputation does again. weight_s: of the backward, for gradients of parameters.
     """
 
     compute: Mapping[str, Both]
@@ -54,11 +59,13 @@ class BlockSeconds:
     host: Both
     cheap_host_s: float
     tensor_overlap: float
+    weight_s: float
+    selective_kept: float
 
     def passes(self, recompute: Recompute) -> tuple[Mapping[str, Both], Mapping[str, Both]]:
         """(compute, collectives) with what is computed again in the backward, exposed communication alone, and
         the class "launch" for the time that the device waits for the host."""
-        again = {name: forward for name, (forward, _) in self.compute.items() if _again(name, recompute)}
+        again = {name: forward * self._again(name, recompute) for name, (forward, _) in self.compute.items()}
         compute = {name: (f, b + again.get(name, 0.0)) for name, (f, b) in self.compute.items()}
         # What is sent is as expensive as a product: selective recomputation keeps it.
         whole = recompute == "full"
@@ -79,9 +86,13 @@ class BlockSeconds:
                 compute["launch"] = (waits[0], waits[1])
         return compute, collectives
 
-
-def _again(compute_class: str, recompute: Recompute) -> bool:
-    return recompute == "full" or (recompute == "selective" and compute_class not in FLOP_CLASSES)
+    def _again(self, compute_class: str, recompute: Recompute) -> float:
+        """The share of a class's forward that the backward does again."""
+        if recompute == "selective":
+            if compute_class == "matmul":
+                return 1.0 - self.selective_kept
+            return 0.0 if compute_class in FLOP_CLASSES else 1.0
+        return 1.0 if recompute == "full" else 0.0
 
 
 def add(table: Table, name: str, forward_s: float, backward_s: float) -> None:
@@ -143,26 +154,29 @@ class Pricer:
             found[shards] = LocalShapes(self.graph, shards, placements, self.tensors)
         return found[shards]
 
-    def op_seconds(self, op: Op, strategy: Strategy | None, shards: int) -> OpSeconds:
-        """Seconds of `op` on one rank; collectives inside it do not count."""
-        key = (self.structure.representative.get(op.name, op.name), strategy, shards)
+    def op_seconds(self, op: Op, strategies: tuple[Strategy, ...], shards: int) -> OpSeconds:
+        """Seconds of `op` on one rank, with a strategy per model axis; collectives inside it do not count."""
+        key = (self.structure.representative.get(op.name, op.name), strategies, shards)
         found = self._ops.get(key)
         if found is None:
-            forward, backward = self._kernels(op, strategy, shards, key)
+            forward, backward = self._kernels(op, strategies, shards, key)
             device, corrections, constants = self.cluster.device, self.corrections, self.constants
             found = self._ops[key] = OpSeconds(
                 seconds_by_class(device, forward, False, corrections, constants),
                 seconds_by_class(device, backward, True, corrections, constants),
                 (host_s(device, forward, False, constants), host_s(device, backward, True, constants)),
+                sum(kernel_s(device, k, True, corrections, constants) for k in backward if k.weight),
             )
         return found
 
-    def _kernels(self, op: Op, strategy: Strategy | None, shards: int, key: tuple) -> tuple[list[Kernel], list[Kernel]]:
+    def _kernels(
+        self, op: Op, strategies: tuple[Strategy, ...], shards: int, key: tuple
+    ) -> tuple[list[Kernel], list[Kernel]]:
         if key not in self.structure.kernels:
-            forward, backward = kernels(self._call(op, strategy, shards))
-            if strategy is not None and strategy.degree > 1:
-                # A special algorithm may do more than its share: a causal attention split over queries fills its square.
-                more = strategy.work * strategy.degree
+            forward, backward = kernels(self._call(op, strategies, shards))
+            # A special algorithm may do more than its share: a causal attention split over queries fills its square.
+            more = math.prod(strategy.work * strategy.degree for strategy in strategies if strategy.degree > 1)
+            if more != 1:
                 forward, backward = (
                     [replace(kernel, amount=kernel.amount * more) for kernel in part] for part in (forward, backward)
                 )
@@ -172,19 +186,19 @@ class Pricer:
     def collective_s(self, kind: str, size_bytes: float, ranks: Sequence[int]) -> float:
         return collective_s(self.cluster, kind, size_bytes, tuple(ranks), self.corrections, self.constants)
 
-    def inner_collective(self, op: Op, strategy: Strategy | None, shards: int, ranks: Sequence[int]) -> float:
+    def inner_collective(self, strategy: Strategy | None, shards: int, ranks: Sequence[int]) -> float:
         """Seconds of the small all-reduces inside a special algorithm, all in the forward."""
         if strategy is None or not strategy.collective_bytes:
             return 0.0
         return self.collective_s("all_reduce", strategy.collective_bytes / shards, ranks)
 
     def conversion_actions(
-        self, tensor: str, have: Placement, want: Placement, shards: int
-    ) -> tuple[tuple[Action, Placement, Placement], tuple[Action, Placement, Placement] | None, float]:
-        """(forward action, backward action or None where no gradient flows, whole bytes of the tensor on the axis)."""
+        self, tensor: str, have: Placement, want: Placement
+    ) -> tuple[tuple[Action, Placement, Placement], tuple[Action, Placement, Placement] | None]:
+        """(forward action, backward action or None where no gradient flows)."""
         actions = conversion(have, want)
         backward = (actions.backward, want, have) if self.graph.tensors[tensor].requires_grad else None
-        return (actions.forward, have, want), backward, self.local(shards).size_bytes(tensor)
+        return (actions.forward, have, want), backward
 
     def action_seconds(
         self, action: Action, source: Placement, target: Placement, size: float, ranks: tuple[int, ...], adjoint: bool
@@ -201,36 +215,44 @@ class Pricer:
         return wire_s, sum(seconds.values())
 
     def block_seconds(
-        self, steps: Sequence[Step], shards: int, ranks: tuple[int, ...], at_rest: frozenset[str]
+        self, steps: Sequence[Step], shards: int, axes: ModelAxes, at_rest: frozenset[str]
     ) -> BlockSeconds:
         """The seconds of a block's steps, by class and collective.
 
-        ranks: of the model axis. at_rest: parameters; the all-reduce of a replicated parameter's gradient happens once
-        per step and is not part of a microbatch.
+        at_rest: parameters; the all-reduce of a replicated parameter's gradient happens once per step and is not part
+        of a microbatch.
         """
         compute: Table = {}
         collectives: Table = {}
         host = [0.0, 0.0]
-        cheap_host_s = 0.0
+        cheap_host_s = weight_s = 0.0
         launch_s = self.constants.collective_launch_s if self.cluster.device.asynchronous else 0.0
-        link = "inter" if self.cluster.crosses_hosts(ranks) else "intra"
+        local = self.local(shards)
         for step in steps:
             if isinstance(step, Run):
-                op = self.op_seconds(step.op, step.strategy, shards)
+                op = self.op_seconds(step.op, step.strategies, shards)
                 for name, seconds in op.forward.items():
                     add(compute, name, seconds, 0.0)
                 for name, seconds in op.backward.items():
                     add(compute, name, 0.0, seconds)
                 host[0] += op.host[0]
                 host[1] += op.host[1]
+                weight_s += op.weight_s
                 if not any(name in FLOP_CLASSES for name in op.forward):
                     cheap_host_s += op.host[0]
-                inner_s = self.inner_collective(step.op, step.strategy, shards, ranks)
-                if inner_s:
-                    add(collectives, f"{link}/all_reduce", inner_s, 0.0)
-                    host[0] += launch_s
+                for axis, strategy in enumerate(step.strategies):
+                    if strategy.collective_bytes:
+                        ranks = axes.ranks_of((axis,))
+                        inner_s = self.inner_collective(strategy, shards, ranks)
+                        add(collectives, f"{self._link(ranks)}/all_reduce", inner_s, 0.0)
+                        host[0] += launch_s
                 continue
-            forward_action, backward_action, size = self.conversion_actions(step.tensor, step.have, step.want, shards)
+            ranks = axes.ranks_of(step.axes)
+            link = self._link(ranks)
+            forward_action, backward_action = self.conversion_actions(step.tensor, step.have, step.want)
+            # What the other axes leave of the tensor is the whole of what moves on these.
+            others = [i for i in range(len(axes.degrees)) if i not in step.axes]
+            size = local.held_bytes(step.tensor, [step.before[i] for i in others], [axes.degrees[i] for i in others])
             wire_s, copy_s = self.action_seconds(*forward_action, size, ranks, False)
             add(collectives, f"{link}/{forward_action[0]}", wire_s, 0.0)
             add(compute, "copy", copy_s, 0.0)
@@ -240,28 +262,50 @@ class Pricer:
                 add(collectives, f"{link}/{backward_action[0]}", 0.0, wire_s)
                 add(compute, "copy", 0.0, copy_s)
                 host[1] += launch_s if wire_s else 0.0
-        return BlockSeconds(compute, collectives, (host[0], host[1]), cheap_host_s, self.constants.tensor_overlap)
+        return BlockSeconds(
+            compute,
+            collectives,
+            (host[0], host[1]),
+            cheap_host_s,
+            self.constants.tensor_overlap,
+            weight_s,
+            self.constants.selective_kept,
+        )
 
-    def _call(self, op: Op, strategy: Strategy | None, shards: int) -> Call:
+    def _link(self, ranks: tuple[int, ...]) -> str:
+        return "inter" if self.cluster.crosses_hosts(ranks) else "intra"
+
+    def _call(self, op: Op, strategies: tuple[Strategy, ...], shards: int) -> Call:
         local, tensors = self.local(shards), self.tensors
-        degree = axis_degree(strategy)
-        in_places = strategy.inputs if strategy else (None,) * len(op.inputs)
-        out_places = strategy.outputs if strategy else (None,) * len(op.outputs)
+        degrees = [strategy.degree for strategy in strategies]
         return Call(
             op,
             tuple(tensors[name] for name in op.inputs),
             tuple(tensors[name] for name in op.outputs),
-            tuple(local.shape(n, p, degree) for n, p in zip(op.inputs, in_places, strict=True)),
-            tuple(local.shape(n, p, degree) for n, p in zip(op.outputs, out_places, strict=True)),
+            tuple(local.held_shape(n, [s.inputs[i] for s in strategies], degrees) for i, n in enumerate(op.inputs)),
+            tuple(local.held_shape(n, [s.outputs[i] for s in strategies], degrees) for i, n in enumerate(op.outputs)),
             op.name in self.storages.copies,
             tuple(len(self.graph.consumers[name]) for name in op.inputs),
             self.constants.products_in,
         )
 
 
-def axis_degree(strategy: Strategy | None) -> int:
-    """The ranks that an op is split over."""
-    return 1 if strategy is None else strategy.degree
+@dataclass(frozen=True, slots=True)
+class ModelAxes:
+    """The model axes of a stage: their degrees, outermost first, and the global ranks of one replica, row-major."""
+
+    degrees: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
+
+    def ranks_of(self, axes: Sequence[int]) -> tuple[int, ...]:
+        """The first rank's group on these axes together."""
+        if len(axes) == len(self.degrees):
+            return self.ranks
+        found = [0]
+        for axis in axes:
+            stride = math.prod(self.degrees[axis + 1 :])
+            found = [at + i * stride for at in found for i in range(self.degrees[axis])]
+        return tuple(self.ranks[at] for at in found)
 
 
 def _copied_bytes(action: Action, source: Placement, target: Placement, size: float, ranks: int) -> float:

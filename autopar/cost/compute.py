@@ -123,6 +123,7 @@ def _numel(shape: tuple[int, ...]) -> float:
 def _attention_s(kernel: Kernel, peak: float, constants: Constants) -> float:
     """Fused attention: slower on short sequences, whose blocks are few, and on narrow heads."""
     share = constants.attention_backward_share if kernel.adjoint else constants.attention_share
+    share *= constants.attention_scale
     if kernel.shape:
         length, width = kernel.shape[-2:]
         share *= length / (length + constants.attention_half_length) * width / (width + constants.attention_half_width)

@@ -33,10 +33,12 @@ class Constants:
 
     launch_s, backward_launch_s: host time per kernel, forward and backward; 0: the device's own. collective_launch_s:
         host time of a collective. fusion: share of the elementwise traffic that is left after kernels are fused.
+    product_scale, attention_scale: factors on the hardware's shares, for slower or faster kernels of the stack.
     overlap, gather_overlap, tensor_overlap: share of a gradient reduction, of a ZeRO gather and of a model-axis
         collective that hides behind compute; the rest is what the transfer costs the compute beside it.
     update_overlap: share of ZeRO 1's and 2's gather of updated parameters that hides.
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
+    selective_kept: share of products whose results selective recomputation keeps (torchtitan: every other one).
     microbatch_s, step_s: host time per microbatch, and per step: data loading, logging, zeroing of gradients.
     optimizer_passes: reads and writes of a float32 parameter by the optimizer step; AdamW needs 7.
     parameter_bytes, gradient_bytes, optimizer_bytes: at rest per parameter where blocks compute in a narrow type.
@@ -67,11 +69,14 @@ class Constants:
     backward_launch_s: float = 0.0
     collective_launch_s: float = 20e-6
     fusion: float = 1.0
+    product_scale: float = 1.0
+    attention_scale: float = 1.0
     overlap: float = 1.0
     gather_overlap: float = 1.0
     tensor_overlap: float = 0.0
     update_overlap: float = 0.0
     scatter_each: bool = False
+    selective_kept: float = 1.0
     microbatch_s: float = 0.0
     step_s: float = 0.0
     optimizer_passes: float = 7.5
@@ -87,48 +92,88 @@ class Constants:
 
 # Kinds are matched by the beginning of their name.
 HARDWARE: Mapping[str, Mapping[str, float]] = {
-    "v100": {"multiprocessors": 80, "matmul_share": 0.75, "stream_share": 0.8},
-    "a100": {"multiprocessors": 108, "matmul_share": 0.85},
-    "a800": {"multiprocessors": 108, "matmul_share": 0.85},
-    "h100": {"multiprocessors": 132, "matmul_share": 0.7},
-    "h800": {"multiprocessors": 132, "matmul_share": 0.7},
-    "h200": {"multiprocessors": 132, "matmul_share": 0.7},
-}
+    "v100": {
+        "multiprocessors": 80, "matmul_share": 0.72, "half_aligned_share": 0.75, "stream_share": 0.8, "link_share": 0.92,
+    },
+    "a100": {
+        "multiprocessors": 108, "matmul_share": 0.76, "unaligned_share": 0.58, "half_aligned_share": 0.72,
+        "attention_share": 0.69, "attention_backward_share": 0.5, "attention_half_length": 285, "stream_share": 0.89,
+        "link_share": 0.9, "network_share": 0.9,
+    },
+    "a800": {
+        "multiprocessors": 108, "matmul_share": 0.76, "unaligned_share": 0.58, "half_aligned_share": 0.72,
+        "attention_share": 0.69, "attention_backward_share": 0.5, "attention_half_length": 285, "stream_share": 0.89,
+        "link_share": 0.9, "network_share": 0.9,
+    },
+    "h100": {
+        "multiprocessors": 132, "matmul_share": 0.62, "half_aligned_share": 0.8,
+        "attention_share": 0.47, "attention_backward_share": 0.26, "link_share": 0.98,
+    },
+    "h100hbm2e": {
+        "multiprocessors": 132, "matmul_share": 0.62, "half_aligned_share": 0.8,
+        "attention_share": 0.5, "attention_backward_share": 0.32,
+    },
+    "h800": {
+        "multiprocessors": 132, "matmul_share": 0.62, "half_aligned_share": 0.8,
+        "attention_share": 0.47, "attention_backward_share": 0.26, "link_share": 0.98,
+    },
+    "h200": {
+        "multiprocessors": 132, "matmul_share": 0.62, "half_aligned_share": 0.8,
+        "attention_share": 0.47, "attention_backward_share": 0.26, "link_share": 0.98,
+    },
+}  # fmt: skip
 
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     "": {},
     # autopar's own runtime: eager torch, fully_shard.
-    "torch": {"launch_s": 10e-6, "backward_launch_s": 8e-6},
-    "torch-compile": {"launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.5, "scatter_each": True},
-    "composer": {"launch_s": 12e-6, "backward_launch_s": 8e-6, "scatter_each": True},
-    "internevo": {"launch_s": 12e-6, "backward_launch_s": 8e-6},
-    "megatron": {
-        "launch_s": 10e-6, "backward_launch_s": 8e-6, "overlap": 0.0,
-        "parameter_bytes": 2.0, "gradient_bytes": 4.0, "optimizer_bytes": 12.0, "narrow_copy": False,
+    "torch": {"launch_s": 10e-6, "backward_launch_s": 8e-6, "context_bytes": 2e9},
+    "torch-compile": {
+        "launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.5, "scatter_each": True, "selective_kept": 0.5,
+        "context_bytes": 2e9,
     },
-    "megatron-deepspeed": {
-        "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "overlap": 0.0,
+    "composer": {
+        "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 0.9, "attention_scale": 0.68, "gather_overlap": 0.92,
+        "scatter_each": True, "context_bytes": 2e9,
+    },
+    "internevo": {
+        "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 1.1, "scatter_each": True, "context_bytes": 15e9,
         "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
+    "megatron": {
+        "launch_s": 10e-6, "backward_launch_s": 8e-6, "overlap": 0.0,
+        "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
+    },
+    "megatron-deepspeed": {
+        "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "product_scale": 1.1, "overlap": 0.0,
+        "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 16.0, "narrow_copy": False,
+        "context_bytes": 4e9, "allocator_share": 0.1,
+    },
     "alpa": {
-        "launch_s": 5e-6, "backward_launch_s": 5e-6, "overlap": 0.0, "fusion": 0.6,
+        "launch_s": 5e-6, "backward_launch_s": 5e-6, "overlap": 0.0, "fusion": 0.8, "context_bytes": 5e8,
         "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
 }  # fmt: skip
 
+# The same stacks with linear layers in float8 (torchao, Transformer Engine): a suffix of their names.
+FLOAT8 = "+float8"
+
 
 def constants_of(cluster: Cluster) -> Constants:
     """What holds for the cluster's kind of device and its software. ValueError for software that is not known."""
-    return named_constants(cluster.device.kind if cluster.device.asynchronous else "", cluster.software)
+    if not cluster.device.asynchronous:
+        return Constants()
+    return named_constants(cluster.device.kind, cluster.software)
 
 
 @lru_cache(maxsize=256)
 def named_constants(kind: str, software: str) -> Constants:
-    if software not in SOFTWARE:
+    base = software.removesuffix(FLOAT8)
+    if base not in SOFTWARE:
         near = difflib.get_close_matches(software, SOFTWARE, 1, 0.3)
         raise ValueError(
             f"software={software!r} is not known; {f'did you mean {near[0]!r}? ' if near else ''}"
             f"Known: {', '.join(map(repr, SOFTWARE))}"
         )
     hardware = next((HARDWARE[name] for name in sorted(HARDWARE, key=len, reverse=True) if kind.startswith(name)), {})
-    return replace(Constants(), **hardware, **SOFTWARE[software])
+    products_in = {"products_in": "float8"} if base != software else {}
+    return replace(Constants(), **hardware, **SOFTWARE[base], **products_in)

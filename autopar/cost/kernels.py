@@ -21,6 +21,7 @@ class Kernel:
 
     adjoint: look up the class's "_backward" rate. moved_bytes: what a class counted in flops reads and writes.
     shape: of a matmul, (batch, m, n, k); of attention, (batch x heads, query length, key length, head size); else ().
+    weight: makes the gradient of a parameter, which a schedule with split backwards can put off.
     """
 
     compute_class: str
@@ -31,6 +32,7 @@ class Kernel:
     adjoint: bool = False
     moved_bytes: float = 0.0
     shape: tuple[int, ...] = ()
+    weight: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,9 @@ def _bytes(
 
 # -- contractions
 
+# Reading for the maximum, reading, and writing at half the width.
+_CAST_PASSES = 2.5
+
 
 def _products(
     call: Call, flops: float, compute_class: str = "matmul", shape: tuple[int, ...] = ()
@@ -124,8 +129,14 @@ def _products(
     """
     moved = call.in_bytes + call.out_bytes()
     dtype = call.product_dtype if compute_class == "matmul" else call.dtype
+    casts = dtype != call.dtype and compute_class == "matmul"
     forward = [Kernel(compute_class, flops, flops, dtype, moved_bytes=moved, shape=shape)]
     backward = []
+    if casts:
+        # Each operand's largest element is found and the operand is cast, in the forward; in the backward the result's
+        # gradient is, and the operands are again, for they are needed turned.
+        forward.append(_bytes("copy", _CAST_PASSES * call.in_bytes))
+        backward.append(_bytes("copy", _CAST_PASSES * (call.in_bytes + call.out_bytes())))
     turns = [(0, 1, 3, 2), (0, 3, 2, 1)]
     matrices = 0
     for i in range(len(call.tensors)):
@@ -134,8 +145,11 @@ def _products(
         if i not in call.differentiable:
             continue
         if matrix:
+            weight = call.tensors[i].role == "parameter"
             turned = tuple(shape[j] for j in turns[min(matrices, 2) - 1]) if shape else ()
-            backward.append(Kernel(compute_class, flops, flops, dtype, adjoint=True, moved_bytes=moved, shape=turned))
+            backward.append(
+                Kernel(compute_class, flops, flops, dtype, adjoint=True, moved_bytes=moved, shape=turned, weight=weight)
+            )
         else:  # a bias: its gradient is a sum over the rows of the result's
             backward.append(_bytes("reduction", call.out_bytes()))
     return forward, backward

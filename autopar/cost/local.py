@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..graph import Graph, Shape, Tensor
@@ -39,6 +39,16 @@ class LocalShapes:
     def shape(self, tensor: str, placement: Placement | None = None, degree: int = 1) -> Shape:
         """placement, degree: on the model axis."""
         return cut(cut(self.graph.tensors[tensor].shape, self.batch.get(tensor), self.shards), placement, degree)
+
+    def held_shape(self, tensor: str, places: Sequence[Placement] = (), degrees: Sequence[int] = ()) -> Shape:
+        """places, degrees: on each model axis; () where there is none."""
+        shape = self.shape(tensor)
+        for place, degree in zip(places, degrees, strict=True) if places else ():
+            shape = cut(shape, place, degree)
+        return shape
+
+    def held_bytes(self, tensor: str, places: Sequence[Placement] = (), degrees: Sequence[int] = ()) -> int:
+        return math.prod(self.held_shape(tensor, places, degrees)) * self.tensors[tensor].dtype.itemsize
 
     def size_bytes(self, tensor: str, placement: Placement | None = None, degree: int = 1) -> int:
         return math.prod(self.shape(tensor, placement, degree)) * self.tensors[tensor].dtype.itemsize

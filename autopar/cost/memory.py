@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..graph import Block, Graph, Op
+from ..sharding.axes import Places, absolute
 from ..sharding.flow import Convert, Run, Step
-from ..sharding.placement import Placement, Split, conversion
+from ..sharding.placement import Split, conversion
 from .kernels import counted_in_flops
 from .local import LocalShapes
 from .storage import VIEWS, Storages, base_name
@@ -34,7 +35,8 @@ class BlockMemory:
     backward_peak_bytes: most that is alive in the backward beyond saved_bytes, the gradients of the block's outputs
         among it; parameter gradients count only where they are temporary.
     parameter_bytes: one entry per `Block.parameters`. selective_bytes: of the results that selective recomputation
-        keeps, those of ops counted in flops.
+        keeps, those of ops counted in flops. deferred_bytes: of the inputs and the gradients of the results of ops
+        with a weight, which stay while that weight's gradient is put off.
     """
 
     saved_bytes: int
@@ -49,6 +51,7 @@ class BlockMemory:
     backward_peak_bytes: int
     parameter_bytes: tuple[int, ...]
     selective_bytes: int = 0
+    deferred_bytes: int = 0
 
 
 # A storage is named by the tensor (and its placement) that made it.
@@ -57,19 +60,30 @@ _Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class BlockView:
-    """A block on one rank: its steps, local sizes, and the placements at its edges."""
+    """A block on one rank: its steps, local sizes, and the placements at its edges, one per model axis (() for none)."""
 
     graph: Graph
     block: Block
     steps: Sequence[Step]
     local: LocalShapes
-    degree: int
+    degrees: tuple[int, ...]
     storages: Storages
-    input_placements: tuple[Placement | None, ...]
-    parameter_placements: tuple[Placement | None, ...]
+    input_placements: tuple[Places, ...]
+    parameter_placements: tuple[Places, ...]
 
-    def size(self, tensor: str, placement: Placement | None) -> int:
-        return self.local.size_bytes(tensor, placement, self.degree)
+    def size(self, tensor: str, places: Places) -> int:
+        return self.local.held_bytes(tensor, places, self.degrees)
+
+    def inputs_of(self, run: Run) -> tuple[Places, ...]:
+        """In absolute form, as conversions and the edges have them."""
+        return tuple(absolute(places, self.degrees) for places in run.inputs)
+
+    def outputs_of(self, run: Run) -> tuple[Places, ...]:
+        return tuple(absolute(places, self.degrees) for places in run.outputs)
+
+
+def token(places: Places) -> str:
+    return " ".join(map(str, places))
 
 
 def block_memory(view: BlockView, accumulate: bool) -> BlockMemory:
@@ -97,6 +111,7 @@ def block_memory(view: BlockView, accumulate: bool) -> BlockMemory:
             view.size(name, place) for name, place in zip(block.parameters, view.parameter_placements, strict=True)
         ),
         selective_bytes=sum(size for key, size in walk.expensive.items() if key in walk.made),
+        deferred_bytes=walk.deferred_bytes,
     )
 
 
@@ -105,15 +120,17 @@ def _is_side(graph: Graph, name: str) -> bool:
     return producer is not None and producer.name in graph.side_ops
 
 
-def scratch_bytes(op: Op, sizes: Sequence[int], out_bytes: int) -> tuple[int, int]:
+def scratch_bytes(op: Op, sizes: Sequence[int], out_bytes: int, logit_bytes: int = 4) -> tuple[int, int]:
     """(forward, backward) bytes that an op needs besides its inputs, outputs and what it saves.
 
-    sizes: of its inputs. A loss's backward makes the gradient of the log-softmax besides that of the logits; a power's
+    sizes: of its inputs. A loss's backward makes the gradient of the log-softmax besides that of the logits, and both,
+    like a copy of the logits in its forward, are float32 where the logits (of logit_bytes each) are narrower; a power's
     and a root's take an intermediate result; convolution libraries copy input and result into layouts of their own.
     """
     name = base_name(op.target)
     if name in ("cross_entropy_sum", "cross_entropy_loss"):
-        return 0, sizes[0]
+        wide = sizes[0] * 4 // logit_bytes
+        return (wide, 2 * wide) if logit_bytes < 4 else (0, sizes[0])
     if name in ("conv1d", "conv2d", "conv3d", "convolution"):
         return 0, sizes[0] + out_bytes
     if name in ("pow", "rsqrt", "square", "sqrt"):
@@ -134,6 +151,8 @@ class _Walk:
         self.savers: dict[_Key, int] = {}  # storage -> the first step that saves it: its backward is the last user
         self.extra: dict[int, int] = {}  # step -> bytes that autograd keeps besides
         self.scratch: dict[int, tuple[int, int]] = {}
+        self.deferred: dict[_Key, int] = {}  # what weights' gradients are made from
+        self.put_off = 0  # bytes of gradients that weights' gradients are made from
         self.expensive: dict[_Key, int] = {}  # results of ops counted in flops
         self.where: dict[tuple[str, str], _Key] = {}
         self.have: dict[str, str] = {}
@@ -147,26 +166,27 @@ class _Walk:
         for name in view.block.outputs:
             self.last_use[self.at_end(name)] = len(view.steps)
         self.extra_bytes = sum(self.extra.values())
+        self.deferred_bytes = sum(self.deferred.values()) + self.put_off
         self.graph = graph
 
-    def _enter(self, name: str, place: Placement | None) -> None:
+    def _enter(self, name: str, place: Places) -> None:
         key = (name, "")
-        self.where[name, str(place)] = key
-        self.have[name] = str(place)
+        self.where[name, token(place)] = key
+        self.have[name] = token(place)
         self.sizes[key] = self.view.size(name, place)
 
-    def _use(self, name: str, place: Placement | None, index: int) -> _Key:
-        if (name, str(place)) not in self.where:
+    def _use(self, name: str, place: Places, index: int) -> _Key:
+        if (name, token(place)) not in self.where:
             # A parameter, a side tensor or a batch input: at rest as far as this block is concerned.
-            self.where[name, str(place)] = (self.view.storages.root(name), "rest")
+            self.where[name, token(place)] = (self.view.storages.root(name), "rest")
             self.sizes.setdefault((self.view.storages.root(name), "rest"), self.view.size(name, place))
-        key = self.where[name, str(place)]
+        key = self.where[name, token(place)]
         self.last_use[key] = index
         return key
 
-    def _make(self, name: str, place: Placement | None, index: int) -> _Key:
-        key = (name, str(place))
-        self.where[name, str(place)] = key
+    def _make(self, name: str, place: Places, index: int) -> _Key:
+        key = (name, token(place))
+        self.where[name, token(place)] = key
         self.sizes[key] = self.view.size(name, place)
         self.made[key] = index
         self.last_use[key] = index
@@ -177,31 +197,34 @@ class _Walk:
         return self.where.get((name, self.have.get(name, "")), (name, "rest"))
 
     def _convert(self, index: int, step: Convert) -> None:
-        source = self._use(step.tensor, step.have, index)
+        source = self._use(step.tensor, step.before, index)
         action = conversion(step.have, step.want).forward
         # A slice of any dim but the first has gaps, and most ops that read it copy it first.
         view_only = action == "" or (action == "slice" and step.want == Split(0))
         if view_only:
-            self.where[step.tensor, str(step.want)] = source
+            self.where[step.tensor, token(step.after)] = source
         else:
-            self._make(step.tensor, step.want, index)
+            self._make(step.tensor, step.after, index)
         if step.tensor in self.view.block.outputs:
-            self.have[step.tensor] = str(step.want)
+            self.have[step.tensor] = token(step.after)
 
     def _run(self, index: int, step: Run) -> None:
-        op, strategy = step.op, step.strategy
-        in_places = strategy.inputs if strategy else (None,) * len(op.inputs)
-        out_places = strategy.outputs if strategy else (None,) * len(op.outputs)
+        op, in_places, out_places = step.op, self.view.inputs_of(step), self.view.outputs_of(step)
         keys = {name: self._use(name, place, index) for name, place in zip(op.inputs, in_places, strict=True)}
         for name, place in zip(op.outputs, out_places, strict=True):
             source = self.view.storages.source.get(name)
             if source in keys:
                 keys[name] = keys[source]
-                self.where[name, str(place)] = keys[source]
+                self.where[name, token(place)] = keys[source]
             else:
                 keys[name] = self._make(name, place, index)
-            self.have[name] = str(place)
+            self.have[name] = token(place)
         if counted_in_flops(op):
+            if any(self.view.graph.tensors[name].role == "parameter" for name in op.inputs):
+                self.deferred.update(
+                    (keys[n], self.sizes[keys[n]]) for n in op.inputs if self.view.graph.tensors[n].role != "parameter"
+                )
+                self.put_off += sum(self.sizes[keys[name]] for name in op.outputs)
             self.expensive.update((keys[name], self.sizes[keys[name]]) for name in op.outputs)
         for name in op.saves:
             key = keys.get(name)
@@ -220,7 +243,8 @@ class _Walk:
                 share = self.view.size(*largest) / max(1, self.view.graph.tensors[largest[0]].size_bytes)
                 self.extra[index] = int(op.saved_extra_bytes * share)
             sizes = [self.view.size(n, p) for n, p in zip(op.inputs, in_places, strict=True)]
-            self.scratch[index] = scratch_bytes(op, sizes, mine)
+            width = self.view.local.tensors[op.inputs[0]].dtype.itemsize if op.inputs else 4
+            self.scratch[index] = scratch_bytes(op, sizes, mine, width)
 
     def forward_peak(self, saving: bool) -> int:
         live = {(name, ""): self.sizes[name, ""] for name in self.view.block.inputs if (name, "") not in self.saved}
@@ -274,10 +298,10 @@ class _Walk:
             live += size
             return buffer
 
-        def contribute(tensor: str, placement: Placement | None, buffer: int | None) -> None:
+        def contribute(tensor: str, placement: Places, buffer: int | None) -> None:
             """A gradient arrives: `buffer` when it is shared with another tensor's, else a new one."""
             nonlocal peak, live
-            place = str(placement)
+            place = token(placement)
             size = view.size(tensor, placement)
             own = buffer is None
             if own:
@@ -296,23 +320,21 @@ class _Walk:
 
         for name in view.block.outputs:
             if graph.tensors[name].requires_grad and name not in view.block.inputs:
-                place = self.have.get(name, "None")
+                place = self.have.get(name, "")
                 hold(name, place, new(self.sizes[self.at_end(name)]))
         peak = live
         parameters = set(view.block.parameters)
         for index in range(len(view.steps) - 1, -1, -1):
             step = view.steps[index]
             if isinstance(step, Convert):
-                buffer = gradients.get((step.tensor, str(step.want)))
+                buffer = gradients.get((step.tensor, token(step.after)))
                 if buffer is not None:
                     alias = conversion(step.have, step.want).backward in ("", "slice")
-                    contribute(step.tensor, step.have, buffer if alias else None)
-                    release(step.tensor, str(step.want))
+                    contribute(step.tensor, step.before, buffer if alias else None)
+                    release(step.tensor, token(step.after))
                 continue
-            op, strategy = step.op, step.strategy
-            in_places = strategy.inputs if strategy else (None,) * len(op.inputs)
-            out_places = strategy.outputs if strategy else (None,) * len(op.outputs)
-            arrived = [gradients.get((n, str(p))) for n, p in zip(op.outputs, out_places, strict=True)]
+            op, in_places, out_places = step.op, view.inputs_of(step), view.outputs_of(step)
+            arrived = [gradients.get((n, token(p))) for n, p in zip(op.outputs, out_places, strict=True)]
             if not op.no_grad and (any(b is not None for b in arrived) or graph.loss in op.outputs):
                 passed = arrived[0] if _passes_gradient(op, graph, view.storages) else None
                 temporary = self.scratch.get(index, (0, 0))[1]
@@ -327,7 +349,7 @@ class _Walk:
                     contribute(name, place, passed if same else None)
                 peak = max(peak, live + temporary)
             for name, place in zip(op.outputs, out_places, strict=True):
-                release(name, str(place))
+                release(name, token(place))
             live -= self.extra.get(index, 0)
             for key, saver in self.savers.items():
                 if saver == index and key in self.made:

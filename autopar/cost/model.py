@@ -10,18 +10,19 @@ Assumed: the optimizer is AdamW. Ignored: differences between the ranks of a sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ..cluster.span import span
 from ..cluster.spec import Cluster
 from ..graph import Block, Graph, Op
 from ..plan import Layout, Plan, Recompute, Stage
-from ..sharding.batch import batch_layout
-from ..sharding.flow import Step, block_flow
-from ..sharding.placement import SHARED, Placement, conversion, parse_placement
+from ..sharding.axes import Places, absolute
+from ..sharding.flow import Convert, Step, block_flow, layout_places
+from ..sharding.placement import SHARED, Placement, conversion
 from ..sharding.rows import Parts, stage_parts
 from ..sharding.strategy import Strategy
-from .block import BlockSeconds, Both, Pricer, Structure, Table, add
+from .block import BlockSeconds, Both, ModelAxes, Pricer, Structure, Table, add
 from .collectives import collective_s
 from .compute import kernel_s, optimizer_s
 from .constants import Constants, constants_of
@@ -29,6 +30,7 @@ from .corrections import Corrections
 from .data_axis import BlockLoad, DataTraffic, data_traffic
 from .kernels import Kernel
 from .memory import BlockMemory, BlockView, block_memory
+from .side_ops import SideOps
 from .stage_memory import OPTIMIZER_BYTES_PER_ELEMENT, StageMemory, stage_memory
 from .types import StageCost
 
@@ -47,25 +49,28 @@ class Breakdown:
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """What a block's price depends on besides the block: the cut of the batch, and the ranks of its axes.
+    """What a block's price depends on besides the block: the cut of the batch, and the model axes.
 
     shards: into how many parts such as the fullest data rank's the batch is cut (`stage_parts`).
     """
 
     shards: Parts
-    tensor_ranks: tuple[int, ...]
+    axes: ModelAxes
     accumulate: bool
     precision: str
 
     def key(self, cluster: Cluster) -> tuple:
-        crosses = cluster.crosses_hosts(self.tensor_ranks)
-        return self.shards, len(self.tensor_ranks), crosses, self.accumulate, self.precision
+        spans = tuple(span(cluster, self.axes.ranks_of((i,))) for i in range(len(self.axes.degrees)))
+        return self.shards, self.axes.degrees, spans, self.accumulate, self.precision
+
+
+_Summed = Mapping[tuple[int, ...], float]
 
 
 class _BlockPrice:
-    """One block on one rank and microbatch. shared_bytes: of gradients that are summed over the model axis."""
+    """One block on one rank and microbatch. shared_bytes: of gradients that are summed over model axes, by these."""
 
-    def __init__(self, seconds: BlockSeconds, memory: BlockMemory, shared_bytes: float) -> None:
+    def __init__(self, seconds: BlockSeconds, memory: BlockMemory, shared_bytes: _Summed) -> None:
         self.seconds, self.memory, self.shared_bytes = seconds, memory, shared_bytes
         self._passes: dict[str, tuple[Mapping[str, Both], Mapping[str, Both], Both]] = {}
 
@@ -97,14 +102,12 @@ class CostModel:
         self.constants = constants or constants_of(cluster)
         self._pricers: dict[str, Pricer] = {}
         self._structures: dict[str, Structure] = {}
-        self._flows: dict[tuple, tuple[tuple[Step, ...], BlockMemory, float]] = {}
+        self._flows: dict[tuple, tuple[tuple[Step, ...], BlockMemory, _Summed]] = {}
         self._layouts: dict[Layout, int] = {}
         self._layout_ids: dict[int, tuple[Layout, int]] = {}
         self._blocks: dict[tuple, _BlockPrice] = {}
         self._stages: dict[tuple, StageCost] = {}
-        self._side_ops: dict[tuple, tuple[list[Op], list[Op]]] = {}
-        self._reads: dict[int, frozenset[str]] = {}
-        self._side_order = tuple(op for op in graph.ops if op.name in graph.side_ops)
+        self._sides = SideOps(graph)
 
     def _pricer(self, precision: str) -> Pricer:
         if precision not in self._pricers:
@@ -123,7 +126,7 @@ class CostModel:
     def with_constants(self, constants: Constants) -> CostModel:
         """The same model with other constants; what they do not change is shared."""
         other = CostModel(self.graph, self.cluster, self.corrections, constants=constants)
-        shared = ("_structures", "_flows", "_layouts", "_layout_ids", "_side_ops", "_reads")
+        shared = ("_structures", "_flows", "_layouts", "_layout_ids", "_sides")
         for name in shared:
             setattr(other, name, getattr(self, name))
         return other
@@ -137,16 +140,16 @@ class CostModel:
         host of an asynchronous device needs to launch is not here: a block takes the longer of the two sums.
         """
         pricer = self._pricer(precision)
-        found = pricer.op_seconds(op, strategy, shards)
+        found = pricer.op_seconds(op, (strategy,) if strategy is not None else (), shards)
         inner_s = 0.0
         if strategy is not None and strategy.collective_bytes:
             ranks = tuple(range(min(max(2, strategy.degree), self.cluster.world_size)))
-            inner_s = pricer.inner_collective(op, strategy, shards, ranks)
+            inner_s = pricer.inner_collective(strategy, shards, ranks)
         return sum(found.forward.values()) + inner_s, sum(found.backward.values())
 
     def compute_class(self, op: Op) -> str:
         """The class of cluster/rates.py in which the op spends most of its forward; "view" where it spends nothing."""
-        seconds = self._pricer("float32").op_seconds(op, None, 1).forward
+        seconds = self._pricer("float32").op_seconds(op, (), 1).forward
         return max(seconds, key=lambda name: seconds[name], default="view")
 
     def conversion_s(
@@ -161,7 +164,8 @@ class CostModel:
     ) -> Both:
         """(forward, backward) seconds of turning `tensor` from `have` into `want` on the axis of global `ranks`."""
         pricer = self._pricer(precision)
-        forward, backward, size = pricer.conversion_actions(tensor, have, want, shards)
+        forward, backward = pricer.conversion_actions(tensor, have, want)
+        size = pricer.local(shards).size_bytes(tensor)
         forward_s = sum(pricer.action_seconds(*forward, size, ranks, False))
         return forward_s, sum(pricer.action_seconds(*backward, size, ranks, True)) if backward else 0.0
 
@@ -194,8 +198,8 @@ class CostModel:
                 for name, (forward_s, backward_s) in part.items():
                     add(table, name, forward_s, backward_s)
         shards = stage_parts(stage, plan.microbatches)
-        for op in self._sides(stage, shards)[1]:
-            for name, seconds in self._pricer(plan.precision).op_seconds(op, None, shards).forward.items():
+        for op in self._sides.of(stage.start, stage.stop, shards)[1]:
+            for name, seconds in self._pricer(plan.precision).op_seconds(op, (), shards).forward.items():
                 add(compute, name, seconds, 0.0)
         if self._asynchronous:
             add(compute, "launch", self.constants.microbatch_s, 0.0)
@@ -248,65 +252,75 @@ class CostModel:
             activation_bytes=int(memory.activation_bytes * factor),
             forward_peak_bytes=int(memory.forward_peak_bytes * factor),
             backward_peak_bytes=int(memory.backward_peak_bytes * factor),
+            backward_weight_s=min(backward_s, sum(price.seconds.weight_s for _, price in prices)),
+            deferred_bytes=int(sum(price.memory.deferred_bytes for _, price in prices) * factor),
         )
 
     # -- blocks
 
     def _prices(self, plan: Plan, stage: Stage) -> list[tuple[Block, _BlockPrice]]:
-        setting = _Setting(
-            stage_parts(stage, plan.microbatches), stage.ranks[: stage.tensor], plan.microbatches > 1, plan.precision
-        )
+        axes = ModelAxes(stage.axes, stage.ranks[: stage.tensor])
+        setting = _Setting(stage_parts(stage, plan.microbatches), axes, plan.microbatches > 1, plan.precision)
+        where = setting.key(self.cluster)
         blocks = self.graph.blocks[stage.start : stage.stop]
-        layouts = [found[0] if found else None for found in plan.layouts_of(stage)]
-        return [(b, self._block(b, layout, setting)) for b, layout in zip(blocks, layouts, strict=True)]
+        return [
+            (b, self._block(b, layouts, setting, where))
+            for b, layouts in zip(blocks, plan.layouts_of(stage), strict=True)
+        ]
 
-    def _block(self, block: Block, layout: Layout | None, setting: _Setting) -> _BlockPrice:
-        key = (block.kind, self._layout_number(layout), *setting.key(self.cluster))
+    def _block(self, block: Block, layouts: tuple[Layout, ...], setting: _Setting, where: tuple) -> _BlockPrice:
+        key = (block.kind, tuple(map(self._layout_number, layouts)), where)
         if key not in self._blocks:
-            self._blocks[key] = self._price_block(block, layout, setting)
+            self._blocks[key] = self._price_block(block, layouts, setting)
         return self._blocks[key]
 
-    def _price_block(self, block: Block, layout: Layout | None, setting: _Setting) -> _BlockPrice:
+    def _price_block(self, block: Block, layouts: tuple[Layout, ...], setting: _Setting) -> _BlockPrice:
         pricer = self._pricer(setting.precision)
-        degree = len(setting.tensor_ranks)
-        key = (block.kind, self._layout_number(layout), setting.shards, degree, setting.accumulate, setting.precision)
+        numbers = tuple(map(self._layout_number, layouts))
+        key = (block.kind, numbers, setting.shards, setting.axes.degrees, setting.accumulate, setting.precision)
         if key not in self._flows:
-            self._flows[key] = self._flow(block, layout, setting, pricer)
+            self._flows[key] = self._flow(block, layouts, setting, pricer)
         steps, memory, summed = self._flows[key]
         at_rest = frozenset(block.parameters)
-        seconds = pricer.block_seconds(steps, setting.shards, setting.tensor_ranks, at_rest)
-        return _BlockPrice(seconds, memory, summed)
+        return _BlockPrice(pricer.block_seconds(steps, setting.shards, setting.axes, at_rest), memory, summed)
 
     def _flow(
-        self, block: Block, layout: Layout | None, setting: _Setting, pricer: Pricer
-    ) -> tuple[tuple[Step, ...], BlockMemory, float]:
-        """The steps of a block, its memory, and the bytes of gradients that are summed over the model axis."""
-        steps = block_flow(self.graph, block, (layout,) if layout else (), setting.shards.numerator)
-        places = [[None] * len(block.inputs), [None] * len(block.parameters)]
-        if layout is not None:
-            places = [[parse_placement(t) for t in tokens] for tokens in (layout.inputs, layout.parameters)]
+        self, block: Block, layouts: tuple[Layout, ...], setting: _Setting, pricer: Pricer
+    ) -> tuple[tuple[Step, ...], BlockMemory, _Summed]:
+        """The steps of a block, its memory, and the bytes of gradients that are summed over model axes."""
+        steps = block_flow(self.graph, block, layouts, setting.shards.numerator)
+        degrees = setting.axes.degrees
+        edges: list[list[Places]] = [[()] * len(block.inputs), [()] * len(block.parameters)]
+        if layouts:
+            edges = [layout_places(layouts, field) for field in ("inputs", "parameters")]
+            edges = [[absolute(places, degrees) for places in edge] for edge in edges]
         local = pricer.local(setting.shards)
-        degree = len(setting.tensor_ranks)
-        view = BlockView(self.graph, block, steps, local, degree, pricer.storages, tuple(places[0]), tuple(places[1]))
+        view = BlockView(self.graph, block, steps, local, degrees, pricer.storages, tuple(edges[0]), tuple(edges[1]))
+        rest = dict(zip(block.parameters, edges[1], strict=True))
         memory = block_memory(view, setting.accumulate)
-        return steps, memory, self._summed_bytes(block, steps, layout, local.size_bytes)
+        return steps, memory, self._summed_bytes(steps, rest, lambda name: local.held_bytes(name, rest[name], degrees))
 
-    def _summed_bytes(self, block: Block, steps: tuple[Step, ...], layout: Layout | None, size) -> float:
-        """Bytes of parameters whose gradients are summands on the model axis, to be reduced once per step."""
-        if layout is None:
-            return 0.0
-        rest = dict(zip(block.parameters, map(parse_placement, layout.parameters), strict=True))
-        summed = {name for name, place in rest.items() if place == SHARED}
+    def _summed_bytes(self, steps: tuple[Step, ...], rest: Mapping[str, Places], size: Callable[[str], int]) -> _Summed:
+        """Bytes of parameters whose gradients are summands on model axes, to be reduced once per step, by axes."""
+        summed: dict[str, set[int]] = {
+            name: {i for i, place in enumerate(places) if place == SHARED} for name, places in rest.items()
+        }
         for step in steps:
-            have, want = getattr(step, "have", None), getattr(step, "want", None)
-            if have is not None and step.tensor in rest and conversion(have, want).backward == "all_reduce":
-                summed.add(step.tensor)
-        return float(sum(size(name) for name in summed if self.graph.tensors[name].requires_grad))
+            if (
+                isinstance(step, Convert)
+                and step.tensor in rest
+                and conversion(step.have, step.want).backward == "all_reduce"
+            ):
+                summed[step.tensor].update(step.axes)
+        found: dict[tuple[int, ...], float] = {}
+        for name, axes in summed.items():
+            if axes and self.graph.tensors[name].requires_grad:
+                key = tuple(sorted(axes))
+                found[key] = found.get(key, 0.0) + size(name)
+        return found
 
-    def _layout_number(self, layout: Layout | None) -> int:
+    def _layout_number(self, layout: Layout) -> int:
         """Layouts are long tuples of strings; a search asks with the same objects again and again."""
-        if layout is None:
-            return -1
         found = self._layout_ids.get(id(layout))
         if found is None or found[0] is not layout:
             number = self._layouts.setdefault(layout, len(self._layouts))
@@ -317,7 +331,7 @@ class CostModel:
         layouts = tuple(self._layout_number(plan.layouts[i]) for row in stage.layouts for i in row)
         return (
             stage.start, stage.stop, layouts, stage.data, stage.axes, plan.microbatches, stage.recompute, stage.zero,
-            stage.zero_group, stage.shares, plan.precision,
+            stage.zero_group, stage.shares, plan.precision, plan.offload,
         )  # fmt: skip
 
     # -- communication outside blocks
@@ -353,10 +367,12 @@ class CostModel:
         """Gradients summed once per step over the model axis, and over the stages that share a parameter."""
         stage = plan.stages[index]
         seconds = 0.0
-        summed = sum(price.shared_bytes for _, price in prices)
-        if summed:
-            ranks = stage.ranks[: stage.tensor]
-            seconds += self._collective_s("all_reduce", summed, ranks)
+        axes = ModelAxes(stage.axes, stage.ranks[: stage.tensor])
+        summed: dict[tuple[int, ...], float] = {}
+        for _, price in prices:
+            for over, size in price.shared_bytes.items():
+                summed[over] = summed.get(over, 0.0) + size
+        seconds += sum(self._collective_s("all_reduce", size, axes.ranks_of(over)) for over, size in summed.items())
         for name in self._ties(stage):
             holders = tuple(
                 s.ranks[0]
@@ -383,45 +399,12 @@ class CostModel:
         ranks = (stage.ranks[0], following.ranks[0])
         return self._collective_s("send", size, ranks), size
 
-    # -- side ops
-
     def _prologue(self, stage: Stage, microbatches: int, precision: str) -> float:
         """Batch-wide values, microbatch by microbatch, and their all-reduce over data."""
         shards = stage_parts(stage, microbatches)
-        ops, _ = self._sides(stage, shards)
+        ops, _ = self._sides.of(stage.start, stage.stop, shards)
         pricer = self._pricer(precision)
-        seconds = microbatches * sum(sum(pricer.op_seconds(op, None, shards).forward.values()) for op in ops)
+        seconds = microbatches * sum(sum(pricer.op_seconds(op, (), shards).forward.values()) for op in ops)
         if ops:
             seconds += self._collective_s("all_reduce", 8, stage.ranks[:: stage.tensor])
         return seconds
-
-    def _sides(self, stage: Stage, shards: Parts) -> tuple[list[Op], list[Op]]:
-        """(prologue ops, side ops per microbatch) that the stage's blocks need."""
-        key = (stage.start, stage.stop, shards)
-        if key not in self._side_ops:
-            blocks = self.graph.blocks[stage.start : stage.stop]
-            read = set().union(*(self._read_by(block) for block in blocks))
-            whole = set(batch_layout(self.graph, shards.numerator).prologue)
-            every = self._ancestors(read, frozenset())
-            prologue = self._ancestors({t for op in every for t in op.outputs if t in whole}, frozenset())
-            self._side_ops[key] = (prologue, self._ancestors(read - whole, frozenset(whole)))
-        return self._side_ops[key]
-
-    def _read_by(self, block: Block) -> frozenset[str]:
-        """What a block reads of the side ops."""
-        if block.index not in self._reads:
-            side, producer = self.graph.side_ops, self.graph.producer
-            inputs = (name for op in self.graph.block_ops(block) for name in op.inputs)
-            self._reads[block.index] = frozenset(n for n in inputs if n in producer and producer[n].name in side)
-        return self._reads[block.index]
-
-    def _ancestors(self, wanted: set[str], stop: frozenset[str]) -> list[Op]:
-        """The side ops that lead to `wanted`, not going past `stop`."""
-        found: set[str] = set()
-        todo = list(wanted)
-        while todo:
-            op = self.graph.producer.get(todo.pop())
-            if op is not None and op.name in self.graph.side_ops and op.name not in found:
-                found.add(op.name)
-                todo += [name for name in op.inputs if name not in stop]
-        return [op for op in self._side_order if op.name in found]

@@ -26,9 +26,10 @@ _ALIGNED, _WELL_ALIGNED = 8, 64
 
 def product_s(batch: int, m: int, n: int, k: int, peak_flops_per_s: float, constants: Constants) -> float:
     """Seconds of `batch` products of (m, k) and (k, n), apart from reading and writing them."""
+    reached = peak_flops_per_s * constants.matmul_share * constants.product_scale
     if not constants.multiprocessors:
-        return 2.0 * batch * m * n * k / (peak_flops_per_s * constants.matmul_share) + constants.matmul_setup_s
-    one = peak_flops_per_s * constants.matmul_share / constants.multiprocessors
+        return 2.0 * batch * m * n * k / reached + constants.matmul_setup_s
+    one = reached / constants.multiprocessors
     best = math.inf
     for rows, columns, share in _TILES:
         tiles = batch * -(-m // rows) * -(-n // columns)

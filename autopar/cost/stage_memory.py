@@ -84,13 +84,17 @@ def stage_memory(
     tensors = local(1).tensors
     for name, size in sizes.items():
         elements = size // tensors[name].dtype.itemsize
-        rest = at_rest(graph.tensors[name].dtype.itemsize, tensors[name].dtype.itemsize, constants)
-        resting[0] += elements * (rest.parameter / cuts[2] + (rest.narrow_copy if stage.zero < 3 else 0.0))
+        rest = at_rest(graph.tensors[name].at_rest.itemsize, tensors[name].dtype.itemsize, constants)
+        if plan.offload:
+            # On the device there are the copies that blocks compute with, and what their gradients are summed in.
+            resting[0] += size if stage.zero < 3 else 0.0
+        else:
+            resting[0] += elements * (rest.parameter / cuts[2] + (rest.narrow_copy if stage.zero < 3 else 0.0))
         if name in trainable:
             resting[1] += elements * rest.gradient / cuts[1]
-            resting[2] += elements * rest.optimizer / cuts[0]
+            resting[2] += 0.0 if plan.offload else elements * rest.optimizer / cuts[0]
             held[name] = elements / cuts[0]
-    activation, forward_peak, backward_peak = _activations(memories, stage.block_recompute)
+    activation, forward_peak, backward_peak = _activations(memories, stage.block_recompute, constants.selective_kept)
     if index > 0 and stage.block_recompute[0] == "none":  # what arrives is kept, because its gradient travels on
         first = memories[0]
         activation += sum(b for b, saved in zip(first.input_bytes, first.saves_input, strict=True) if not saved)
@@ -119,7 +123,9 @@ def _ceil(size: float) -> int:
     return -int(-size // 1)
 
 
-def _activations(memories: Sequence[BlockMemory], choices: Sequence[Recompute]) -> tuple[int, int, int]:
+def _activations(
+    memories: Sequence[BlockMemory], choices: Sequence[Recompute], selective_kept: float
+) -> tuple[int, int, int]:
     """(activation, forward peak, backward peak) bytes of one microbatch.
 
     Both peaks are beyond `activation`, which counts from the forward's start to the backward's end: while a block runs
@@ -131,7 +137,7 @@ def _activations(memories: Sequence[BlockMemory], choices: Sequence[Recompute]) 
     sides: dict[str, int] = {}
     outputs_kept: Sequence[bool] = ()
     for memory, choice in zip(memories, choices, strict=True):
-        own = {"none": memory.saved_bytes, "selective": memory.selective_bytes, "full": 0}[choice]
+        own = {"none": memory.saved_bytes, "selective": int(memory.selective_bytes * selective_kept), "full": 0}[choice]
         size = own
         for position, saved in enumerate(memory.saves_input):
             # An input's storage counts here unless the block before has counted it as its output.

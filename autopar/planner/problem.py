@@ -18,13 +18,14 @@ from ..cost.types import StageCost
 from ..graph import Graph
 from ..plan import Layout, Plan, Recompute
 from ..plan_validate import nearest_divisors
-from ..schedule.orders import SCHEDULES
-from ..sharding.batch import batch_layout
+from ..sharding.batch import BatchLayout, batch_layout
 from ..sharding.strategies import strategies
 
 # Share of a device's memory that plans leave free for what the cost model does not count: the CUDA context, NCCL's
 # buffers, fragmentation of the allocator. An assumption; memory_limit_bytes= overrules it.
 RESERVE_SHARE = 0.1
+# The searches' bounds are proved for these; other schedules run by a plan that names them.
+SEARCHED_SCHEDULES = ("1f1b", "gpipe")
 
 
 class Costs(Protocol):
@@ -59,7 +60,7 @@ class Constraints:
                     f"{name}={getattr(self, name)}: only 1 is supported; context and expert parallelism come with "
                     f"other layouts of the model axis, which tensor= now names alone; leave {name} out"
                 )
-        for name, legal in (("schedule", tuple(SCHEDULES)), ("zero", (0, 3)), ("recompute", ("none", "full"))):
+        for name, legal in (("schedule", SEARCHED_SCHEDULES), ("zero", (0, 3)), ("recompute", ("none", "full"))):
             value = getattr(self, name)
             if value is not None and (value not in legal or isinstance(value, bool)):
                 near = difflib.get_close_matches(str(value), map(str, legal), 1)
@@ -150,8 +151,8 @@ class Problem:
     costs: Costs
     chains: ChainSource
     constraints: Constraints = Constraints()
-    # Whether the runtime executes stages of different meshes beside each other; methods search them only then.
-    unequal_stages: bool = False
+    # Whether the methods may put stages of different meshes beside each other.
+    unequal_stages: bool = True
 
     def __post_init__(self) -> None:
         self._check_batch()
@@ -171,11 +172,22 @@ class Problem:
 
     @cached_property
     def batch_conflict(self) -> str:
-        """Why the rows of the batch cannot be told apart, "" if they can."""
+        """Why data ranks cannot share the batch, "" if they can."""
+        layout = self._cut_batch
+        return str(layout.conflict) if layout and layout.conflict else ""
+
+    @cached_property
+    def time_conflict(self) -> str:
+        """Why there can be no more than one microbatch, "" if there can."""
+        layout = self._cut_batch
+        return str(layout.time_conflict) if layout and layout.time_conflict else ""
+
+    @cached_property
+    def _cut_batch(self) -> BatchLayout | None:
+        """The layout of the batch in as few parts as it can be cut into."""
         rows = self.graph.batch_size
         least = next((d for d in range(2, rows + 1) if rows % d == 0), None)
-        conflict = batch_layout(self.graph, least).conflict if least else None
-        return str(conflict) if conflict else ""
+        return batch_layout(self.graph, least) if least else None
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
@@ -216,7 +228,7 @@ class Problem:
     def _microbatches(self, data: int) -> Iterator[int]:
         rows = self.graph.batch_size // data
         for count in _choices(self.constraints.microbatches, rows):
-            if rows % count == 0 and (count == 1 or not self.batch_conflict):
+            if rows % count == 0 and (count == 1 or not self.time_conflict):
                 yield count
 
     def _schedules(self, pipeline: int, microbatches: int) -> tuple[str, ...]:
@@ -270,10 +282,13 @@ class Problem:
                 f"{nearest_divisors(per_rank, pinned.microbatches)}"
             )
         for name in ("data", "microbatches"):
-            if (getattr(pinned, name) or 1) > 1 and self.batch_conflict:
+            if (getattr(pinned, name) or 1) == 1:
+                continue
+            conflict = self.batch_conflict if name == "data" else self.time_conflict
+            if conflict:
                 raise ValueError(
                     f"{name}={getattr(pinned, name)}: the rows of {self.graph.name}'s batch depend on each other: "
-                    f"{self.batch_conflict}; set {name}=1"
+                    f"{conflict}; set {name}=1"
                 )
         if pinned.zero == 3 and pinned.data == 1:
             raise ValueError("zero=3 shards parameters over the data axis, but data=1; set zero=0, or data above 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ..cluster.spec import Cluster
@@ -12,11 +13,18 @@ from ..graph import Graph
 from ..plan import Plan
 from .auto import auto
 from .chains import LayoutChains
+from .methods.aceso import aceso
 from .methods.alpa import alpa
 from .methods.dapple import dapple
 from .methods.exhaustive import exhaustive
+from .methods.flexflow import flexflow
+from .methods.metis import metis
 from .methods.pipedream import pipedream
 from .methods.piper import piper
+from .methods.tofu import tofu
+from .methods.uniap import uniap
+from .methods.unity import unity
+from .methods.whale import whale
 from .problem import Constraints, Costs, Problem
 
 METHODS: dict[str, Callable[[Problem, bool], Plan]] = {
@@ -25,7 +33,14 @@ METHODS: dict[str, Callable[[Problem, bool], Plan]] = {
     "pipedream": pipedream,
     "dapple": dapple,
     "piper": piper,
+    "flexflow": flexflow,
+    "tofu": tofu,
+    "unity": unity,
     "alpa": alpa,
+    "whale": whale,
+    "aceso": aceso,
+    "metis": metis,
+    "uniap": uniap,
 }
 
 
@@ -56,7 +71,7 @@ def search(
         if name not in known:
             raise ValueError(f"unknown constraint {name}=; expected one of {', '.join(known)}{_nearest(name, known)}")
     problem = Problem(graph, cluster, model or CostModel(graph, cluster), LayoutChains(), Constraints(**constraints))
-    return METHODS[method](problem, progress)
+    return replace(METHODS[method](problem, progress), precision=graph.precision)
 
 
 def _nearest(name: str, known) -> str:

@@ -9,14 +9,26 @@ from ..graph import Block, Graph, Op
 from ..plan import Layout, Plan, Stage
 from ..sharding.flow import find_strategies
 from ..sharding.placement import Split, parse_placement
+from ..sharding.rows import stage_units
 from ..sharding.strategy import Strategy
 from .naming import describe_layouts
-from .words import gib, plan_in_words, ranges, recompute_in_words, seconds
+from .words import gib, plan_in_words, ranges, recompute_in_words, seconds, shares_in_words
 
 _SCHEDULES = {
     "1f1b": "each stage alternates one forward and one backward (1F1B), so that few microbatches are in flight",
     "gpipe": "all forwards of the step run before its backwards (GPipe)",
+    "interleaved": "each set of ranks runs several of them and alternates one forward and one backward (interleaved 1F1B), "
+    "which shortens the wait at both ends of a step",
+    "zb-h1": "gradients of inputs go before gradients of weights, which fill the waits (zero bubble, ZB-H1)",
+    "zb-v": "each set of ranks runs one on the way up and one on the way down, and gradients of weights fill the waits "
+    "(zero bubble, ZB-V)",
 }
+_ZERO = (
+    "every data rank holds all parameters, gradients and optimizer state of its stage",
+    "parameters and optimizer state are sharded over {over}; whole in a step: parameters and gradients",
+    "parameters, gradients and optimizer state are sharded over {over}; whole in a step: parameters",
+    "parameters, gradients and optimizer state are sharded over {over}",
+)
 # By op, what splitting its weight along dim 0 or 1 is called.
 _WEIGHT_SPLITS = {
     "linear": ("column parallel", "row parallel"),
@@ -26,7 +38,10 @@ _WEIGHT_SPLITS = {
 
 def explain_plan(plan: Plan, graph: Graph | None = None) -> str:
     """Some tens of lines of plain text; with the graph, also what the layouts amount to and do to each op."""
+    graph = plan.graph_of(graph) if graph is not None else None
     parts = [_degrees(plan, graph), _stages(plan)]
+    if plan.rewrites:
+        parts.append("Rewritten first: " + ", ".join(plan.rewrites) + ".")
     if plan.layouts:
         parts.append(_layouts(plan, graph))
     if plan.prediction:
@@ -50,31 +65,32 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _degrees(plan: Plan, graph: Graph | None) -> str:
-    first = plan.stages[0]
-    rows = plan.batch_size // first.data
     lines = [
         f"Plan for {plan.model} on {plan.world_size} device{'s' if plan.world_size > 1 else ''}: {plan_in_words(plan)}"
     ]
     if plan.pipeline > 1:
         lines.append(
-            f"- pipeline {plan.pipeline}: the blocks are cut into {plan.pipeline} stages; {_SCHEDULES[plan.schedule]}"
+            f"- pipeline {plan.pipeline}: the blocks are cut into {len(plan.stages)} stages; {_SCHEDULES[plan.schedule]}"
         )
-    if first.data > 1:
-        lines.append(f"- data {first.data}: each data rank has {rows} of the batch's {plan.batch_size} rows")
-    if first.tensor > 1 and graph is None:
-        lines.append(f"- tensor {first.tensor}: each block's ops are shared out over {first.tensor} ranks")
-    elif first.tensor > 1:
-        used = [(b, i) for s in plan.stages for b, i in zip(range(s.start, s.stop), s.layouts[0], strict=True)]
-        blocks, layouts = [graph.blocks[b] for b, _ in used], [plan.layouts[i] for _, i in used]
-        lines.append(f"- {describe_layouts(graph, blocks, layouts, first.data * plan.microbatches)}")
-    lines.append(
-        f"- {plan.microbatches} microbatch{'es' if plan.microbatches > 1 else ''} of {rows // plan.microbatches} "
-        f"row{'s' if rows // plan.microbatches > 1 else ''} per data rank and step"
-    )
-    if any(stage.zero == 3 for stage in plan.stages):
-        lines.append("- ZeRO 3: parameters, gradients and optimizer state are sharded over the data ranks")
-    elif first.data > 1:
-        lines.append("- ZeRO 0: every data rank holds all parameters, gradients and optimizer state of its stage")
+    alike: dict[tuple, list[int]] = {}
+    for s, stage in enumerate(plan.stages):
+        alike.setdefault((stage.data, stage.axes, stage.shares), []).append(s)
+    for stages in alike.values():
+        lines += _mesh_lines(plan, graph, stages, len(alike) > 1)
+    several = "es" if plan.microbatches > 1 else ""
+    rows = plan.batch_size // plan.microbatches
+    if len({(stage.data, stage.shares) for stage in plan.stages}) > 1 or plan.stages[0].shares:
+        lines.append(f"- {plan.microbatches} microbatch{several} of {rows} row{'s' if rows > 1 else ''} per step")
+    else:
+        rows //= plan.stages[0].data
+        lines.append(
+            f"- {plan.microbatches} microbatch{several} of {rows} row{'s' if rows > 1 else ''} per data rank and step"
+        )
+    for level, group in sorted({(s.zero, s.zero_group % s.data) for s in plan.stages if s.data > 1}):
+        over = f"groups of {group} data ranks, each of which holds a copy" if group else "the data ranks"
+        lines.append(f"- ZeRO {level}: {_ZERO[level].format(over=over)}")
+    if plan.offload:
+        lines.append("- offload: parameters, gradients and optimizer state lie in host memory between their uses")
     if any("full" in stage.recompute for stage in plan.stages):
         lines.append(
             "- recompute: a stage marked full keeps only block inputs and computes each block again in the backward"
@@ -82,19 +98,47 @@ def _degrees(plan: Plan, graph: Graph | None) -> str:
     return "\n".join(lines)
 
 
+def _mesh_lines(plan: Plan, graph: Graph | None, stages: Sequence[int], several: bool) -> list[str]:
+    """What the data and tensor axes of these stages, which are alike, amount to."""
+    stage = plan.stages[stages[0]]
+    where = f" in stages {ranges(list(stages))}" if several else ""
+    lines = []
+    if stage.data > 1 and len(set(stage.shares)) > 1:
+        rows = plan.batch_size // plan.microbatches
+        lines.append(
+            f"- data {stage.data}{where}: the data ranks have {', '.join(map(str, stage.shares))} of the {rows} rows of "
+            "each microbatch"
+        )
+    elif stage.data > 1:
+        rows = plan.batch_size // stage.data
+        lines.append(f"- data {stage.data}{where}: each data rank has {rows} of the batch's {plan.batch_size} rows")
+    if stage.tensor > 1 and graph is None:
+        lines.append(f"- tensor {stage.tensor}{where}: each block's ops are shared out over {stage.tensor} ranks")
+    elif stage.tensor > 1:
+        mine = [plan.stages[s] for s in stages]
+        used = [(b, i) for s in mine for b, i in zip(range(s.start, s.stop), s.layouts[0], strict=True)]
+        blocks, layouts = [graph.blocks[b] for b, _ in used], [plan.layouts[i] for _, i in used]
+        words = describe_layouts(graph, blocks, layouts, stage_units(plan, stage))
+        lines.append(f"- {words.replace(':', f'{where}:', 1)}")
+    return lines
+
+
 def _stages(plan: Plan) -> str:
+    unequal = len({(stage.data, stage.axes, stage.shares) for stage in plan.stages}) > 1
     rows = [
         (
             str(s),
             f"{stage.start}-{stage.stop - 1}" if stage.num_blocks > 1 else str(stage.start),
             ranges(stage.ranks),
+            *([f"data {stage.data}{shares_in_words(stage)} x tensor {stage.tensor}"] if unequal else []),
             recompute_in_words(stage),
-            str(stage.zero),
+            str(stage.zero) if stage.zero_group % stage.data == 0 else f"{stage.zero} in {stage.zero_group}s",
             _layout_words(plan, stage),
         )
         for s, stage in enumerate(plan.stages)
     ]
-    return table(("stage", "blocks", "ranks", "recompute", "zero", "layout"), rows)
+    mesh = ("mesh",) if unequal else ()
+    return table(("stage", "blocks", "ranks", *mesh, "recompute", "zero", "layout"), rows)
 
 
 def _layout_words(plan: Plan, stage: Stage) -> str:
@@ -112,7 +156,9 @@ def _layouts(plan: Plan, graph: Graph | None) -> str:
         )
         block = first_block(plan, graph, index) if graph is not None else None
         if block is not None:
-            shards = plan.stages[0].data * plan.microbatches
+            shards = next(
+                stage_units(plan, stage) for stage in plan.stages if any(index in row for row in stage.layouts)
+            )
             lines += [f"    {line}" for line in ops_in_words(graph, block, layout, shards)]
         else:
             counts = Counter(layout.strategies)
@@ -136,9 +182,9 @@ def boundary_in_words(tokens: tuple[str, ...]) -> str:
 
 def first_block(plan: Plan, graph: Graph, index: int) -> Block | None:
     for stage in plan.stages:
-        for block, used in zip(graph.blocks[stage.start : stage.stop], stage.layouts[0], strict=True):
-            if used == index:
-                return block
+        for row in stage.layouts:
+            if index in row:
+                return graph.blocks[stage.start + row.index(index)]
     return None
 
 

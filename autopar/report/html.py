@@ -10,12 +10,13 @@ from ..cluster.spec import Cluster
 from ..graph import Graph
 from ..plan import Plan
 from ..plan_json import write_atomically
+from ..sharding.rows import stage_units
 from ..timeline import Timeline
 from .explain import boundary_in_words, ops_in_words
 from .naming import describe_layout
 from .prediction import memory_groups
 from .timeline_svg import LABEL_WIDTH, WIDTH, legend, timeline_svg
-from .words import gib, plan_in_words, ranges, recompute_in_words, seconds
+from .words import gib, plan_in_words, ranges, recompute_in_words, seconds, shares_in_words
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -44,6 +45,7 @@ def save_report(path: str | Path, graph: Graph, plan: Plan, cluster: Cluster, li
 
 def report_page(graph: Graph, plan: Plan, cluster: Cluster, line: Timeline) -> str:
     """The page of `plan` for `graph` on `cluster`; line: its predicted step, at least one rank of each stage."""
+    graph = plan.graph_of(graph)
     stage_of = {rank: index for index, stage in enumerate(plan.stages) for rank in stage.ranks}
     labels = {
         rank: f"stage {stage_of[rank]}, rank{'s' if len(plan.stages[stage_of[rank]].ranks) > 1 else ''} "
@@ -131,7 +133,7 @@ def _layouts(graph: Graph, plan: Plan) -> str:
                 escape(ranges(blocks)),
                 f"{index}",
                 escape(ranges(stage.ranks)),
-                f"data {stage.data} x tensor {stage.tensor}",
+                f"data {stage.data}{shares_in_words(stage)} x tensor {stage.tensor}",
                 f"zero {stage.zero}, recompute {recompute_in_words(stage)}",
                 _layout(graph, plan, blocks[0], layout),
             )
@@ -144,7 +146,8 @@ def _layout(graph: Graph, plan: Plan, block_index: int, index: int | None) -> st
     names = [graph.tensors[name].fqn or name for name in block.parameters]
     if index is None:
         return f"<details><summary>whole</summary>{_list(names)}</details>"
-    layout, shards = plan.layouts[index], plan.stages[0].data * plan.microbatches
+    layout = plan.layouts[index]
+    shards = next(stage_units(plan, stage) for stage in plan.stages if stage.start <= block_index < stage.stop)
     enters, leaves = boundary_in_words(layout.inputs), boundary_in_words(layout.outputs)
     words = f"{describe_layout(graph, block, layout, shards)}; enters {enters}, leaves {leaves}"
     return f"<details><summary>{escape(words)}</summary>{_list(ops_in_words(graph, block, layout, shards))}</details>"

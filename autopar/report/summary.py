@@ -15,6 +15,8 @@ _KINDS = {
     "SA": "send activation",
     "RG": "receive gradient (wait)",
     "B": "backward",
+    "I": "backward of inputs",
+    "W": "backward of weights",
     "SG": "send gradient",
     "D": "reduce gradients",
     "O": "optimizer",

@@ -20,6 +20,8 @@ KINDS = {
     "P": ("#8a63b8", "prologue"),
     "F": ("#4d86c6", "forward"),
     "B": ("#62a467", "backward"),
+    "I": ("#3f8f63", "backward of inputs"),
+    "W": ("#9cc79a", "backward of weights"),
     "D": ("#d9843b", "reduce gradients"),
     "O": ("#7a7f87", "optimizer"),
 }

@@ -22,6 +22,8 @@ _LANE = {"SA": 1, "SG": 2}
 _NAMES = {
     "F": "forward",
     "B": "backward",
+    "I": "backward of inputs",
+    "W": "backward of weights",
     "P": "prologue",
     "D": "reduce gradients",
     "O": "optimizer",

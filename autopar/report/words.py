@@ -20,17 +20,30 @@ def seconds(time_s: float) -> str:
 
 
 def plan_in_words(plan: Plan) -> str:
-    """ "pipeline 2 x data 2 x tensor 2, 4 microbatches, 1f1b, zero 3, recompute full"."""
-    first = plan.stages[0]
+    """ "pipeline 2 x data 2 x tensor 2, 4 microbatches, 1f1b, zero 3, recompute full".
+
+    Of unequal stages: "pipeline 2 x (data 2 shared 3:1 in stages 0 and data 1 x tensor 2 in stages 1), ...".
+    """
+    meshes = [_mesh_in_words(stage) for stage in plan.stages]
+    mesh = _common(meshes)
     return ", ".join(
         (
-            f"pipeline {plan.pipeline} x data {first.data} x tensor {first.tensor}",
+            f"pipeline {plan.pipeline} x {mesh if len(set(meshes)) == 1 else f'({mesh})'}",
             f"{plan.microbatches} microbatch{'es' if plan.microbatches > 1 else ''}",
             plan.schedule,
             f"zero {_common([stage.zero for stage in plan.stages])}",
             f"recompute {_common([recompute_in_words(stage) for stage in plan.stages])}",
         )
     )
+
+
+def _mesh_in_words(stage: Stage) -> str:
+    return f"data {stage.data}{shares_in_words(stage)} x tensor {stage.tensor}"
+
+
+def shares_in_words(stage: Stage) -> str:
+    """ " shared 3:1", or "" where the shares are equal."""
+    return f" shared {':'.join(map(str, stage.shares))}" if len(set(stage.shares)) > 1 else ""
 
 
 def recompute_in_words(stage: Stage) -> str:

@@ -7,8 +7,9 @@ The functions here move tensors and know nothing of autograd; runtime/collective
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -83,6 +84,31 @@ class Axis:
             parts=self.size,
         )
         return _join(received, dim, blocks)
+
+    def pass_on(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Start sending to the next rank what the one before sends here alike; the result waits for that.
+
+        Sends are waited for as well, so that what is passed on may be overwritten afterwards.
+        """
+        following, before = self.ranks[(self.rank + 1) % self.size], self.ranks[self.rank - 1]
+        received = [torch.empty_like(tensor) for tensor in tensors]
+        operations = [dist.P2POp(dist.isend, tensor, following, self.group) for tensor in tensors]
+        operations += [dist.P2POp(dist.irecv, tensor, before, self.group) for tensor in received]
+        works = dist.batch_isend_irecv(operations)
+
+        def wait() -> list[Tensor]:
+            for work in works:
+                work.wait()
+            return received
+
+        return wait
+
+    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """All-to-all of rows: sent[r] of them, in order, to rank r; those that come, received[r] from rank r, in order."""
+        out = rows.new_empty((sum(received), *rows.shape[1:]))
+        call = partial(dist.all_to_all_single, out, rows.contiguous(), list(received), list(sent), group=self.group)
+        self._timed("all_to_all", rows, call, parts=self.size)
+        return out
 
     def slice(self, tensor: Tensor, dim: int, blocks: int = 1) -> Tensor:
         """This rank's slice of a whole tensor; a view where blocks == 1."""

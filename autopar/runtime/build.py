@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..graph import Graph
+from ..graph import Graph, torch_dtype
+from ..ops import mutated_inputs
 from ..plan import Plan, Stage
 from ..schedule.build import program_for
 from ..schedule.instructions import Instruction
 from ..sharding.axes import Places
 from ..sharding.placement import REPLICATED
-from .executor import Executor, block_function
+from .compiled import Backend, Functions, compile_blocks
+from .executor import Executor, StagePart, block_function
 from .groups import Groups, build_groups
 from .ownership import Holder, Ownership
+from .rank_storage import RankStorage
 from .recorder import Recorder
 from .replicas import Replicas
 from .routes import route
@@ -31,17 +34,25 @@ from .transport import Transport
 
 @dataclass(frozen=True, eq=False)
 class Runtime:
-    """One rank's part of a plan, ready to run. training_actions and evaluation_actions: its rows of the programs."""
+    """One rank's part of a plan, ready to run. training_actions and evaluation_actions: its rows of the programs.
+
+    compiled: the stages that the rank runs, by index. specs: their parameters, each once.
+    """
 
     plan: Plan
     groups: Groups
-    compiled: CompiledStage
-    storage: Storage
+    compiled: Mapping[int, CompiledStage]
+    storage: RankStorage
     executor: Executor
     recorder: Recorder
     specs: tuple[ParameterSpec, ...]
     training_actions: tuple[Instruction, ...]
     evaluation_actions: tuple[Instruction, ...]
+
+    @property
+    def first(self) -> CompiledStage:
+        """The first of this rank's stages; all of them have the same rows and batch inputs."""
+        return self.compiled[self.groups.stage]
 
     def abandon(self) -> None:
         """After a failure: let go of what is under way and of the groups.
@@ -66,8 +77,10 @@ def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, 
     found: dict[int, list[ParameterSpec]] = {s: [] for s in range(len(plan.stages))}
     for name, by_stage in at_rest.items():
         tensor = graph.tensors[name]
-        holders = tuple(_holder(plan.stages[s], places) for s, places in by_stage.items())
-        spec = ParameterSpec(tensor.fqn, tensor.dtype, Ownership(tensor.shape, holders), tensor.requires_grad)
+        # Stages of the same ranks hold it once.
+        holders = tuple(dict.fromkeys(_holder(plan.stages[s], places) for s, places in by_stage.items()))
+        ownership = Ownership(tensor.shape, holders)
+        spec = ParameterSpec(tensor.fqn, tensor.at_rest, ownership, tensor.requires_grad, tensor.dtype)
         for s in by_stage:
             found[s].append(spec)
     return {s: tuple(specs) for s, specs in found.items()}
@@ -75,12 +88,26 @@ def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, 
 
 def _holder(stage: Stage, places: Places) -> Holder:
     first, *inner = zip(places, stage.axes, strict=True) if places else [(REPLICATED, 1)]
-    return Holder(stage.ranks, stage.data, stage.tensor, first[0], stage.zero == 3, tuple(inner))
+    shards = (stage.zero_group or stage.data) if stage.zero else 1
+    return Holder(stage.ranks, stage.data, stage.tensor, first[0], shards, tuple(inner))
 
 
 def ownerships(graph: Graph, plan: Plan) -> dict[str, Ownership]:
     """Where every parameter of the model lies under `plan`, by original name, in one order on all ranks."""
     return {spec.fqn: spec.ownership for specs in parameter_specs(graph, plan).values() for spec in specs}
+
+
+def updated_buffers(graph: Graph, plan: Plan) -> dict[str, int]:
+    """The buffers that a step writes, by original name, each with a rank whose copy is up to date."""
+    found = {}
+    for stage in plan.stages:
+        for block in graph.blocks[stage.start : stage.stop]:
+            for op in graph.block_ops(block):
+                for name in mutated_inputs(op):
+                    tensor = graph.tensors[graph.tensors[name].base or name]
+                    if tensor.role == "buffer":
+                        found[tensor.fqn] = stage.ranks[0]
+    return found
 
 
 def build_runtime(
@@ -90,44 +117,65 @@ def build_runtime(
     state: Mapping[str, Tensor],
     device: torch.device,
     random: Callable[[str], AbstractContextManager[Any]],
+    compile_with: Backend | None = None,
 ) -> Runtime:
     """Build this rank's runtime; all ranks of the world must call it with the same plan.
 
     values(specs): this rank's local parts of these parameters, by original name. state: buffers and constants on
     `device`, by tensor name. random(key): a context in which random ops draw from the stream of that key.
+    compile_with: torch.compile's backend for the blocks; None: they run as they are.
     """
     rank = dist.get_rank()
     groups = build_groups(plan)
-    stage = plan.stages[groups.stage]
-    compiled = compile_stage(graph, plan, groups.stage, groups.data.rank, groups.model, device)
     by_stage = parameter_specs(graph, plan)
-    specs = _with_reductions(graph, compiled, by_stage[groups.stage], rank)
+    compiled: dict[int, CompiledStage] = {}
+    functions: Functions = {}
+    specs: dict[int, tuple[ParameterSpec, ...]] = {}
+    for s, mesh in groups.meshes.items():
+        compiled[s] = compile_stage(graph, plan, s, mesh.data.rank, mesh.model, device)
+        if compile_with is not None:
+            compiled[s] = replace(compiled[s], blocks=compile_blocks(compiled[s].blocks, compile_with, functions))
+        specs[s] = _with_reductions(graph, compiled[s], by_stage[s], rank)
+    union: dict[str, ParameterSpec] = {}
+    for of_stage in specs.values():
+        for spec in of_stage:
+            union.setdefault(spec.fqn, spec)
     tied = {s.fqn: s for specs in by_stage.values() for s in specs if len(s.ownership.holders) > 1 and s.requires_grad}
     if not any(rank in s.ownership.ranks for s in tied.values()):
         tied = {}
-    axes = StageAxes(
-        groups.data, groups.tensor, groups.all_of_stage, rank, device, groups.lines if len(stage.axes) > 1 else {}
-    )
-    blocks = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled.blocks)}
-    kind = Shards if stage.zero == 3 and stage.data > 1 else Replicas
-    storage: Storage = kind(specs, blocks, values(specs), axes)
-    for i in blocks:
-        storage.bind(i, block_function)
+
+    options = {"reduction": torch_dtype(plan.reduction), "offload": plan.offload}
+
+    def build_storage(s: int, values: Mapping[str, Tensor]) -> Storage:
+        stage, mesh = plan.stages[s], groups.meshes[s]
+        lines = mesh.lines if len(stage.axes) > 1 else {}
+        axes = StageAxes(mesh.data, mesh.tensor, mesh.all_of_stage, rank, device, lines, mesh.hybrid)
+        names = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled[s].blocks)}
+        storage: Storage = (
+            Shards(specs[s], names, values, axes, level=stage.zero, **options)
+            if stage.zero
+            else Replicas(specs[s], names, values, axes, **options)
+        )
+        for i in names:
+            storage.bind(i, block_function)
+        return storage
+
+    storage = RankStorage(specs, build_storage, values(tuple(union.values())))
     recorder = Recorder(rank, device)
     executor = Executor(
         graph=graph,
-        compiled=compiled,
+        parts={s: StagePart(compiled[s], mesh, storage.stages[s]) for s, mesh in groups.meshes.items()},
         microbatches=plan.microbatches,
         groups=groups,
         transport=_transport(graph, plan, groups, device),
         storage=storage,
-        recompute=stage.block_recompute[0] == "full",
         recorder=recorder,
         state=state,
         random=random,
         tied={fqn: s.ownership for fqn, s in tied.items()},
         tied_dtypes={fqn: s.dtype for fqn, s in tied.items()},
     )
+    group = plan.groups.index(plan.stages[groups.stage].ranks)
     return Runtime(
         plan=plan,
         groups=groups,
@@ -135,9 +183,9 @@ def build_runtime(
         storage=storage,
         executor=executor,
         recorder=recorder,
-        specs=specs,
-        training_actions=program_for(plan).actions[groups.stage],
-        evaluation_actions=program_for(plan, training=False).actions[groups.stage],
+        specs=tuple(union.values()),
+        training_actions=program_for(plan).actions[group],
+        evaluation_actions=program_for(plan, training=False).actions[group],
     )
 
 
@@ -150,7 +198,7 @@ def _with_reductions(
     for spec in specs:
         if spec.fqn in reduced:
             holders = tuple(h.with_sums(reduced[spec.fqn]) if rank in h.ranks else h for h in spec.ownership.holders)
-            spec = ParameterSpec(spec.fqn, spec.dtype, Ownership(spec.ownership.shape, holders), spec.requires_grad)
+            spec = replace(spec, ownership=Ownership(spec.ownership.shape, holders))
         found.append(spec)
     return tuple(found)
 
@@ -159,7 +207,8 @@ def _transport(graph: Graph, plan: Plan, groups: Groups, device: torch.device) -
     """With the routes of activations and gradients over every boundary of this rank's stages."""
     routes = {}
     for first, second in zip(range(len(plan.stages) - 1), range(1, len(plan.stages)), strict=True):
-        if groups.rank not in (*plan.stages[first].ranks, *plan.stages[second].ranks):
+        ranks = plan.stages[first].ranks, plan.stages[second].ranks
+        if ranks[0] == ranks[1] or groups.rank not in (*ranks[0], *ranks[1]):
             continue
         crossing = handovers(graph, plan, first)
         dtypes = {name: graph.tensors[name].dtype for name in crossing}

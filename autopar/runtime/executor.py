@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -9,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..graph import Graph
 from ..schedule.instructions import (
     Backward,
+    BackwardInput,
+    BackwardWeight,
     Forward,
     Instruction,
     OptimizerStep,
@@ -24,14 +26,29 @@ from ..schedule.instructions import (
     SendActivation,
     SendGradient,
 )
-from .groups import Groups
+from .deferred import Owed
+from .groups import Groups, Mesh
 from .ownership import Ownership
+from .rank_storage import RankStorage, add_gradients
+from .recompute import call_block
 from .recorder import Recorder
 from .rewrite import Chunk
 from .stage import CompiledBlock, CompiledStage
 from .storage import Storage
 from .ties import sum_tied
 from .transport import Transport
+
+Place = tuple[int, int]
+"""(stage, microbatch)"""
+
+
+@dataclass(frozen=True, eq=False)
+class StagePart:
+    """One stage as this rank runs it."""
+
+    compiled: CompiledStage
+    mesh: Mesh
+    storage: Storage
 
 
 @dataclass(eq=False)
@@ -40,33 +57,38 @@ class _Step:
 
     batch: Mapping[str, Tensor]
     training: bool
-    whole: tuple[Tensor, ...] = ()
-    arrived: dict[int, list[Tensor]] = field(default_factory=dict)
-    inputs: dict[int, list[Tensor]] = field(default_factory=dict)
-    outputs: dict[int, list[Tensor]] = field(default_factory=dict)
-    returned: dict[int, list[Tensor]] = field(default_factory=dict)
-    gradients: dict[int, list[Tensor]] = field(default_factory=dict)
-    backwards_left: int = 0
+    split: bool
+    backwards_left: Counter[int]
+    whole: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    found: dict[str, list[Tensor]] = field(default_factory=dict)
+    arrived: dict[Place, list[Tensor]] = field(default_factory=dict)
+    inputs: dict[Place, list[Tensor]] = field(default_factory=dict)
+    outputs: dict[Place, list[Tensor]] = field(default_factory=dict)
+    returned: dict[Place, list[Tensor]] = field(default_factory=dict)
+    gradients: dict[Place, list[Tensor]] = field(default_factory=dict)
+    owed: dict[Place, Owed] = field(default_factory=dict)
     loss: Tensor | None = None
+    scale: Tensor | None = None
+    reduced: set[int] = field(default_factory=set)
     parameter_gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
 class Executor:
-    """Runs programs of one stage on one rank.
+    """Runs programs of one rank.
 
+    parts: the stages that the rank runs, by index. Two of them that follow each other hand over without a message.
     state: buffers and constants of the graph, on the device, by tensor name.
     random(key): a context in which random ops draw from the stream of that key.
-    tied: parameters of the plan that several stages use, if this stage uses one; gradients are summed over the stages.
+    tied: parameters of the plan that several sets of ranks hold, if this rank holds one; gradients are summed over them.
     """
 
     graph: Graph
-    compiled: CompiledStage
+    parts: Mapping[int, StagePart]
     microbatches: int
     groups: Groups
     transport: Transport
-    storage: Storage
-    recompute: bool
+    storage: RankStorage
     recorder: Recorder
     state: Mapping[str, Tensor]
     random: Callable[[str], AbstractContextManager[Any]]
@@ -78,6 +100,8 @@ class Executor:
             Prologue: self._prologue,
             Forward: self._forward,
             Backward: self._backward,
+            BackwardInput: self._backward,
+            BackwardWeight: self._backward_weight,
             SendActivation: self._send_activation,
             ReceiveActivation: self._receive_activation,
             SendGradient: self._send_gradient,
@@ -86,35 +110,50 @@ class Executor:
         }
 
     def run(
-        self, actions: Sequence[Instruction], batch: Mapping[str, Tensor], training: bool
+        self, actions: Sequence[Instruction], batch: Mapping[str, Tensor], training: bool, scale: Tensor | None = None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Execute `actions`; returns this rank's summand of the loss on the last stage (None elsewhere), and the
         gradients of the parameters at rest by original name.
 
         batch: this data rank's rows of every batch input, by tensor name. training: the module's mode, which is
-        independent of whether `actions` hold backwards.
+        independent of whether `actions` hold backwards. scale: what the loss is multiplied with for the backward.
         """
         actions = [a for a in actions if not isinstance(a, OptimizerStep)]
-        step = _Step(batch, training, backwards_left=sum(isinstance(a, Backward) for a in actions))
+        split = any(isinstance(a, BackwardInput) for a in actions)
+        last_halves = BackwardWeight if split else Backward
+        left = Counter(a.stage for a in actions if isinstance(a, last_halves))
+        step = _Step(batch, training, split, left, scale=scale)
         self.current: Instruction | None = None
-        if step.backwards_left:
-            self.storage.begin_step()
+        self.storage.begin()
+        differentiable = bool(step.backwards_left)
+        if differentiable:
+            for part in self.parts.values():
+                part.storage.begin_step()
+        else:
+            for part in self.parts.values():
+                part.storage.begin_evaluation()
         self.transport.begin(actions)
         for action in actions:
             self.current = action
             self.recorder.run(str(action), self._handlers[type(action)], step, action)
         self.transport.finish()
+        if not differentiable:
+            for part in self.parts.values():
+                part.storage.end_evaluation()
         self.current = None
         return step.loss, step.parameter_gradients
 
     def _prologue(self, step: _Step, action: Prologue) -> int:
-        compiled = self.compiled
+        part = self.parts[action.stage]
+        compiled, data = part.compiled, part.mesh.data
         if compiled.prologue_function is None:
             return 0
-        data = self.groups.data
+        whole: list[Tensor] = []
         with torch.no_grad():
             parts = [
-                compiled.prologue_function(self._chunk(m), self._read(step, compiled.prologue_batch, m), ())
+                compiled.prologue_function(
+                    self._chunk(step, part, m), self._read(step, part, compiled.prologue_batch, m), ()
+                )
                 for m in range(self.microbatches)
             ]
             for values, pending in zip(zip(*parts, strict=True), compiled.pending, strict=True):
@@ -122,82 +161,102 @@ class Executor:
                 if pending:
                     value = torch.stack(values).sum(0)
                     value = data.all_reduce(value) if data.size > 1 else value
-                step.whole += (value,)
-        return sum(value.numel() * value.element_size() for value in step.whole)
+                whole.append(value)
+        step.whole[action.stage] = tuple(whole)
+        return _size_bytes(whole)
 
     def _forward(self, step: _Step, action: Forward) -> int:
-        compiled, m = self.compiled, action.microbatch
-        chunk = self._chunk(m)
+        part, place = self.parts[action.stage], (action.stage, action.microbatch)
+        compiled, chunk = part.compiled, self._chunk(step, part, action.microbatch)
+        whole = step.whole.get(action.stage, ())
         with torch.no_grad():
-            made = compiled.side_function(chunk, self._read(step, compiled.side_batch, m), step.whole)
+            made = compiled.side_function(chunk, self._read(step, part, compiled.side_batch, action.microbatch), whole)
         sides = dict(zip(compiled.sides, made, strict=True))
-        arrived = step.arrived.pop(m, [])
+        arrived = step.arrived.pop(place, [])
         differentiable = torch.is_grad_enabled()
+        if step.split:
+            chunk.owed = step.owed[place] = Owed()
         for name, tensor in zip(compiled.receives, arrived, strict=True):
             tensor.requires_grad_(differentiable and self.graph.tensors[name].requires_grad)
 
         def run_blocks(*activations: Tensor) -> tuple[Tensor, ...]:
             for i, block in enumerate(compiled.blocks):
-                call = self.storage.block(i)
-                around = (block, step.training, chunk, [sides[t] for t in block.sides])
-                if self.recompute and differentiable:
-                    activations = checkpoint(call, around, *activations, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    activations = call(around, *activations)
+                call = part.storage.block(i)
+                own = [sides[t] for t in block.sides]
+                activations = call_block(call, block, step.training, chunk, own, activations)
             return activations
 
-        outputs = self.storage.forward(run_blocks, *arrived)
+        outputs = part.storage.forward(run_blocks, *arrived)
         values = dict(zip(compiled.blocks[-1].outputs, outputs, strict=True))
         if self.graph.loss in values:
             loss = values[self.graph.loss]
-            step.loss = loss.detach().clone() if step.loss is None else step.loss + loss.detach()
-            step.outputs[m] = [loss]
+            # A sum over microbatches and ranks needs more bits than one microbatch's share.
+            share = loss.detach().to(loss_dtype(loss.dtype), copy=True)
+            step.loss = share if step.loss is None else step.loss + share
+            leaving = [loss if step.scale is None else loss * step.scale]
         else:
-            step.outputs[m] = [values[t] for t in compiled.sends]
+            leaving = [values[t] for t in compiled.sends]
+            if action.stage + 1 in self.parts:
+                step.arrived[action.stage + 1, action.microbatch] = [t.detach() for t in leaving]
         if differentiable:
-            step.inputs[m] = [t for t in arrived if t.requires_grad]
+            step.inputs[place] = [t for t in arrived if t.requires_grad]
+        if differentiable or action.stage + 1 not in self.parts:
+            step.outputs[place] = leaving
         return 0
 
-    def _backward(self, step: _Step, action: Backward) -> int:
-        m = action.microbatch
-        step.backwards_left -= 1
-        if step.backwards_left == 0:
-            self.storage.begin_last_backward()
-        roots = [t for t in step.outputs.pop(m) if t.requires_grad]
-        torch.autograd.backward(roots, step.returned.pop(m, None))
-        inputs = step.inputs.pop(m)
-        step.gradients[m] = [torch.zeros_like(t) if t.grad is None else t.grad for t in inputs]
+    def _backward(self, step: _Step, action: Backward | BackwardInput) -> int:
+        place = (action.stage, action.microbatch)
+        if isinstance(action, Backward):
+            self._count_backward(step, action.stage)
+        roots = [t for t in step.outputs.pop(place) if t.requires_grad]
+        torch.autograd.backward(roots, step.returned.pop(place, None))
+        inputs = step.inputs.pop(place)
+        gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in inputs]
+        if action.stage - 1 in self.parts:
+            step.returned[action.stage - 1, action.microbatch] = gradients
+        else:
+            step.gradients[place] = gradients
         return 0
+
+    def _backward_weight(self, step: _Step, action: BackwardWeight) -> int:
+        self._count_backward(step, action.stage)
+        step.owed.pop((action.stage, action.microbatch)).settle()
+        return 0
+
+    def _count_backward(self, step: _Step, stage: int) -> None:
+        step.backwards_left[stage] -= 1
+        if step.backwards_left[stage] == 0:
+            self.parts[stage].storage.begin_last_backward()
 
     def _send_activation(self, step: _Step, action: SendActivation) -> int:
-        outputs = step.outputs[action.microbatch]
-        if not torch.is_grad_enabled():
-            step.outputs.pop(action.microbatch)
+        place = (action.stage, action.microbatch)
+        outputs = step.outputs[place] if torch.is_grad_enabled() else step.outputs.pop(place)
         return self.transport.send(action, outputs)
 
     def _receive_activation(self, step: _Step, action: ReceiveActivation) -> int:
-        step.arrived[action.microbatch] = self.transport.receive(action)
-        return _size_bytes(step.arrived[action.microbatch])
+        arrived = step.arrived[action.stage, action.microbatch] = self.transport.receive(action)
+        return _size_bytes(arrived)
 
     def _send_gradient(self, step: _Step, action: SendGradient) -> int:
-        return self.transport.send(action, step.gradients.pop(action.microbatch))
+        return self.transport.send(action, step.gradients.pop((action.stage, action.microbatch)))
 
     def _receive_gradient(self, step: _Step, action: ReceiveGradient) -> int:
-        step.returned[action.microbatch] = self.transport.receive(action)
-        return _size_bytes(step.returned[action.microbatch])
+        returned = step.returned[action.stage, action.microbatch] = self.transport.receive(action)
+        return _size_bytes(returned)
 
     def _reduce(self, step: _Step, action: ReduceGradients) -> int:
-        step.parameter_gradients = self.storage.finish()
-        if not self.tied:
+        add_gradients(step.parameter_gradients, self.parts[action.stage].storage.finish())
+        step.reduced.add(action.stage)
+        if not self.tied or step.reduced != set(self.parts):
             return 0
         return sum_tied(step.parameter_gradients, self.tied, self.tied_dtypes, self.groups.rank, self.recorder.device)
 
-    def _chunk(self, microbatch: int) -> Chunk:
+    def _chunk(self, step: _Step, part: StagePart, microbatch: int) -> Chunk:
         """Which part of the batch this rank computes: the batch is cut in time first, then over data."""
-        rows = self.compiled.rows
-        return Chunk(rows.first(microbatch), rows.units, self.random, rows.length)
+        rows = part.compiled.rows
+        return Chunk(rows.first(microbatch), rows.units, self.random, rows.length, part.mesh.data, step.found)
 
-    def _read(self, step: _Step, names: Sequence[str], microbatch: int) -> list[Tensor]:
+    def _read(self, step: _Step, part: StagePart, names: Sequence[str], microbatch: int) -> list[Tensor]:
         """This rank's rows of one microbatch of the batch inputs, buffers and constants, by name."""
         found = []
         for name in names:
@@ -205,11 +264,16 @@ class Executor:
                 found.append(self.state[name])
                 continue
             tensor = step.batch[name]
-            if self.compiled.batch_splits[name]:
+            if part.compiled.batch_splits[name]:
                 rows = tensor.shape[0] // self.microbatches
                 tensor = tensor.narrow(0, microbatch * rows, rows)
             found.append(tensor)
         return found
+
+
+def loss_dtype(captured: torch.dtype) -> torch.dtype:
+    """In what the loss is summed up and handed out."""
+    return torch.float32 if captured in (torch.float16, torch.bfloat16) else captured
 
 
 def _size_bytes(tensors: Sequence[Tensor]) -> int:

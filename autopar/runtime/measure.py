@@ -84,7 +84,7 @@ class Measurement:
     @contextmanager
     def _in_detail(self) -> Iterator[None]:
         recorder = self.runtime.recorder
-        axes = [a for a in self.runtime.groups.lines.values() if a.size > 1]
+        axes = [a for mesh in self.runtime.groups.meshes.values() for a in mesh.lines.values() if a.size > 1]
         for axis in axes:
             axis.on_collective = recorder.collective
         self.at_rest_bytes = self._bytes_at_rest()

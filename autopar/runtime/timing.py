@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from .axis import synchronize
+from .buckets import BUCKET_BYTES
 from .build import Runtime
+from .groups import Mesh
 from .recorder import CollectiveSample
-from .replicas import BUCKET_BYTES
 from .stage import handovers
 
 _REPEATS = 5
@@ -22,7 +23,7 @@ _REPEATS = 5
 def time_collectives(runtime: Runtime, device: torch.device) -> tuple[CollectiveSample, ...]:
     """Time the data axis's collectives and the messages between stages; all ranks of the world must call it."""
     samples: list[CollectiveSample] = []
-    groups, stage = runtime.groups, runtime.plan.stages[runtime.groups.stage]
+    groups = runtime.groups
 
     def sample(kind: str, ranks: tuple[int, ...], size_bytes: int, call: Callable[[], object], times: int = 1) -> None:
         """times: how many such collectives one call makes."""
@@ -36,18 +37,9 @@ def time_collectives(runtime: Runtime, device: torch.device) -> tuple[Collective
         # The first one may set up connections.
         samples.append(CollectiveSample(kind, ranks, size_bytes, statistics.median(seconds[1:]) / times))
 
-    data = groups.data
-    if data.size > 1:
-        blocks = [sum(_local_bytes(runtime, t) for t, _ in block.parameters) for block in runtime.compiled.blocks]
-        if stage.zero == 3:
-            part = torch.zeros(max(1, max(blocks) // 4 // data.size), device=device)
-            whole = torch.zeros(part.numel() * data.size, device=device)
-            size_bytes = whole.numel() * 4
-            sample("all_gather", data.ranks, size_bytes, lambda: data.all_gather(part, 0))
-            sample("reduce_scatter", data.ranks, size_bytes, lambda: data.reduce_scatter(whole, 0))
-        else:
-            bucket = torch.zeros(max(1, min(sum(blocks), BUCKET_BYTES) // 4), device=device)
-            sample("all_reduce", data.ranks, bucket.numel() * 4, lambda: data.all_reduce(bucket))
+    for s, mesh in groups.meshes.items():
+        if mesh.data.size > 1:
+            _sample_data_axis(runtime, s, mesh, device, sample)
     # Every boundary in turn, so that both of its sides meet and nobody waits for a third.
     for boundary in range(len(runtime.plan.stages) - 1):
         pair = _pair(runtime, boundary)
@@ -83,10 +75,29 @@ def _boundary_bytes(runtime: Runtime, boundary: int) -> int:
     )
 
 
+def _sample_data_axis(
+    runtime: Runtime, stage: int, mesh: Mesh, device: torch.device, sample: Callable[..., None]
+) -> None:
+    data = mesh.data
+    blocks = [sum(_local_bytes(runtime, t) for t, _ in block.parameters) for block in runtime.compiled[stage].blocks]
+    if runtime.plan.stages[stage].zero:
+        copies, shards = mesh.hybrid or (None, data)
+        part = torch.zeros(max(1, max(blocks) // 4 // shards.size), device=device)
+        whole = torch.zeros(part.numel() * shards.size, device=device)
+        size_bytes = whole.numel() * 4
+        sample("all_gather", shards.ranks, size_bytes, lambda: shards.all_gather(part, 0))
+        sample("reduce_scatter", shards.ranks, size_bytes, lambda: shards.reduce_scatter(whole, 0))
+        if copies is not None:
+            sample("all_reduce", copies.ranks, part.numel() * 4, lambda: copies.all_reduce(part))
+    else:
+        bucket = torch.zeros(max(1, min(sum(blocks), BUCKET_BYTES) // 4), device=device)
+        sample("all_reduce", data.ranks, bucket.numel() * 4, lambda: data.all_reduce(bucket))
+
+
 def _local_bytes(runtime: Runtime, tensor: str) -> int:
     fqn = runtime.executor.graph.tensors[tensor].fqn
     for spec in runtime.specs:
         if spec.fqn == fqn:
             shape = spec.ownership.tensor_shape(runtime.groups.rank)
-            return torch.Size(shape).numel() * spec.dtype.itemsize
+            return torch.Size(shape).numel() * spec.compute_dtype.itemsize
     raise AssertionError(fqn)

@@ -80,7 +80,7 @@ def check(program: Program, max_in_flight: Bound = None, max_deferred: Bound = N
         microbatches,
         lowered=bool(present & {*_SENDS, *_RECEIVES}) or (complete and len(program.actions) > 1),
         training=training,
-        required=frozenset(k for k in _ONCE if (complete or k in present) and (training or k is Prologue)),
+        required=tuple(k for k in _ONCE if (complete or k in present) and (training or k is Prologue)),
     )
     for group in range(len(program.actions)):
         bounds = [b if b is None or isinstance(b, int) else b[group] for b in (max_in_flight, max_deferred)]
@@ -119,7 +119,7 @@ class _Rules:
     microbatches: int
     lowered: bool
     training: bool
-    required: frozenset[type]
+    required: tuple[type, ...]
 
     def before(self, kind: type, stage: int) -> tuple[tuple[tuple[type, ...], int], ...]:
         """What must stand before an instruction, for the same microbatch: (any of these kinds, on which stage)."""

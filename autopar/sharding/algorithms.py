@@ -106,6 +106,91 @@ def causal_rows(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class BatchNorm:
+    """batch_norm of some rows of the batch, of some channels, or of both; `rows`: for each axis, which of the two it cuts.
+
+    Running statistics come whole and are whole again afterwards. In evaluation nothing is communicated.
+    """
+
+    rows: tuple[bool, ...]
+
+    def __call__(self, *given: Any) -> Tensor:
+        axes, (input, weight, bias, mean, variance, training, momentum, eps, *_) = (
+            given[: len(self.rows)],
+            given[len(self.rows) :],
+        )
+        over_rows = next((axis for axis, rows in zip(axes, self.rows, strict=True) if rows), None)
+        over_channels = next((axis for axis, rows in zip(axes, self.rows, strict=True) if not rows), None)
+        statistics = [mean, variance]
+        if over_channels is not None and mean is not None:
+            size = mean.shape[0] // over_channels.size
+            # copies, because autograd keeps them and the whole is written below
+            statistics = [s.narrow(0, over_channels.rank * size, size).clone() for s in statistics]
+        if not training or over_rows is None:
+            output = F.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
+        else:
+            output, batch_mean, batch_variance, count = _BatchNormRows.apply(input, weight, bias, over_rows, eps)
+            if mean is not None:
+                with torch.no_grad():
+                    statistics[0].lerp_(batch_mean.to(mean.dtype), momentum)
+                    statistics[1].lerp_((batch_variance * (count / (count - 1))).to(mean.dtype), momentum)
+        if training and over_channels is not None and mean is not None:
+            with torch.no_grad():
+                for whole, own in zip((mean, variance), statistics, strict=True):
+                    padded = torch.zeros_like(whole)
+                    padded.narrow(0, over_channels.rank * own.shape[0], own.shape[0]).copy_(own)
+                    whole.copy_(over_channels.all_reduce(padded))
+        return output
+
+
+class _BatchNormRows(torch.autograd.Function):
+    """Normalises [n, c, ..] by mean and variance over the rows of all ranks (Ioffe and Szegedy 2015, algorithm 1).
+
+    Gives the output, mean and biased variance [c], and the number of elements per channel []. Gradients of weight and bias
+    are this rank's summands.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, axis: Axis, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dims = [i for i in range(input.dim()) if i != 1]
+        shape = [-1 if i == 1 else 1 for i in range(input.dim())]
+        values = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        count = values.new_full((1,), values.numel() / values.shape[1])
+        sums = axis.all_reduce(torch.cat([values.sum(dims), count]))
+        count, mean = sums[-1], sums[:-1] / sums[-1]
+        centred = values - mean.view(shape)
+        variance = axis.all_reduce(centred.square().sum(dims)) / count
+        inverse = (variance + eps).rsqrt()
+        normal = centred * inverse.view(shape)
+        output = normal if weight is None else normal * weight.view(shape)
+        output = output if bias is None else output + bias.view(shape)
+        ctx.save_for_backward(normal, inverse, weight, count)
+        ctx.axis, ctx.dims, ctx.shape, ctx.has_bias = axis, dims, shape, bias is not None
+        ctx.mark_non_differentiable(mean, variance, count)
+        return output.to(input.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        normal, inverse, weight, count = ctx.saved_tensors
+        given = gradient.to(normal.dtype)
+        to_bias, to_weight = given.sum(ctx.dims), (given * normal).sum(ctx.dims)
+        of_all = ctx.axis.all_reduce(torch.cat([to_bias, to_weight])) / count
+        shift, scale = (part.view(ctx.shape) for part in of_all.chunk(2))
+        to_input = (given - shift - normal * scale) * inverse.view(ctx.shape)
+        if weight is not None:
+            to_input = to_input * weight.view(ctx.shape)
+        return (
+            to_input.to(gradient.dtype),
+            to_weight.to(weight.dtype) if weight is not None else None,
+            to_bias if ctx.has_bias else None,
+            None,
+            None,
+        )
+
+
 def vocab_embedding(
     axis: Axis,
     weight: Tensor,

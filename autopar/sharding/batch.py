@@ -12,7 +12,8 @@ a slice of something whole, and a summand's share of something whole. Three thin
 - Rows that are sorted, treated alike and put back (a mixture of experts) may be sorted in each chunk by itself: see
   sharding/order.py.
 
-Where nothing of this helps, rows of the batch meet (batch norm in training, contrastive losses): a `BatchConflict`.
+Where rows of the batch meet and an algorithm of the op communicates (batch norm in training), data ranks may share the
+batch and microbatches may not. Where nothing helps (contrastive losses): a `BatchConflict`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 
 from ..graph import Graph, Op
 from .analysis import Analysis, analysis
-from .order import PLAIN, Disordered, Rows, follow, reorder, sorts_rows
+from .order import PLAIN, Disordered, Ordering, follow, reorder, sorts_rows
 from .placement import PARTIAL, REPLICATED, SHARED, Placement, Split
 from .rule import Rule, name_of, partial_strategy, split_strategy, whole_strategies
 from .strategy import Strategy
@@ -46,6 +47,7 @@ class BatchLayout:
     strategies: by op. placements: by tensor, as produced. prologue: tensors, in topological order, that are produced
     PARTIAL and that all their consumers take REPLICATED, once the runtime has summed them over all chunks.
     conflict: why the batch cannot be cut; the layout may then be used for shards == 1 only.
+    meets: the first op whose rows meet by communication over data, which time cannot do: one microbatch only.
     """
 
     shards: int
@@ -53,6 +55,12 @@ class BatchLayout:
     placements: Mapping[str, Placement]
     prologue: tuple[str, ...] = ()
     conflict: BatchConflict | None = None
+    meets: BatchConflict | None = None
+
+    @property
+    def time_conflict(self) -> BatchConflict | None:
+        """Why there can be no more than one microbatch."""
+        return self.conflict or self.meets
 
 
 def batch_layout(graph: Graph, shards: int) -> BatchLayout:
@@ -81,7 +89,7 @@ class _BatchAxis:
         self.found, self.graph, self.shards = found, found.graph, shards
         self.chosen: dict[str, Strategy] = {}
         self.produced: dict[str, Placement] = {}
-        self.rows: dict[str, Rows] = {}
+        self.rows: dict[str, Ordering] = {}
         self.memo: dict[tuple[str, tuple[Placement, ...]], Strategy] = {}
         self.conflict: BatchConflict | None = None
         self.prologue: set[str] = set()
@@ -97,7 +105,14 @@ class _BatchAxis:
         if self.graph.batch_size == 1:
             self.conflict = None  # one row: nothing to cut
         prologue = tuple(t for op in self.graph.ops for t in op.outputs if t in self.prologue)
-        return BatchLayout(self.shards, self.chosen, self.produced, prologue, self.conflict)
+        return BatchLayout(self.shards, self.chosen, self.produced, prologue, self.conflict, self._meets())
+
+    def _meets(self) -> BatchConflict | None:
+        for op in self.graph.ops:
+            special = self.found.rule(op).specials.get(self.chosen[op.name].key)
+            if special and special.meets:
+                return BatchConflict(op.name, special.meets)
+        return None
 
     def _forward(self) -> bool:
         """Place every op in order; False when a tensor turned out to belong to the prologue (start again)."""

@@ -28,7 +28,7 @@ _SHAPE_ONLY = ("zeros_like", "empty_like", "ones_like", "full_like", "new_zeros"
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class Ordering:
     """What is known of a tensor that is cut by rows, besides its placement.
 
     order: the name of the sort whose order its rows have; "" for the batch's own.
@@ -40,7 +40,7 @@ class Rows:
     numbers: tuple[str, int] | None = None
 
 
-PLAIN = Rows()
+PLAIN = Ordering()
 
 
 class Disordered(Exception):
@@ -52,8 +52,8 @@ def sorts_rows(op: Op) -> bool:
 
 
 def reorder(
-    graph: Graph, op: Op, have: Sequence[Placement], rows: Sequence[Rows], shards: int
-) -> tuple[Strategy, tuple[Rows, ...]] | None:
+    graph: Graph, op: Op, have: Sequence[Placement], rows: Sequence[Ordering], shards: int
+) -> tuple[Strategy, tuple[Ordering, ...]] | None:
     """How an op that makes or follows an order of rows runs on one chunk; None for any other op."""
     kind = op.target.split(".")[1]
     if not op.target.startswith("aten."):
@@ -69,8 +69,8 @@ def reorder(
 
 
 def follow(
-    graph: Graph, op: Op, strategy: Strategy, have: Sequence[Placement], rows: Sequence[Rows], shards: int
-) -> tuple[Rows, ...]:
+    graph: Graph, op: Op, strategy: Strategy, have: Sequence[Placement], rows: Sequence[Ordering], shards: int
+) -> tuple[Ordering, ...]:
     """What is known of the outputs of any other op, run as `strategy`; raises Disordered."""
     cut = [r if isinstance(p, Split) else PLAIN for p, r in zip(have, rows, strict=True)]
     orders = {r.order for r, want in zip(cut, strategy.inputs, strict=True) if isinstance(want, Split)}
@@ -81,7 +81,7 @@ def follow(
     if order:
         _check_rows(graph, op, strategy, order)
     numbers = _numbers(graph, op, cut, shards)
-    return tuple(Rows(order, numbers) if isinstance(p, Split) else PLAIN for p in strategy.outputs)
+    return tuple(Ordering(order, numbers) if isinstance(p, Split) else PLAIN for p in strategy.outputs)
 
 
 def _check_rows(graph: Graph, op: Op, strategy: Strategy, order: str) -> None:
@@ -94,7 +94,7 @@ def _check_rows(graph: Graph, op: Op, strategy: Strategy, order: str) -> None:
         raise Disordered(f"{op.target} groups neighbouring rows, and these are in the order of {order}")
 
 
-def _numbers(graph: Graph, op: Op, rows: Sequence[Rows], shards: int) -> tuple[str, int] | None:
+def _numbers(graph: Graph, op: Op, rows: Sequence[Ordering], shards: int) -> tuple[str, int] | None:
     """What the values of the output number; raises Disordered where that cannot be said."""
     numbered = [r.numbers for r in rows if r.numbers is not None]
     kind = op.target.split(".")[1]
@@ -115,8 +115,8 @@ def _numbers(graph: Graph, op: Op, rows: Sequence[Rows], shards: int) -> tuple[s
 
 
 def _sort(
-    op: Op, call: Call, have: Sequence[Placement], rows: Sequence[Rows], shards: int
-) -> tuple[Strategy, tuple[Rows, ...]] | None:
+    op: Op, call: Call, have: Sequence[Placement], rows: Sequence[Ordering], shards: int
+) -> tuple[Strategy, tuple[Ordering, ...]] | None:
     shape = call.shape("self")
     if len(shape) != 1 or have[0] != _ROWS or shape[0] % shards:
         return None
@@ -126,15 +126,15 @@ def _sort(
         order, size = source.numbers
         if size != shape[0] or len(op.outputs) != 1:
             return None
-        found = [Rows(order, (source.order, size))]
+        found = [Ordering(order, (source.order, size))]
     else:
-        found = [Rows(op.name), Rows(op.name, (source.order, shape[0]))][-len(op.outputs) :]
+        found = [Ordering(op.name), Ordering(op.name, (source.order, shape[0]))][-len(op.outputs) :]
     return _on_rows(op, (_ROWS,), shards), tuple(found)
 
 
 def _pick(
-    op: Op, call: Call, have: Sequence[Placement], rows: Sequence[Rows], shards: int
-) -> tuple[Strategy, tuple[Rows, ...]] | None:
+    op: Op, call: Call, have: Sequence[Placement], rows: Sequence[Ordering], shards: int
+) -> tuple[Strategy, tuple[Ordering, ...]] | None:
     """self[numbers]"""
     if "indices" in call.arguments:
         if len(call["indices"]) != 1:
@@ -146,12 +146,12 @@ def _pick(
         return None
     if numbers != (rows[0].order, call.shape("self")[0]):
         raise Disordered(f"{op.target} picks rows by the numbers of others")
-    return _on_rows(op, (_ROWS, _ROWS), shards), (Rows(rows[1].order, rows[0].numbers),)
+    return _on_rows(op, (_ROWS, _ROWS), shards), (Ordering(rows[1].order, rows[0].numbers),)
 
 
 def _put(
-    graph: Graph, op: Op, call: Call, have: Sequence[Placement], rows: Sequence[Rows], shards: int
-) -> tuple[Strategy, tuple[Rows, ...]] | None:
+    graph: Graph, op: Op, call: Call, have: Sequence[Placement], rows: Sequence[Ordering], shards: int
+) -> tuple[Strategy, tuple[Ordering, ...]] | None:
     """self[numbers] = values, or += values"""
     if len(op.inputs) != 3 or ("dim" in call.arguments and call.dim("dim", len(call.shape("self"))) != 0):
         return None
@@ -168,10 +168,10 @@ def _put(
         raise Disordered(f"{op.target} writes rows of one order among rows of another")
     if is_permutation and counts_rows(graph, op.inputs[2], size) == 0 and not adds:
         strategy = _on_rows(op, (_ROWS, _ROWS, have[2]), shards, "inverse_order")
-        return strategy, (Rows(order, (rows[1].order, size)),)
+        return strategy, (Ordering(order, (rows[1].order, size)),)
     if have[2] != _ROWS or rows[2].order != rows[1].order or rows[2].numbers is not None:
         raise Disordered(f"{op.target} writes rows that are not in the order of their numbers")
-    return _on_rows(op, (_ROWS, _ROWS, _ROWS), shards), (Rows(order),)
+    return _on_rows(op, (_ROWS, _ROWS, _ROWS), shards), (Ordering(order),)
 
 
 def _on_rows(op: Op, inputs: tuple[Placement, ...], shards: int, special: str = "") -> Strategy:

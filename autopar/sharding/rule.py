@@ -24,13 +24,32 @@ class Special:
 
     output: placement of the outputs that lack the dim, where it is not PARTIAL (SHARED: where a
         gradient flows, else REPLICATED).
-    work: factor on the share of the op's compute. collective_bytes: see `Strategy`.
+    work: factor on the share of the op's compute. collective_bytes: see `Strategy`. exchanged_bytes: the same of
+        tensors of which each rank exchanges its part only.
+    meets: why rows of the batch meet there, where the algorithm communicates over data and so cannot run in time; "" where
+        it needs no more than its place.
     """
 
     name: str
     output: Placement = PARTIAL
     work: float = 1.0
     collective_bytes: int = 0
+    exchanged_bytes: int = 0
+    meets: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Several names split at once, by a special algorithm.
+
+    names: per tensor (inputs, then outputs) the name that is split in it; None where it is whole.
+    free: one of the names, which may be split at any outer count; the others are split in one piece per rank.
+    """
+
+    key: str
+    names: tuple[str | None, ...]
+    special: Special
+    free: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,7 @@ class Rule:
     sums: names of `splits` that the op sums over: outputs that lack them become PARTIAL. An output that lacks a name
         outside `sums` forbids the split.
     specials: by name, where a split needs a local algorithm of its own.
+    together: splits of several names at once.
     batch_only: names of `splits` that only the batch axis may split.
     blocked: why a name that is not in `splits` cannot be split (for error messages).
     additive: inputs that are added to the result, hence PARTIAL wherever the output becomes PARTIAL.
@@ -58,6 +78,7 @@ class Rule:
     splits: tuple[str, ...] = ()
     sums: frozenset[str] = frozenset()
     specials: Mapping[str, Special] = field(default_factory=dict)
+    together: tuple[Together, ...] = ()
     batch_only: frozenset[str] = frozenset()
     blocked: Mapping[str, str] = field(default_factory=dict)
     additive: frozenset[int] = frozenset()
@@ -171,6 +192,36 @@ def split_strategy(rule: Rule, name: str, outer: int, degree: int, gradient: Seq
         work=min(1.0, (special.work if special else 1.0) / degree),
         special=special.name if special else "",
         collective_bytes=special.collective_bytes if special else 0,
+        degree=degree,
+    )
+
+
+def together_strategy(
+    rule: Rule, group: Together, degree: int, gradient: Sequence[bool], outer: int = 1
+) -> Strategy | None:
+    """The strategy that splits the names of `group`, its free one at `outer`, or None where one does not divide."""
+    placements: list[Placement] = []
+    for index, name in enumerate(group.names):
+        if name is None:
+            placements.append(SHARED if gradient[index] else REPLICATED)
+            continue
+        blocks = outer if name == group.free else 1
+        split = split_of(rule, index, name, blocks)
+        if (
+            split is None
+            or rule.sizes[name] % (blocks * degree)
+            or rule.shapes[index][split.dim] % (split.blocks * degree)
+        ):
+            return None
+        placements.append(split)
+    count, special = len(rule.inputs), group.special
+    return Strategy(
+        key=group.key if outer == 1 else f"{group.key}@{outer}",
+        inputs=tuple(placements[:count]),
+        outputs=tuple(placements[count:]),
+        work=min(1.0, special.work / degree),
+        special=special.name,
+        collective_bytes=special.collective_bytes + special.exchanged_bytes // degree,
         degree=degree,
     )
 

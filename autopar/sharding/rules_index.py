@@ -156,7 +156,7 @@ def embedding(call: Call) -> Rule:
 def scatter(call: Call) -> Rule | None:
     """self with values written (or added) at places along `dim`; other dims correspond where all are equally long."""
     shape = call.shape("self")
-    if not shape or call.get("reduce") is not None:
+    if not shape:
         return None
     dim = call.dim("dim", len(shape))
     others = [call.shape(name) for name in ("index", "src") if call.has(name)]
@@ -169,7 +169,7 @@ def scatter(call: Call) -> Rule | None:
     blocked = {f"{name}{i}": "places along it are chosen by an index" for name in inputs for i in range(len(shape))}
     out = inputs["self"]
     inputs |= {"value": ()} if call.has("value") else {}
-    linear = [["self", "src"]] if call.has("src") else ()
+    linear = [["self", "src"]] if call.has("src") and call.get("reduce") is None else ()
     return call.rule(inputs, [out], blocked=blocked, linear=linear)
 
 
@@ -180,6 +180,7 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         "aten.index": index,
         "aten.scatter": scatter,
         "aten.scatter_add": scatter,
+        "aten.scatter_reduce": scatter,
         "aten.index_put": index_put,
         **{f"aten.index_{name}": index_write for name in ("add", "copy", "fill")},
         "aten.embedding": embedding,

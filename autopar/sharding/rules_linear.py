@@ -10,7 +10,7 @@ from types import MappingProxyType
 from ..graph import Shape
 from .call import Call
 from .notation import Dims
-from .rule import Rule, Special
+from .rule import Rule, Special, Together
 from .rules_pointwise import RuleFunction, aligned
 
 
@@ -215,7 +215,8 @@ def _all(value, wanted: int) -> bool:
 def attention(call: Call) -> Rule:
     """query [.., q, d], key [.., k, d], value [.., k, e] -> [.., q, e]; with enable_gqa the query has (h r) heads.
 
-    Rows q may be split: keys and values are then whole. With is_causal that needs to know the row's offset.
+    Rows q may be split: keys and values are then whole. With is_causal that needs to know the row's offset. Rows q and k
+    together may be split by ring attention, but for dropout and a mask that is trained.
     """
     query, key, value, out = call.shape("query"), call.shape("key"), call.shape("value"), call.out
     lead = out[:-2]
@@ -251,10 +252,9 @@ def attention(call: Call) -> Rule:
         "d": "scores need whole query and key vectors",
         "k": "the softmax runs over all keys",
         "e": "every rank would compute all scores again",
-        "r": "a group of heads shares its keys",
     }
     space = math.prod(lead) * query[-2] * key[-2]
-    return call.rule(
+    rule = call.rule(
         inputs,
         [out_dims],
         blocked=blocked,
@@ -262,6 +262,27 @@ def attention(call: Call) -> Rule:
         sizes=sizes,
         flops=2 * space * (query[-1] + value[-1]),
     )
+    trained = call.has("attn_mask") and call.tensor("attn_mask").requires_grad
+    heads = (*lead[:-1], key[-3]) if grouped else lead
+    broadcast = query[:-2] != lead or key[:-2] != heads or value[:-2] != heads
+    if call["dropout_p"] or trained or broadcast:
+        return rule
+    by_argument = {
+        "query": "q",
+        "key": "k",
+        "value": "k",
+        "attn_mask": "q" if ("q",) in inputs.get("attn_mask", ()) else None,
+    }
+    names: list[str | None] = [None] * len(rule.shapes)
+    names[-1] = "q"
+    for argument, numbers in call.positions().items():
+        for number in numbers:
+            names[number] = by_argument[argument]
+    # Each rank hands on all keys and values, and in the backward these and their gradients: three times in all, which
+    # sends as much as an all-reduce of one and a half times their bytes. Of a causal square the last rank has most.
+    travelling = sum(call.tensor(name).size_bytes for name in ("key", "value"))
+    ring = Special("ring_attention", work=2.0 if causal else 1.0, collective_bytes=travelling * 3 // 2)
+    return replace(rule, together=(Together("q+k", tuple(names), ring),))
 
 
 RULES: Mapping[str, RuleFunction] = MappingProxyType(

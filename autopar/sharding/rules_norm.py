@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from .call import Call
 from .notation import Dims
-from .rule import Rule
+from .rule import Rule, Special
 from .rules_pointwise import RuleFunction, full
 
 
@@ -45,16 +45,32 @@ def group_norm(call: Call) -> Rule:
 
 
 def batch_norm(call: Call) -> Rule:
-    """In training every channel's statistics run over the whole batch, so rows meet; in evaluation nothing does."""
+    """In training every channel's statistics run over the whole batch, so rows meet; in evaluation none do."""
     shape = call.shape("input")
     channel: Dims = (("c",),)
     dims = tuple(("c",) if i == 1 else (f"d{i}",) for i in range(len(shape)))
     training = call.get("training", call.get("train", call.get("use_input_stats", False)))
     reason = "batch norm in training takes its statistics over the whole batch"
+    blocked = {f"d{i}": reason for i in range(len(shape)) if i != 1} if training else {}
+    running, specials = channel, {}
+    if training and call.packet == "aten.batch_norm":
+        # The rows of data ranks reduce their statistics; running statistics are whole on every rank, and stay so.
+        del blocked["d0"]
+        specials["d0"] = Special("batch_norm", meets=reason)
+        if call.has("running_mean"):
+            running = (("s",),)
+            blocked["s"] = "running statistics are whole on every rank"
+            specials["c"] = Special("batch_norm", collective_bytes=8 * shape[1])
     return call.rule(
-        {"input": dims, **dict.fromkeys(("weight", "bias", "running_mean", "running_var"), channel)},
+        {
+            "input": dims,
+            **dict.fromkeys(("weight", "bias"), channel),
+            **dict.fromkeys(("running_mean", "running_var"), running),
+        },
         [dims, channel, channel][: len(call.outputs)],
-        blocked={f"d{i}": reason for i in range(len(shape)) if i != 1} if training else {},
+        blocked=blocked,
+        specials=specials,
+        batch_only=["d0"],
         flops=8 * math.prod(shape),
     )
 

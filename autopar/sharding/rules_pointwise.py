@@ -164,6 +164,11 @@ def arange(call: Call) -> Rule:
     return call.rule({}, [full(call.out)], specials={"d0": Special("arange")})
 
 
+def eye(call: Call) -> Rule:
+    blocked = dict.fromkeys(("d0", "d1"), "ones lie on the diagonal of the whole")
+    return call.rule({}, [full(call.out)], blocked=blocked)
+
+
 def one_hot(call: Call) -> Rule:
     shape = call.shape("self")
     blocked = {"classes": "every class is compared with every index"}
@@ -194,6 +199,7 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         "aten.feature_dropout": feature_dropout,
         "aten.scalar_tensor": creation,
         "aten.arange": arange,
+        "aten.eye": eye,
         "aten.prelu": prelu,
         "aten._prelu_kernel": pointwise,
         "aten.glu": glu,

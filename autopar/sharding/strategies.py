@@ -8,7 +8,7 @@ from ..graph import Graph, Op
 from .analysis import Analysis, analysis, rule, unknown_ops, use_rules
 from .batch import BatchLayout, batch_layout
 from .placement import REPLICATED, Placement, Split
-from .rule import Rule, divides, partial_strategy, split_strategy, whole_strategies
+from .rule import Rule, divides, partial_strategy, split_strategy, together_strategy, whole_strategies
 from .strategy import Strategy
 
 __all__ = ["Outer", "rule", "strategies", "unknown_ops", "use_rules"]
@@ -65,6 +65,9 @@ def _strategies(found: Analysis, op: Op, degree: int, shards: int) -> tuple[Stra
     options = [
         split_strategy(op_rule, name, outer, degree, gradient) for name, outer in found.candidates.options[op.name]
     ]
+    for group in op_rule.together:
+        outers = {outer for name, outer in found.candidates.options[op.name] if name == group.free} | {1}
+        options += [together_strategy(op_rule, group, degree, gradient, outer) for outer in sorted(outers)]
     pending = found.candidates.pending[op.name]
     options += [partial_strategy(op_rule, group, gradient) for group in op_rule.linear if group & pending]
     fitting = [

@@ -243,7 +243,7 @@ class _Search:
 
     def _lent(self, now: _Judged, stage: int) -> Iterator[Config]:
         """Twice the devices for `stage`, from a stage with twice as many, which keeps half."""
-        if not self.bench.problem.unequal_stages:
+        if not self.bench.unequal:
             return
         meshes = now.config.meshes
         data, tensor = meshes[stage]
@@ -264,7 +264,7 @@ class _Search:
         mesh = change(*config.meshes[stage])
         if mesh is None:
             return
-        if self.bench.problem.unequal_stages:
+        if self.bench.unequal:
             yield replace(config, meshes=tuple(mesh if s == stage else old for s, old in enumerate(config.meshes)))
         if len(set(config.meshes)) == 1:
             yield replace(config, meshes=(mesh,) * len(config.meshes))

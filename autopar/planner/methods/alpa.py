@@ -42,15 +42,12 @@ def alpa(problem: Problem, progress: bool = True, limit_s: float | None = None) 
                     cuts, edges = [stage.stop for stage in found.stages], cluster_blocks(bench, shape)
                     bench.offer(bench.equal_plan(shape, [edges[stop] for stop in cuts], [recompute] * shape.pipeline))
                     break
-        if problem.unequal_stages:
+        if bench.unequal:
             for microbatches in sorted({shape.microbatches for shape in shapes}):
                 if bench.spent:
                     break
                 _unequal(bench, [s for s in shapes if s.microbatches == microbatches])
-        if bench.best is None:
-            for shape in shapes:
-                edges = [bench.num_blocks * (s + 1) // shape.pipeline for s in range(shape.pipeline)]
-                bench.offer(bench.relieved(bench.equal_plan(shape, edges)))
+        bench.fall_back(shapes)
         return bench.best_plan()
     return bench.best_plan()
 

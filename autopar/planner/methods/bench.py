@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,10 +21,12 @@ from ...plan import Candidate, Plan, Prediction, Recompute, Stage, same_recomput
 from ...report.words import gib, plan_in_words
 from ...simulate import simulate
 from ..pricing import Piece, StagePrices
-from ..problem import Chain, Problem, Shape
+from ..problem import Chain, Costs, Problem, Shape
 
 # Rows of the table of candidates that a method's plan carries.
 MAX_CANDIDATES = 8
+# Shapes that are tried when nothing fits that a method finds.
+MAX_FALL_BACKS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,16 @@ class Bench:
     # -- the space
 
     @property
+    def unequal(self) -> bool:
+        """Whether stages may differ in their meshes: not where the constraints ask for one."""
+        pinned = self.problem.constraints
+        free = all(value is None for value in (pinned.data, pinned.tensor, pinned.pipeline)) and pinned.zero in (
+            None,
+            0,
+        )
+        return self.problem.unequal_stages and free and not self.problem.batch_conflict
+
+    @property
     def num_blocks(self) -> int:
         return len(self.problem.graph.blocks)
 
@@ -92,11 +105,13 @@ class Bench:
     def shapes(self, *wishes: Callable[[Shape], bool]) -> list[Shape]:
         """The shapes that the constraints allow; of these, wish by wish, those that meet it, if any do.
 
-        1F1B is wished for first of all: none of the methods chooses among synchronous schedules.
+        1F1B is wished for first of all: none of the methods chooses among synchronous schedules. In a fixed random
+        order, so that a search whose time is up has seen all kinds.
         """
         found = list(self.problem.shapes)
         for wish in (lambda shape: shape.schedule == "1f1b", *wishes):
             found = [shape for shape in found if wish(shape)] or found
+        random.Random(0).shuffle(found)
         return found
 
     def chains(self, shape: Shape) -> tuple[Chain, ...]:
@@ -130,11 +145,8 @@ class Bench:
     def plan(self, parts: Sequence[Part], microbatches: int, schedule: str = "1f1b") -> Plan:
         """The plan of these parts, each with the fastest layouts of its mesh."""
         stages, layouts = [], {}
-        chains: dict[int, Chain] = {}
         for part in parts:
-            shape = Shape(len(parts), part.data, part.tensor, microbatches, schedule, part.zero)
-            # one chain per degree, so that neighbours of one degree agree at their boundary
-            chain = chains.setdefault(part.tensor, self.fastest(shape))
+            chain = self.fastest(Shape(len(parts), part.data, part.tensor, microbatches, schedule, part.zero))
             rows = ()
             if part.tensor > 1:
                 used = [chain.unique[i] for i in chain.index[part.start : part.stop]]
@@ -168,6 +180,18 @@ class Bench:
         ]  # fmt: skip
         return self.plan(parts, shape.microbatches, shape.schedule)
 
+    def uniform(self, plan: Plan) -> Plan:
+        """The plan with all blocks of a stage recomputed where any is: not every runtime mixes within a stage."""
+        return replace(
+            plan,
+            stages=tuple(
+                replace(stage, recompute=same_recompute("full", stage.num_blocks))
+                if "full" in stage.recompute
+                else stage
+                for stage in plan.stages
+            ),
+        )
+
     def relieved(self, plan: Plan) -> Plan:
         """The plan with recomputation in the stages that do not fit without, where the constraints allow a choice."""
         if "full" not in self.problem.recompute_choices:
@@ -182,10 +206,24 @@ class Bench:
         )
         return replace(plan, stages=stages)
 
+    def fall_back(self, shapes: Sequence[Shape]) -> None:
+        """Where nothing that was offered fits: even cuts of the shapes that leave least to a device, recomputing."""
+        if self.best is not None:
+            return
+        smallest = sorted(shapes, key=lambda s: (-s.pipeline * s.tensor, -s.microbatches))
+        for shape in smallest[: 1 if self.spent else MAX_FALL_BACKS]:
+            cuts = [self.num_blocks * (s + 1) // shape.pipeline for s in range(shape.pipeline)]
+            plan = self.equal_plan(shape, cuts)
+            if min(self.offer(plan), self.offer(self.relieved(plan))) < math.inf:
+                return
+
     # -- the judge
 
-    def offer(self, plan: Plan | None) -> float:
-        """Simulate a plan and keep it if it is the best; its step time, infinite where it is refused or does not fit."""
+    def offer(self, plan: Plan | None, costs: Costs | None = None) -> float:
+        """Simulate a plan and keep it if it is the best; its step time, infinite where it is refused or does not fit.
+
+        costs: of the plan's own graph, where it rewrites the problem's.
+        """
         if plan is None:
             return math.inf
         try:
@@ -193,7 +231,7 @@ class Bench:
         except ValueError as error:
             self._refusal = self._refusal or str(error)
             return math.inf
-        line = simulate(self.problem.graph, plan, self.problem.cluster, model=self.problem.costs)
+        line = simulate(self.problem.graph, plan, self.problem.cluster, model=costs or self.problem.costs)
         peak_bytes = max(line.peak_memory_bytes.values())
         plan = replace(plan, prediction=Prediction(line.step_time_s, peak_bytes))
         self._bar.update()

@@ -35,7 +35,7 @@ def dapple(problem: Problem, progress: bool = True, limit_s: float | None = None
             found = machines and place(layers, machines, shape.microbatches, [shape.data], shape.pipeline)
             if found:
                 _offer(bench, found[0], shape)
-        if problem.unequal_stages:
+        if bench.unequal:
             for shape in {s.microbatches: s for s in shapes}.values():
                 if bench.spent:
                     break

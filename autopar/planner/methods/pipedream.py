@@ -29,7 +29,7 @@ def pipedream(problem: Problem, progress: bool = True, limit_s: float | None = N
             found = _equal(bench, shape)
             if found is not None:
                 bench.offer(bench.equal_plan(shape, [stage.stop for stage in found.stages]))
-        if problem.unequal_stages:
+        if bench.unequal:
             for microbatches in sorted({shape.microbatches for shape in shapes}, reverse=True):
                 if bench.spent:
                     break

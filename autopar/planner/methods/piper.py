@@ -13,10 +13,9 @@ Reference: Tarnawski et al., NeurIPS 2021, sections 3 and 4.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ...cost.types import StageCost
-from ...plan import Plan, same_recompute
+from ...plan import Plan
 from ..inputs.layer_dag import Choice, Edge, Layer, LayerAt, LayerDag, LayerMachine
 from ..problem import Problem, Shape
 from .bench import Bench, Part, split_rows
@@ -35,12 +34,9 @@ def piper(problem: Problem, progress: bool = True, limit_s: float | None = None)
             found = piper_dag(dag, machine, data=[shape.data], all_devices=True)
             if found is not None:
                 _offer(bench, found, shape)
-        if problem.unequal_stages:
+        if bench.unequal:
             _unequal(bench, shapes)
-        if bench.best is None:
-            # by Piper's memory model nothing fits: what comes nearest is told by the common one
-            for shape in shapes:
-                bench.offer(bench.relieved(bench.equal_plan(shape, _even(bench.num_blocks, shape.pipeline))))
+        bench.fall_back(shapes)
         return bench.best_plan()
     return bench.best_plan()
 
@@ -83,6 +79,8 @@ def _offer(bench: Bench, found: DagPlan, shape: Shape) -> None:
     """The plan as found; and, because not every runtime mixes within a stage, with all of a stage recomputed or none."""
     parts, first = [], 0
     microbatches = shape.shards // max(stage.data for stage in found.stages)
+    if bench.problem.constraints.microbatches not in (None, microbatches):
+        return
     rows = bench.problem.graph.batch_size // microbatches
     for stage in found.stages:
         if rows < stage.data:
@@ -94,13 +92,9 @@ def _offer(bench: Bench, found: DagPlan, shape: Shape) -> None:
             Part(start, stop, tuple(range(first, first + width)), stage.data, stage.tensor, stage.choices, 0, shares)
         )
         first += width
-    bench.offer(bench.plan(parts, microbatches, shape.schedule))
-    if any(len(set(part.recompute)) > 1 for part in parts):
-        whole = [
-            replace(p, recompute=same_recompute("full" if "full" in p.recompute else "none", p.stop - p.start))
-            for p in parts
-        ]
-        bench.offer(bench.plan(whole, microbatches, shape.schedule))
+    plan = bench.plan(parts, microbatches, shape.schedule)
+    bench.offer(plan)
+    bench.offer(bench.uniform(plan))
 
 
 def _unequal(bench: Bench, shapes: Sequence[Shape]) -> None:
@@ -116,7 +110,3 @@ def _unequal(bench: Bench, shapes: Sequence[Shape]) -> None:
         found = piper_dag(dag, _machine(bench, bench.world_size, first, transient_bytes), all_devices=True)
         if found is not None and first.shards % max(stage.data for stage in found.stages) == 0:
             _offer(bench, found, first)
-
-
-def _even(num_blocks: int, num_stages: int) -> list[int]:
-    return [num_blocks * (s + 1) // num_stages for s in range(num_stages)]

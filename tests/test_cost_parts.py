@@ -1,0 +1,198 @@
+"""Parts of the cost model: products by waves, host against device time, ZeRO's traffic, precision, recompute per block."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from models import build_gpt2, build_llama
+
+from autopar.capture.export import capture
+from autopar.cluster.spec import Cluster
+from autopar.cost.constants import FLOAT8, SOFTWARE, Constants, constants_of, named_constants
+from autopar.cost.data_axis import BlockLoad, data_traffic
+from autopar.cost.model import CostModel
+from autopar.cost.products import product_s
+from autopar.graph import Graph
+from autopar.plan import Plan, Stage
+
+GPU = Cluster.preset("a100-80gb", hosts=2, devices_per_host=4)
+CPU = Cluster.preset("cpu", hosts=2, devices_per_host=4)
+PEAK = 312e12
+
+
+@cache
+def llama() -> Graph:
+    return capture(*build_llama(layers=4))
+
+
+def plan_of(graph: Graph, stage: Stage | None = None, microbatches: int = 1, **fields) -> Plan:
+    stage = stage or Stage(0, len(graph.blocks), (0,), 1)
+    return Plan(
+        graph.name, graph.fingerprint, len(stage.ranks), graph.batch_size, microbatches, "1f1b", (stage,), **fields
+    )
+
+
+def cost(graph: Graph, cluster: Cluster, stage: Stage | None = None, microbatches: int = 1, **fields):
+    return CostModel(graph, cluster).stage(plan_of(graph, stage, microbatches, **fields), 0)
+
+
+# -- products
+
+
+def test_a_product_pays_for_whole_waves() -> None:
+    constants = constants_of(GPU)
+    units = int(constants.multiprocessors)
+
+    def seconds(m: int, n: int = 4096, k: int = 4096) -> float:
+        return product_s(1, m, n, k, PEAK, constants)
+
+    # One row more than fills the tiles begins another row of them.
+    rows = [seconds(m) for m in range(256, 8192, 64)]
+    assert rows == sorted(rows) and len(set(rows)) < len(rows) / 2
+    for m, n, k in ((8192, 8192, 8192), (256, 256, 4096), (64, 64, 64)):
+        work_s = 2.0 * m * n * k / (PEAK * constants.matmul_share)
+        assert seconds(m, n, k) >= work_s
+    assert seconds(8192, 8192, 8192) < 1.3 * 2 * 8192**3 / (PEAK * constants.matmul_share)
+    # A lone tile uses one multiprocessor, unless its k is long enough to be split.
+    assert seconds(64, 64, 256) > 2 * 64 * 64 * 256 / PEAK * units / 2
+    assert product_s(units, 128, 128, 512, PEAK, constants) < 3 * product_s(1, 128, 128, 512, PEAK, constants)
+    assert seconds(4096, 4096, 4095) > 1.2 * seconds(4096, 4096, 4096)
+
+
+# -- host and device
+
+
+def test_a_block_takes_the_longer_of_host_and_device() -> None:
+    graph = llama()
+    device = GPU.device
+    slow, quick = (
+        replace(GPU, device=replace(device, launch_s=s, backward_launch_s=s), software="") for s in (1e-3, 1e-9)
+    )
+    plan = plan_of(graph)
+    bound, free = (CostModel(graph, c).breakdown(plan, 0) for c in (slow, quick))
+    assert "launch" not in free.compute or max(free.compute["launch"]) < 1e-6
+    for way in (0, 1):
+        waiting = bound.compute["launch"][way]
+        work = sum(pair[way] for name, pair in bound.compute.items() if name != "launch")
+        assert work == pytest.approx(sum(pair[way] for name, pair in free.compute.items() if name != "launch"))
+        assert waiting > 10 * work  # this model is tiny, its launches are not
+    # Twice the launch cost is twice the time, where the host is what everything waits for.
+    double = replace(slow, device=replace(slow.device, launch_s=2e-3, backward_launch_s=2e-3))
+    assert cost(graph, double).forward_s == pytest.approx(2 * cost(graph, slow).forward_s, rel=0.05)
+
+
+def test_software_is_known_by_name() -> None:
+    for name in SOFTWARE:
+        assert constants_of(Cluster.preset("h100-80gb", software=name)) == named_constants("h100-80gb", name)
+        assert named_constants("h100-80gb", name + FLOAT8).products_in == "float8"
+    with pytest.raises(ValueError, match="did you mean 'megatron'"):
+        named_constants("a100-80gb", "megatro")
+    with pytest.raises(ValueError, match="not known"):
+        CostModel(llama(), replace(GPU, software="abacus"))
+
+
+def test_constants_leave_cpus_and_their_measured_rates_alone() -> None:
+    """Whatever the software is called, a device that does not compute asynchronously has no constants of its own."""
+    assert constants_of(replace(CPU, software="megatron-deepspeed")) == Constants()
+    graph = llama()
+    plain, named = cost(graph, CPU), cost(graph, replace(CPU, software="megatron-deepspeed"))
+    assert plain == named
+
+
+# -- precision
+
+
+def test_narrow_types_halve_what_is_kept_and_speed_products_up() -> None:
+    graph = capture(*build_gpt2(layers=3))
+    wide, narrow = (cost(graph, GPU, precision=p) for p in ("float32", "bfloat16"))
+    assert 0.45 < narrow.activation_bytes / wide.activation_bytes < 0.85  # masks and statistics stay as they are
+    model = CostModel(graph, replace(GPU, device=replace(GPU.device, launch_s=0, backward_launch_s=0), software=""))
+    matmul = [model.breakdown(plan_of(graph, precision=p), 0).compute["matmul"] for p in ("float32", "bfloat16")]
+    assert matmul[1][0] < matmul[0][0]
+    # Parameters and their moments rest in float32; a copy to compute with lies beside them.
+    elements = sum(t.numel for t in graph.parameters)
+    assert narrow.optimizer_bytes == wide.optimizer_bytes == 8 * elements
+    assert narrow.parameter_bytes - wide.parameter_bytes == 2 * elements
+    with pytest.raises(ValueError, match="float4"):
+        cost(graph, GPU, precision="float4")
+
+
+# -- recompute per block
+
+
+def test_recompute_is_chosen_block_by_block() -> None:
+    graph = llama()
+    count = len(graph.blocks)
+    found = []
+    for full in range(count + 1):
+        choice = ("full",) * full + ("none",) * (count - full)
+        found.append(cost(graph, CPU, Stage(0, count, (0,), 1, recompute=choice)))
+    times = [c.backward_s for c in found]
+    assert times == sorted(times) and times[0] < times[-1]
+    held = [c.activation_bytes for c in found]
+    assert held[-1] < held[count // 2] < held[0]
+    selective = cost(graph, CPU, Stage(0, count, (0,), 1, recompute=("selective",) * count))
+    assert times[0] < selective.backward_s < times[-1]
+    assert held[-1] < selective.activation_bytes < held[0]
+
+
+# -- the data axis
+
+
+def test_zero_levels_shard_more_and_more() -> None:
+    graph = llama()
+    count, size = len(graph.blocks), sum(t.size_bytes for t in graph.parameters)
+    costs = [cost(graph, CPU, Stage(0, count, (0, 1, 2, 3), 4, zero=zero)) for zero in range(4)]
+    assert [c.optimizer_bytes for c in costs] == [2 * size, size // 2, size // 2, size // 2]
+    assert [c.gradient_bytes for c in costs] == [size, size, size // 4, size // 4]
+    batch = costs[0].parameter_bytes - size
+    assert [c.parameter_bytes - batch for c in costs] == [size, size, size, size // 4]
+    assert costs[1].optimizer_s < costs[0].optimizer_s
+    hybrid = cost(graph, CPU, Stage(0, count, (0, 1, 2, 3), 4, zero=3, zero_group=2))
+    assert hybrid.optimizer_bytes == size and hybrid.parameter_bytes - batch == size // 2
+
+
+def test_traffic_of_each_zero_level_by_hand() -> None:
+    """All-reduce, reduce-scatter and all-gather of n bytes over d ranks take 2, 1 and 1 seconds per byte here."""
+    weights = {"all_reduce": 2.0, "reduce_scatter": 1.0, "all_gather": 1.0}
+
+    def seconds(kind: str, size: float, ranks: tuple[int, ...]) -> float:
+        return weights[kind] * size * len(ranks) if len(ranks) > 1 else 0.0
+
+    loads = [BlockLoad(10.0, 5.0, 100.0, 200.0)] * 3
+    constants = constants_of(CPU)
+    stage = Stage(0, 3, tuple(range(4)), 4)
+
+    def traffic(overlap: float, **changes):
+        return data_traffic(replace(stage, **changes), loads, overlap, constants, seconds)
+
+    zero0 = traffic(0.0)
+    assert (zero0.reduce_s, zero0.reduce_overlap_s, zero0.after_s) == (2 * 15 * 4, 0.0, 0.0)
+    zero1 = traffic(0.0, zero=1)
+    assert (zero1.reduce_s, zero1.after_s) == (15 * 4, 30 * 4)
+    zero2 = traffic(0.0, zero=2)
+    assert (zero2.backward_s, zero2.reduce_s, zero2.after_s) == (15 * 4, 0.0, 30 * 4)
+    zero3 = traffic(0.0, zero=3)
+    assert (zero3.forward_s, zero3.backward_s, zero3.reduce_s) == (30 * 4, 30 * 4, 15 * 4)
+    # All but the first block's gathers hide behind the block before.
+    hidden = traffic(1.0, zero=3)
+    assert (hidden.forward_s, hidden.backward_s, hidden.reduce_overlap_s) == (10 * 4, 10 * 4, 10 * 4)
+    halves = traffic(0.0, zero=1, zero_group=2)
+    assert halves.reduce_s == 15 * 2 + 2 * 15 / 2 * 2 and halves.after_s == 30 * 2
+    assert data_traffic(replace(stage, data=1, ranks=(0,)), loads, 0.5, constants, seconds).reduce_s == 0.0
+
+
+def test_equal_ranks_fold() -> None:
+    """What one data replica costs, every other costs too: one stands for all."""
+    graph = capture(*build_gpt2(layers=3))
+    count = len(graph.blocks)
+    cluster = Cluster.preset("a100-80gb", hosts=4, devices_per_host=2)
+    ranks = tuple(range(8))
+    turned = [tuple(ranks[(i + first) % 8] for i in range(8)) for first in range(8)]
+    for zero in (0, 3):
+        costs = {cost(graph, cluster, Stage(0, count, order, 8, zero=zero)) for order in turned}
+        spread = [math.fsum((c.forward_s, c.backward_s, c.reduce_s)) for c in costs]
+        assert max(spread) == pytest.approx(min(spread), rel=1e-12)

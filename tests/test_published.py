@@ -1,0 +1,132 @@
+"""Published measurements: models lengthened as captured, rows rebuilt into plans, judgements and their summary."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from published import judge_all, summary  # noqa: E402
+from published_models import Decoder, _captured, graph_of  # noqa: E402
+from published_rows import Row, Unsupported, device_of, read_rows, rebuild  # noqa: E402
+
+from autopar.cluster.presets import PRESETS  # noqa: E402
+from autopar.cluster.spec import Cluster  # noqa: E402
+from autopar.cost.model import CostModel  # noqa: E402
+from autopar.plan import Plan, Stage  # noqa: E402
+from autopar.sharding.named_layouts import megatron_layouts  # noqa: E402
+from autopar.simulate import simulate  # noqa: E402
+
+GPT = Decoder(5, 64, 256, 4, 4, 512, 32, dropout=0.1, explicit_attention=True)
+LLAMA = Decoder(5, 64, 176, 4, 2, 512, 32, norm="rms", bias=False, gated=True, rotary=True, tied=False)
+
+COLUMNS = dict(
+    source="NVIDIA/Megatron-LM", model="gpt", layers="4", hidden="64", ffn_hidden="256", heads="4", kv_heads="4", vocab="512",
+    seq_len="32", gpu="A100-SXM-80GB", gpus_per_node="8", num_gpus="8", intra_bw_GBps="300", inter_bw_GBps="25",
+    dtype="bf16", dp="2", dp_mode="ddp", tp="2", sp="0", pp="2", vpp="1", cp="1", ep="1", micro_batch="1", global_batch="8",
+    recompute="none", schedule="1f1b", compile="no", step_time_s="0.05", mem_GiB="", notes="",
+)  # fmt: skip
+
+
+def row(**changes: str) -> Row:
+    return Row("some.csv", 2, {**COLUMNS, **changes})
+
+
+@pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
+def test_a_lengthened_graph_costs_what_the_captured_one_does(config: Decoder) -> None:
+    short, long = graph_of(config, 8), _captured(config, 8)
+    assert len(short.blocks) == len(long.blocks) and len(short.ops) == len(long.ops)
+    assert [b.kind for b in short.blocks] == [b.kind for b in long.blocks]
+    assert sorted(t.shape for t in short.parameters) == sorted(t.shape for t in long.parameters)
+    assert len({t.fqn for t in short.parameters}) == len(short.parameters)
+    cluster = Cluster.preset("a100-80gb", hosts=1, devices_per_host=4)
+    costs = []
+    for graph in (short, long):
+        cut = 3
+        stages = (Stage(0, cut, (0, 1), 2), Stage(cut, len(graph.blocks), (2, 3), 2))
+        plan = Plan(graph.name, graph.fingerprint, 4, 8, 2, "1f1b", stages, precision="bfloat16")
+        costs.append([CostModel(graph, cluster).stage(plan, i) for i in (0, 1)])
+    assert costs[0] == costs[1]
+
+
+def test_a_row_becomes_its_plan() -> None:
+    case = rebuild(row())
+    plan = case.plan
+    assert [(s.data, s.tensor, len(s.ranks)) for s in plan.stages] == [(2, 2, 4), (2, 2, 4)]
+    assert (plan.microbatches, plan.schedule, plan.precision, plan.world_size) == (4, "1f1b", "bfloat16", 8)
+    assert plan.stages[0].stop == plan.stages[1].start and plan.stages[1].stop == len(case.graph.blocks)
+    assert case.cluster.inter.bandwidth_bytes_per_s == pytest.approx(25e9 * 0.8)
+    sharded = rebuild(row(dp="4", tp="1", dp_mode="zero3", recompute="full")).plan
+    assert all(s.zero == 3 and set(s.recompute) == {"full"} for s in sharded.stages)
+    hybrid = rebuild(row(dp="16", tp="1", pp="1", num_gpus="16", dp_mode="zero1-intra-node(8)", global_batch="16")).plan
+    assert (hybrid.stages[0].zero, hybrid.stages[0].zero_group) == (1, 8)
+    interleaved = rebuild(row(pp="2", vpp="2", schedule="interleaved-1f1b")).plan
+    assert len(interleaved.stages) == 4 and interleaved.pipeline == 2
+    assert interleaved.stages[0].ranks == interleaved.stages[2].ranks
+
+
+def test_what_cannot_be_rebuilt_says_why() -> None:
+    for changes, words in (({"ep": "2"}, "expert"), ({"gpu": "TPUv4"}, "TPUv4"), ({"pp": "8", "tp": "1"}, "8 stages")):
+        with pytest.raises(Unsupported, match=words):
+            rebuild(row(**changes))
+
+
+def test_gpu_names_find_their_presets() -> None:
+    for gpu, name in (
+        ("A100-SXM-80GB", "a100-80gb"), ("A100", "a100-80gb"), ("V100-SXM-16GB", "v100-16gb"), ("A800-80GB", "a800-80gb"),
+        ("H100-SXM-96GB-HBM2e(500W)", "h100hbm2e-96gb"), ("H100-SXM-80GB", "h100-80gb"), ("A100-SXM-40GB", "a100-40gb"),
+    ):  # fmt: skip
+        assert device_of(gpu) == name and name in PRESETS
+
+
+def test_judgements_are_summed_up(tmp_path: Path) -> None:
+    lines = [",".join(COLUMNS)]
+    for changes in ({}, {"micro_batch": "2"}, {"step_time_s": "", "notes": "OOM; too large"}, {"ep": "2"}):
+        lines.append(",".join({**COLUMNS, **changes}.values()))
+    (tmp_path / "made_up.csv").write_text("\n".join(lines) + "\n")
+    judged = judge_all(read_rows(tmp_path), quiet=True)
+    assert [j.reason for j in judged] == ["", "", "", "expert parallelism"]
+    assert judged[0].time_error == judged[0].step_time_s / 0.05 - 1
+    assert judged[2].row.out_of_memory and judged[2].fits
+    text = summary(judged)
+    assert "| made_up A100-SXM-80GB | 2 |" in text and "of 1 that ran out of memory, 0 are judged not to" in text
+    with pytest.raises(ValueError, match="nowhere"):
+        read_rows(tmp_path, "nowhere")
+
+
+def test_sixteen_thousand_ranks_cost_what_their_stages_cost() -> None:
+    """Pipeline 8 x data 256 x tensor 8, by the real cost model: one rank of each stage is walked."""
+    data, tensor, pipeline, microbatches = 256, 8, 8, 32
+    config = Decoder(16, 64, 256, 8, 8, 512, 32)
+    graph = graph_of(config, data * microbatches)
+    layouts = megatron_layouts(graph, tensor, sequence=False, shards=data * microbatches)
+    unique = tuple(dict.fromkeys(layouts))
+    width = data * tensor
+    cuts = [0, *(range(3, len(graph.blocks) - 2, 2)), len(graph.blocks)]
+    stages = tuple(
+        Stage(
+            start, stop, tuple(range(s * width, (s + 1) * width)), data, (tensor,),
+            (tuple(unique.index(layout) for layout in layouts[start:stop]),), zero=1,
+        )
+        for s, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False))
+    )  # fmt: skip
+    assert len(stages) == pipeline
+    plan = Plan(
+        graph.name, graph.fingerprint, width * pipeline, graph.batch_size, microbatches, "1f1b", stages, unique,
+        precision="bfloat16",
+    )  # fmt: skip
+    cluster = Cluster.preset("h100-80gb", hosts=2048)
+    model = CostModel(graph, cluster)
+    began_s = time.process_time()
+    for index in range(pipeline):
+        model.stage(plan, index)
+    priced_s = time.process_time()
+    line = simulate(graph, plan, cluster, model)
+    walked_s = time.process_time()
+    print(f"stage costs {priced_s - began_s:.2f} s, simulation {walked_s - priced_s:.2f} s")
+    assert walked_s - priced_s < 1.0
+    assert len(line.peak_memory_bytes) == 16384 and len(line.by_rank()) == pipeline

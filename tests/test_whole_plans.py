@@ -1,0 +1,124 @@
+"""Random plans of random modules, every rank's real runtime in this process: exact, or refused.
+
+And programs that no schedule would write: what the checker lets through ends, with the right numbers; what it refuses
+does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+
+import pytest
+from loopback import Deadlock
+from loopback_plans import parallel_step
+from plan_cases import unequal_plan
+from random_models import BATCH, random_model
+
+import autopar
+from autopar.cluster.spec import Cluster
+from autopar.graph import Graph
+from autopar.plan import Plan
+from autopar.schedule.build import program_for
+from autopar.schedule.check import ScheduleError, check
+from autopar.schedule.instructions import OptimizerStep, Program, Prologue
+from autopar.schedule.orders import SCHEDULES
+
+EXACT = (2e-6, 1e-5)
+"""Relative errors of the loss and of a gradient against its norm."""
+
+
+@functools.cache
+def graph_of(seed: int) -> Graph:
+    return autopar.capture(*random_model(seed))
+
+
+def random_plan(graph: Graph, seed: int) -> Plan:
+    """1 to 4 meshes of 1 to 12 ranks, mostly with uneven shares, under any schedule that finds blocks enough."""
+    draw = random.Random(seed)
+    microbatches = draw.choice([1, 2, 4])
+    rows = BATCH // microbatches
+    schedule = draw.choice([name for name, one in SCHEDULES.items() if (one.virtual or 2) <= len(graph.blocks)])
+    most = min(4, len(graph.blocks) // (SCHEDULES[schedule].virtual or 2))
+    meshes = [
+        (draw.choice([d for d in (1, 1, 2, 3) if d <= rows]), draw.choice([1, 1, 2, 2, 4, (2, 2)]))
+        for _ in range(draw.randint(1, most))
+    ]
+    uneven = draw.random() < 0.6 or any(rows % data for data, _ in meshes)
+    return unequal_plan(
+        graph,
+        meshes,
+        microbatches,
+        shares="random" if uneven else (),
+        schedule=schedule,
+        recompute=draw.choice(["none", "none", "full"]),
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize("model_seed", range(24))
+def test_random_plans_are_exact(model_seed: int) -> None:
+    graph = graph_of(model_seed)
+    module, example = random_model(model_seed)
+    for seed in range(model_seed * 8, model_seed * 8 + 8):
+        plan = random_plan(graph, seed)
+        plan.validate(graph, Cluster.preset("cpu", hosts=1, devices_per_host=plan.world_size))
+        errors = parallel_step(graph, module, example, plan)
+        assert errors[0] < EXACT[0] and errors[1] < EXACT[1], (seed, plan, errors)
+
+
+def disturbed(program: Program, draw: random.Random) -> Program:
+    """One or two instructions of a row put elsewhere in it. The optimizer's step and the prologue stay, because runs do
+    not depend on where the first one stands, nor on the second one where a loss needs no count."""
+    rows = [list(row) for row in program.actions]
+    for _ in range(draw.choice([1, 1, 2])):
+        row = draw.choice(rows)
+        movable = [i for i, action in enumerate(row) if not isinstance(action, OptimizerStep | Prologue)]
+        source, target = draw.choice(movable), draw.choice(movable)
+        row.insert(target, row.pop(source))
+    return Program(tuple(map(tuple, rows)))
+
+
+def pipelined(graph: Graph, draw: random.Random) -> Plan:
+    """2 or 3 stages, with more than scalars crossing: a microbatch's summand of the loss may be mistaken for another's."""
+    while True:
+        meshes = [(draw.choice([1, 2]), draw.choice([1, 1, 2])) for _ in range(draw.choice([2, 2, 3]))]
+        schedule, seed = draw.choice(["gpipe", "1f1b"]), draw.randrange(1000)
+        plan = unequal_plan(graph, meshes, draw.choice([2, 4]), schedule=schedule, seed=seed)
+        crossing = [graph.blocks[stage.stop - 1].outputs for stage in plan.stages[:-1]]
+        if all(any(graph.tensors[name].shape for name in names) for names in crossing):
+            return plan
+
+
+def ends_well(graph: Graph, seed: int, plan: Plan, program: Program) -> tuple[bool, str]:
+    module, example = random_model(seed)
+    try:
+        errors = parallel_step(graph, module, example, plan, program)
+    except Deadlock:
+        return False, "deadlock"
+    except Exception as error:
+        return False, f"{type(error).__name__}: {error}"
+    return errors[0] < EXACT[0] and errors[1] < EXACT[1], f"errors {errors}"
+
+
+def test_the_checker_agrees_with_what_happens() -> None:
+    verdicts = {True: 0, False: 0}
+    deadlocks = 0
+    # Stages that share a parameter meet in the reduction of its gradient, of which programs do not tell.
+    untied = [seed for seed in range(16) if not graph_of(seed).shared_parameters][:8]
+    for seed in range(100):
+        model_seed = untied[seed % len(untied)]
+        graph = graph_of(model_seed)
+        draw = random.Random(seed)
+        plan = pipelined(graph, draw)
+        program = disturbed(program_for(plan), draw)
+        try:
+            check(program)
+            legal, reason = True, ""
+        except ScheduleError as error:
+            legal, reason = False, error.reason
+        ended, how = ends_well(graph, model_seed, plan, program)
+        assert ended == legal, f"seed {seed}: the checker says {reason or 'yes'}, the run {how}\n{program}"
+        verdicts[legal] += 1
+        deadlocks += how == "deadlock"
+    assert min(*verdicts.values(), deadlocks) > 10, (verdicts, deadlocks)
