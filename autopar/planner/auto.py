@@ -63,6 +63,8 @@ class _Auto:
         self.tight: list[TooLarge] = []
         self.open_bound_s = math.inf
         self.heap: list[_Entry] = []
+        # Per degrees, ZeRO level and schedule, up to how many microbatches nothing can fit: fewer are larger.
+        self._hopeless: dict[tuple, int] = {}
 
     def run(self) -> Plan:
         shapes = self.problem.shapes
@@ -94,12 +96,15 @@ class _Auto:
             if chain is not None:
                 self._with_layouts(entry, chain)
                 self._push(replace(entry))
-        elif entry.bound_s == math.inf:
+        elif entry.bound_s == math.inf or self._is_hopeless(entry.shape):
             self.tight.append(self._too_large(entry.shape))
         elif not entry.refined:
             self._push(replace(entry, bound_s=max(entry.bound_s, self.floors.refined_s(entry.shape)), refined=True))
         else:
             self._with_layouts(entry, next(iter(self.problem.chains.of(self.problem, entry.shape))))
+
+    def _is_hopeless(self, shape: Shape) -> bool:
+        return shape.microbatches <= self._hopeless.get((shape.group, shape.schedule), 0)
 
     def _push(self, entry: _Entry) -> None:
         heapq.heappush(self.heap, entry)
@@ -128,12 +133,10 @@ class _Auto:
         if entry.shape.tensor == 1:
             return
         smallest = self.problem.chains.smallest(self.problem, entry.shape)
-        search = StageSearch(self.problem, entry.shape, smallest, self.prices)
-        if search.root_bound_s == math.inf:
-            least_bytes = search.smallest()[1]
-            self.tight.append(TooLarge(least_bytes, entry.shape, search))
-            if least_bytes > HOPELESS * self.problem.memory_limit_bytes:
-                return
+        if not self.floors.may_fit(entry.shape, smallest, HOPELESS * self.problem.memory_limit_bytes):
+            kind = (entry.shape.group, entry.shape.schedule)
+            self._hopeless[kind] = max(entry.shape.microbatches, self._hopeless.get(kind, 0))
+            return
         chains = iter(self.problem.chains.of(self.problem, entry.shape))
         next(chains)
         self._push(_Entry(bound_s, entry.order, entry.shape, True, chains=chains))

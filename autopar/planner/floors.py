@@ -38,7 +38,7 @@ import numpy as np
 
 from ..cost.types import StageCost
 from ..schedule.orders import schedule_named
-from ..simulate import at_rest_bytes
+from ..simulate import at_rest_bytes, stage_peak_bytes
 from .pricing import Piece, StagePrices
 from .problem import Chain, Problem, Shape
 
@@ -69,7 +69,7 @@ class Floors:
     def chain_s(self, shape: Shape, chain: Chain) -> float:
         """No plan of this shape with these layouts is faster; infinite if none fits in memory. For two stage costs."""
         plain = self._whole(shape, self.problem.recompute_choices[0], chain)
-        if self.memory_bytes(shape, chain) > self.problem.memory_limit_bytes:
+        if not self.may_fit(shape, chain, self.problem.memory_limit_bytes):
             return math.inf
         most_s = TIME_SLACK * (plain.forward_s + plain.backward_s)
         excess_bytes = MEMORY_SLACK * plain.activation_bytes - self._most_kept_bytes(shape, plain, 1)
@@ -129,9 +129,49 @@ class Floors:
         least = self._whole(shape, self.problem.recompute_choices[-1], chain)
         held = self._in_flight(shape)
         rest_bytes, kept_bytes = self._rest_bytes(shape, least), least.activation_bytes
-        by_sum = (rest_bytes + held[-1] * kept_bytes) / shape.pipeline
-        by_share = (rest_bytes / held[0] + kept_bytes) / sum(1 / k for k in held)
+        passing_bytes = self._passing_bytes(shape, chain) if chain else 0.0
+        by_sum = (rest_bytes + held[-1] * kept_bytes + passing_bytes) / shape.pipeline
+        by_share = ((rest_bytes + passing_bytes) / held[0] + kept_bytes) / sum(1 / k for k in held)
         return MEMORY_SLACK * max(by_sum, by_share) / (1 if chain else shape.tensor)
+
+    def _passing_bytes(self, shape: Shape, chain: Chain) -> float:
+        """What comes and goes on stages while a block of the commonest kind runs, summed over those that must have one.
+
+        Blocks of one kind stand together as far as this counts: a stage without any takes at least one other block.
+        """
+        blocks = self.problem.graph.blocks
+        kind, count = Counter(block.kind for block in blocks).most_common(1)[0]
+        index = [block.index for block in blocks if block.kind == kind][count // 2]
+        cost = self._block(shape, index, self.problem.recompute_choices[-1], chain)
+        stages = max(1, shape.pipeline - (len(blocks) - count))
+        return stages * (max(cost.forward_peak_bytes, cost.backward_peak_bytes) + cost.unsharded_bytes)
+
+    def may_fit(self, shape: Shape, chain: Chain, limit_bytes: float) -> bool:
+        """False only if every plan of this shape with these layouts needs more than `limit_bytes` somewhere."""
+        return self.memory_bytes(shape, chain) <= limit_bytes and self._have_room(shape, chain, limit_bytes)
+
+    def _have_room(self, shape: Shape, chain: Chain, limit_bytes: float) -> bool:
+        """Whether the stages together have room for all blocks of the commonest kind, recomputed as far as may be.
+
+        What a stage needs grows with each such block by what the second one adds to the first.
+        """
+        blocks = self.problem.graph.blocks
+        kind, count = Counter(block.kind for block in blocks).most_common(1)[0]
+        mine = [block.index for block in blocks if block.kind == kind]
+        index = mine[count // 2 - 1] if count > 1 else -1
+        if count < 4 or index + 1 not in mine:
+            return True
+        choice = self.problem.recompute_choices[-1]
+        one, two = (self._block(shape, index, choice, chain, blocks=n) for n in (1, 2))
+        limit_bytes, room = limit_bytes / MEMORY_SLACK, 0
+        for stage in range(shape.pipeline):
+            first_bytes, second_bytes = (
+                stage_peak_bytes(cost, shape.schedule, stage, shape.pipeline, shape.microbatches) for cost in (one, two)
+            )
+            if first_bytes <= limit_bytes:
+                each_bytes = max(1, second_bytes - first_bytes)
+                room += 1 + int((limit_bytes - first_bytes) / each_bytes)
+        return room >= count
 
     def _most_kept_bytes(self, shape: Shape, cost: StageCost, ranks: int) -> float:
         """What a microbatch may keep over all stages and `ranks` ranks of each under the memory limit, by (2)."""
@@ -170,12 +210,15 @@ class Floors:
             self._knapsacks[key] = sorted(found, key=lambda item: item[1] / item[0])
         return self._knapsacks[key]
 
-    def _block(self, shape: Shape, index: int, recompute: str) -> StageCost:
-        """One block as a stage of its own, in a pipeline as short as it can stand in."""
-        last = len(self.problem.graph.blocks) - 1
+    def _block(
+        self, shape: Shape, index: int, recompute: str, chain: Chain | None = None, blocks: int = 1
+    ) -> StageCost:
+        """One block (or a few) as a stage of its own, in a pipeline as short as it can stand in."""
+        last = len(self.problem.graph.blocks) - blocks
         stage = int(index > 0)
-        alone = Shape(stage + (index < last) + 1, shape.data, 1, shape.microbatches, "1f1b", shape.zero)
-        return self.prices.cost(alone, Chain(), stage, Piece(index, index + 1, recompute))
+        tensor = shape.tensor if chain else 1
+        alone = Shape(stage + (index < last) + 1, shape.data, tensor, shape.microbatches, "1f1b", shape.zero)
+        return self.prices.cost(alone, chain or Chain(), stage, Piece(index, index + blocks, recompute))
 
     def _whole(self, shape: Shape, recompute: str, chain: Chain | None = None) -> StageCost:
         """The whole model as one stage: with these layouts, or without a tensor axis."""
