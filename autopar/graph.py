@@ -13,11 +13,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 Shape = tuple[int, ...]
+Precision = Literal["float32", "bfloat16", "float16"]
+"""What a module's float32 parameters are computed with; float32 leaves every dtype as the module has it."""
 Role = Literal["input", "parameter", "buffer", "constant", "activation"]
 
 
@@ -48,6 +50,7 @@ class Tensor:
     `requires_grad` is true where a gradient flows: a trainable parameter, or what is computed from one under grad mode.
     `fqn` is the original fully qualified name of a parameter or buffer, "" otherwise. Tied parameters are one `Tensor`.
     `base` names the tensor whose storage this one is a view of, "" where it has its own: memory is counted per base.
+    `rest_dtype` is the dtype of a parameter at rest where the computation uses it in another, None elsewhere.
     """
 
     name: str
@@ -57,6 +60,12 @@ class Tensor:
     requires_grad: bool = False
     fqn: str = ""
     base: str = ""
+    rest_dtype: torch.dtype | None = None
+
+    @property
+    def at_rest(self) -> torch.dtype:
+        """The dtype that the module, an optimizer and a checkpoint see."""
+        return self.rest_dtype or self.dtype
 
     @property
     def numel(self) -> int:
@@ -132,6 +141,7 @@ class Graph:
     batch_size: rows of the global batch.
     constants: values of lifted tensor constants, by tensor name.
     opaque_modules: the modules that "autopar.opaque" ops run, by fully qualified name.
+    precision: what the module's float32 parameters and inputs were cast to before it was captured.
     """
 
     name: str
@@ -147,6 +157,7 @@ class Graph:
     batch_size: int
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     opaque_modules: Mapping[str, torch.nn.Module] = field(default_factory=dict, repr=False, compare=False)
+    precision: Precision = "float32"
 
     @cached_property
     def op(self) -> dict[str, Op]:
@@ -189,6 +200,13 @@ class Graph:
 
     def block_ops(self, block: Block) -> tuple[Op, ...]:
         return tuple(self.op[name] for name in block.ops)
+
+
+def torch_dtype(precision: Precision) -> torch.dtype:
+    """The dtype of that name. ValueError for one that is not a `Precision`."""
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision {precision!r}: expected one of {', '.join(map(repr, get_args(Precision)))}")
+    return getattr(torch, precision)
 
 
 def iterate_refs(value: Any) -> Iterator[Ref]:

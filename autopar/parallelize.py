@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from .capture.export import capture
 from .cluster.probe_world import join_world
 from .cluster.spec import Cluster
 from .cost.model import Corrections, CostModel
-from .graph import Graph
+from .graph import Graph, Precision, torch_dtype
 from .plan import Plan
 from .planner.search import search
 from .refine import Refinement, refine
 from .runtime.agree import from_rank_zero
 from .runtime.background import Saving
 from .runtime.build import build_runtime, ownerships
+from .runtime.compiled import Backend
 from .runtime.initialise import Initialise, local_state, local_values
 from .runtime.loader import RankLoader
 from .runtime.model import ParallelModule
@@ -54,19 +56,21 @@ class Model(ParallelModule):
         device: torch.device,
         initialise: Initialise | None,
         constraints: Mapping[str, Any],
+        compile_with: Backend | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.cluster = cluster
         self.corrections = Corrections()
         self.constraints = dict(constraints)
         self.seeds = Seeds(seed)
+        self._compile_with = compile_with
         start_s = time.perf_counter()
         state = local_state(graph, module, device, seed, initialise)
 
         def values(specs: Sequence[ParameterSpec]) -> Mapping[str, Tensor]:
             return local_values(specs, module, dist.get_rank(), seed, device, initialise)
 
-        runtime = build_runtime(graph, plan, values, state, device, self._stream(device))
+        runtime = build_runtime(graph, plan, values, state, device, self._stream(device), compile_with)
         super().__init__(graph, runtime, simulate(graph, plan, cluster), device, timeout_s)
         self.build_s = time.perf_counter() - start_s
         self.saving = Saving()
@@ -101,14 +105,15 @@ class Model(ParallelModule):
         self.share_buffers()
         old, rank = self.runtime, dist.get_rank()
         before, after = (ownerships(self.graph, p) for p in (old.plan, plan))
-        dtypes = {t.fqn: t.dtype for t in self.graph.parameters}
+        dtypes = {t.fqn: t.at_rest for t in self.graph.parameters}
         held = {fqn: local_tensor(p.detach()) for fqn, p in old.storage.parameters.items()}
 
         def values(specs: Sequence[ParameterSpec]) -> Mapping[str, Tensor]:
             return reshard(held, before, after, dtypes, rank, self.device)
 
         state = old.executor.state
-        runtime = build_runtime(self.graph, plan, values, state, self.device, self._stream(self.device))
+        stream = self._stream(self.device)
+        runtime = build_runtime(self.graph, plan, values, state, self.device, stream, self._compile_with)
         move_optimizer(optimizer, old.storage.parameters, runtime.storage.parameters, before, after, rank, self.device)
         self.measurement.close()
         self.install(runtime)
@@ -126,6 +131,10 @@ def parallelize(
     *,
     initialise: Initialise | None = None,
     timeout_s: float = TIMEOUT_S,
+    precision: Precision | None = None,
+    reduce_dtype: Precision = "float32",
+    offload: bool = False,
+    compile: bool | Backend = False,
     **constraints: Any,
 ) -> Model:
     """Make `module` train on the whole world, by the plan expected to be fastest among those that fit in memory.
@@ -138,13 +147,24 @@ def parallelize(
     initialise: for modules on the meta device, how to fill a submodule; see runtime/initialise.py.
     timeout_s: how long one instruction of a step may take before the run is ended on all ranks, with the rank that hangs or
         has died named.
+    precision: "bfloat16" or "float16": compute in it from float32 parameters at rest, cast at use; what the module itself
+        computes in float32 stays so. By default what the plan says, else "float32": every dtype as the module has it.
+        With "float16", torch.amp.GradScaler works as ever.
+    reduce_dtype: what gradients of parameters that are cast so are summed in. offload: parameters at rest, gradients and
+        the optimizer's state stay in host memory, and the optimizer runs there. A given plan says these two itself.
+    compile: run blocks through torch.compile, each kind of block once; True is its default backend, and another may be
+        named or given. An instruction may then take ten times timeout_s, because the first ones compile.
     constraints: data=, tensor=, pipeline=, microbatches=, schedule=, zero=, recompute=, memory_limit_bytes= pin a choice
         of the search each.
     Under torchrun all ranks must call it alike; without a launcher the world is this process. ValueError for what cannot
     be done, the same on every rank.
     """
     device = join_world()
-    graph = capture(module, example, loss)
+    if plan is not None and constraints:
+        raise ValueError(f"plan= is a whole plan, so it excludes {sorted(constraints)}; give one or the other")
+    torch_dtype(reduce_dtype)
+    given = from_rank_zero(lambda: plan if plan is None or isinstance(plan, Plan) else Plan.load(plan))
+    graph = capture(module, example, loss, precision=precision or (given.precision if given else "float32"))
     if cluster is None:
         cluster = Cluster.probe()
     if cluster.world_size != dist.get_world_size():
@@ -152,15 +172,9 @@ def parallelize(
             f"the cluster has {cluster.world_size} devices but {dist.get_world_size()} processes run; "
             "start one process per device, or pass cluster=None to probe what is there"
         )
-    if plan is not None and constraints:
-        raise ValueError(f"plan= is a whole plan, so it excludes {sorted(constraints)}; give one or the other")
-
-    def decide() -> Plan:
-        if plan is None:
-            return search(graph, cluster, **constraints)
-        return plan if isinstance(plan, Plan) else Plan.load(plan)
-
-    chosen = from_rank_zero(decide)
+    chosen = given or from_rank_zero(
+        lambda: replace(search(graph, cluster, **constraints), reduction=reduce_dtype, offload=offload)
+    )
     chosen.validate(graph, cluster)
     graph = chosen.graph_of(graph)
     seed = from_rank_zero(torch.initial_seed)
@@ -173,5 +187,6 @@ def parallelize(
         device=device,
         initialise=initialise,
         constraints=constraints,
-        timeout_s=timeout_s,
+        compile_with="inductor" if compile is True else compile or None,
+        timeout_s=timeout_s * (10 if compile else 1),
     )

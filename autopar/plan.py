@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from .graph import Precision
+
 if TYPE_CHECKING:
     from .cluster.spec import Cluster
     from .graph import Graph
@@ -23,7 +25,6 @@ SCHEMA = 2
 
 Recompute = Literal["none", "selective", "full"]
 Zero = Literal[0, 1, 2, 3]
-Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,11 @@ class Plan:
 
     stages: in the order of the blocks. The same ranks may run several of them, if the schedule has it so (interleaved,
     V-shaped). precision: what blocks compute in; parameters at rest and gradients stay as the module has them.
+    reduction: what gradients are summed in, over microbatches and data ranks, where blocks compute in less than float32.
+    offload: parameters at rest, their `.grad` and the optimizer's state lie in host memory, and the optimizer runs there;
+        blocks compute with copies on the device (Ren et al. 2021, ZeRO-Offload).
     rewrites: what is done to the captured graph first (capture/rewrites.py); the fingerprint, the blocks and the layouts
-    are those of the graph after them.
+        are those of the graph after them.
     """
 
     model: str
@@ -133,6 +137,8 @@ class Plan:
     prediction: Prediction | None = None
     candidates: tuple[Candidate, ...] = ()
     precision: Precision = "float32"
+    reduction: Precision = "float32"
+    offload: bool = False
     rewrites: tuple[str, ...] = ()
     schema: int = SCHEMA
 

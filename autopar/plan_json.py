@@ -100,7 +100,7 @@ def _parse(kind: Any, value: Any, path: str) -> Any:
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise _wrong(path, value, {int: "an integer", str: "a string", float: "a number"}[kind])
+        raise _wrong(path, value, {int: "an integer", str: "a string", float: "a number", bool: "a boolean"}[kind])
     return value
 
 

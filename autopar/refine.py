@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -235,7 +235,8 @@ def refine(model: Model, optimizer: torch.optim.Optimizer, remaining_steps: int 
     costs = CostModel(graph, cluster, corrections)
 
     def decide() -> tuple[Plan, float, float, float, float]:
-        best = search(graph, cluster, model=costs, progress=False, **model.constraints)
+        found = search(graph, cluster, model=costs, progress=False, **model.constraints)
+        best = replace(found, reduction=plan.reduction, offload=plan.offload)
         old_s = simulate(graph, plan, cluster, costs).step_time_s
         new_s = simulate(graph, best, cluster, costs).step_time_s
         move_s = model.build_s + _state_transfer_s(model, corrections)

@@ -6,10 +6,10 @@ import itertools
 import math
 import random
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from autopar.graph import Graph, Op
-from autopar.plan import Layout, Plan, Stage, same_recompute, tensor_axes
+from autopar.plan import Layout, Plan, Recompute, Stage, same_recompute, tensor_axes
 from autopar.schedule.orders import schedule_named
 from autopar.sharding.axes import Places
 from autopar.sharding.batch import batch_layout
@@ -31,15 +31,17 @@ def random_plan(
     microbatches: int,
     *,
     schedule: str = "1f1b",
-    zero: Literal[0, 3] = 0,
-    recompute: Literal["none", "full"] = "none",
+    zero: Literal[0, 1, 2, 3] = 0,
+    zero_group: int = 0,
+    recompute: Literal["none", "selective", "full", "mixed"] = "none",
     seed: int = 0,
 ) -> Plan:
     """A plan of these degrees with random stage cuts, a random strategy per op, and random placements at rest and between
     blocks. tensor: of one model axis, or of several. Schedules that run several stages on a set of ranks get as many as
     they want, or 2."""
     meshes: list[Mesh] = [(data, tensor)] * pipeline
-    return unequal_plan(graph, meshes, microbatches, schedule=schedule, zero=zero, recompute=recompute, seed=seed)
+    options = dict(schedule=schedule, zero=zero, zero_group=zero_group, recompute=recompute, seed=seed)
+    return unequal_plan(graph, meshes, microbatches, **options)
 
 
 def unequal_plan(
@@ -49,8 +51,9 @@ def unequal_plan(
     *,
     shares: Sequence[tuple[int, ...]] | Literal["random"] = (),
     schedule: str = "1f1b",
-    zero: Literal[0, 3] = 0,
-    recompute: Literal["none", "full"] = "none",
+    zero: Literal[0, 1, 2, 3] = 0,
+    zero_group: int = 0,
+    recompute: Literal["none", "selective", "full", "mixed"] = "none",
     seed: int = 0,
 ) -> Plan:
     """As `random_plan`, with a mesh per set of ranks, and shares for each or random ones."""
@@ -86,8 +89,9 @@ def unequal_plan(
                     tuple(range(len(layouts) + a * (stop - start), len(layouts) + (a + 1) * (stop - start)))
                     for a in range(len(axes))
                 ),
-                recompute=same_recompute(recompute, stop - start),
+                recompute=_recompute(recompute, stop - start, rng),
                 zero=zero if data > 1 else 0,
+                zero_group=zero_group if data > zero_group else 0,
                 shares=own,
             )
         )
@@ -113,6 +117,12 @@ def world_of(options: Mapping[str, Any]) -> int:
     """Ranks of `plan_of`."""
     meshes = options.get("meshes") or [(options["data"], options["tensor"])] * options["pipeline"]
     return sum(data * (math.prod(tensor) if isinstance(tensor, tuple) else tensor) for data, tensor in meshes)
+
+
+def _recompute(choice: str, num_blocks: int, rng: random.Random) -> tuple[Recompute, ...]:
+    if choice == "mixed":
+        return tuple(rng.choice(get_args(Recompute)) for _ in range(num_blocks))
+    return same_recompute(choice, num_blocks)
 
 
 def random_shares(rows: int, data: int, rng: random.Random) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from autopar.runtime.axis import Axis
@@ -25,28 +26,37 @@ class Case:
     coefficients: dict[str, torch.Tensor]
 
 
-def make_axes(data: int, tensor: int, ranks: tuple[int, ...] | None = None) -> StageAxes:
+def make_axes(data: int, tensor: int, ranks: tuple[int, ...] | None = None, zero_group: int = 0) -> StageAxes:
     """Groups over `ranks` (all by default); every process of the world must call this, in the same order."""
     ranks = ranks or tuple(range(data * tensor))
     me = dist.get_rank()
     d, t = divmod(ranks.index(me), tensor) if me in ranks else (0, 0)
     axes = {}
-    for name, size, lists, index in (
-        ("data", data, [ranks[i::tensor] for i in range(tensor)], d),
+    columns = [ranks[i::tensor] for i in range(tensor)]
+    wanted = [
+        ("data", data, columns, d),
         ("tensor", tensor, [ranks[i * tensor : (i + 1) * tensor] for i in range(data)], t),
         ("stage", data * tensor, [ranks], d * tensor + t),
-    ):
+    ]
+    if zero_group:
+        n = zero_group
+        wanted.append(("copies", data // n, [column[i::n] for column in columns for i in range(n)], d // n))
+        wanted.append(("shards", n, [column[i : i + n] for column in columns for i in range(0, data, n)], d % n))
+    for name, size, lists, index in wanted:
         for members in lists:
             group = dist.new_group(list(members)) if size > 1 else None
             if me in members:
                 axes[name] = Axis(name, index, size, members, group)
     if me not in ranks:
         return None
-    return StageAxes(axes["data"], axes["tensor"], axes["stage"], me, torch.device("cpu"))
+    hybrid = (axes["copies"], axes["shards"]) if zero_group else None
+    return StageAxes(axes["data"], axes["tensor"], axes["stage"], me, torch.device("cpu"), hybrid=hybrid)
 
 
-def make_case(seed: int, ranks: tuple[int, ...], data: int, tensor: int, zero: int, dtypes=(torch.float64,)) -> Case:
-    """Three blocks of random parameters: scalars, uneven first dims, splits with and without blocks, frozen, tied."""
+def make_case(seed: int, ranks: tuple[int, ...], data: int, tensor: int, shards: int, dtypes=(torch.float64,)) -> Case:
+    """Three blocks of random parameters: scalars, uneven first dims, splits with and without blocks, frozen, tied.
+
+    shards: data ranks that ZeRO cuts each parameter over."""
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     specs, blocks, whole, coefficients = [], {0: [], 1: [], 2: []}, {}, {}
@@ -65,8 +75,7 @@ def make_case(seed: int, ranks: tuple[int, ...], data: int, tensor: int, zero: i
             options += [Split(dim)] * 2 if size % tensor == 0 else []
             options += [Split(dim, 3)] * 2 if size % (3 * tensor) == 0 else []
         placement = draw.choice(options)
-        sharded = zero == 3 and data > 1 and shape != ()
-        ownership = Ownership(shape, (Holder(ranks, data, tensor, placement, sharded),))
+        ownership = Ownership(shape, (Holder(ranks, data, tensor, placement, shards if shape else 1),))
         fqn = f"layers.{block}.part{number}.weight"
         specs.append(ParameterSpec(fqn, draw.choice(dtypes), ownership, requires_grad=draw.random() > 0.1))
         blocks[block].append(fqn)
@@ -134,3 +143,19 @@ def run_step(storage, case: Case, rows: torch.Tensor, microbatches: int, order: 
                     storage.begin_last_backward()
                 pending.pop(0).backward()
     return storage.finish()
+
+
+class CountCollectives(TorchDispatchMode):
+    """Counts the calls of process groups by kind; everything that communicates passes through here."""
+
+    KINDS = {"gather": "allgather", "scatter": "reduce_scatter", "all_reduce": "allreduce", "all_to_all": "alltoall"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            kind = next(kind for kind, part in self.KINDS.items() if part in str(func))
+            self.found[kind] = self.found.get(kind, 0) + 1
+        return func(*args, **(kwargs or {}))

@@ -105,13 +105,17 @@ CASES = [
         "build_gpt2",
         "sgd",
         dict(data=1, tensor=2, pipeline=1, microbatches=1, seed=8),
-        [dict(data=2, tensor=2, pipeline=1, microbatches=2, zero=3, seed=3)],
+        [
+            dict(data=4, tensor=1, pipeline=1, microbatches=2, zero=3, zero_group=2, seed=3),
+            dict(data=2, tensor=2, pipeline=1, microbatches=2, zero=1, seed=3),
+        ],
     ),
     (
         "build_conv_net",
         "sgd",
-        ONE,
+        dict(data=4, tensor=1, pipeline=1, microbatches=1, zero=2, zero_group=2),
         [
+            ONE,
             dict(data=1, tensor=2, pipeline=2, microbatches=4, seed=5),
             dict(data=2, tensor=1, pipeline=1, microbatches=1),
         ],

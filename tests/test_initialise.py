@@ -113,7 +113,7 @@ def test_equal_under_every_layout(make):
             for name, p in module.named_parameters():
                 fits = p.ndim and p.shape[-1] % (tensor * blocks) == 0
                 place = Split(p.ndim - 1, blocks) if fits else REPLICATED
-                ownership = Ownership(tuple(p.shape), (Holder(ranks, data, tensor, place, sharded=True),))
+                ownership = Ownership(tuple(p.shape), (Holder(ranks, data, tensor, place, data),))
                 specs.append(ParameterSpec(name, p.dtype, ownership))
             # A stage has some of the parameters, in an order of its own.
             specs = specs[::-2] + specs[1::3]

@@ -21,7 +21,7 @@ from autopar.runtime.failure import RankFailure
 from autopar.runtime.torch_private import local_tensor
 
 PLANS = [
-    dict(data=4, tensor=1, pipeline=1, microbatches=1),
+    dict(data=4, tensor=1, pipeline=1, microbatches=1, zero=1, zero_group=2),
     dict(data=2, tensor=1, pipeline=2, microbatches=2, zero=3),
     dict(data=1, tensor=2, pipeline=2, microbatches=4),
     dict(data=2, tensor=2, pipeline=1, microbatches=1),
@@ -114,7 +114,7 @@ def dropout_run(plan: dict[str, Any]) -> tuple[list[float], float, dict[str, Ten
 
 def model_is_replicated(model: autopar.Model, name: str) -> bool:
     ownership = dict(model.named_parameters())[name].autopar.ownership
-    return all(h.split is None and not h.sharded for h in ownership.holders)
+    return all(h.split is None and h.shards == 1 for h in ownership.holders)
 
 
 @pytest.mark.parametrize("plan", PLANS)

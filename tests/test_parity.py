@@ -125,6 +125,24 @@ def test_zero_and_recompute(pool, name: str, zero: int, recompute: str) -> None:
             assert gradient < 1e-5, (rank, plan, gradient)
 
 
+@pytest.mark.parametrize("name", ["build_llama", "build_tied_lm"])
+def test_zero_levels(pool, name: str) -> None:
+    plans = [
+        dict(data=d, tensor=t, pipeline=p, microbatches=m, zero=zero, zero_group=group, seed=5)
+        for d, t, p, m, zero, group in (
+            (2, 2, 1, 2, 1, 0),
+            (2, 1, 2, 4, 2, 0),
+            (4, 1, 1, 2, 2, 2),
+            (4, 1, 1, 2, 3, 2),
+        )
+    ]
+    results = pool.run(one_step, name, plans, world_size=4, timeout_s=240)
+    for rank, found in enumerate(results):
+        for plan, (loss, gradient, evaluated) in zip(plans, found, strict=True):
+            assert loss < 1e-6 and evaluated < 1e-6, (rank, plan, loss, evaluated)
+            assert gradient < 1e-5, (rank, plan, gradient)
+
+
 # Every schedule beside 1F1B and GPipe, with one, few and many microbatches.
 SCHEDULES = [("interleaved", 2), ("interleaved", 4), ("zb-h1", 1), ("zb-h1", 4), ("zb-v", 2), ("zb-v", 8)]
 
@@ -135,7 +153,7 @@ def test_schedules(pool, name: str, data: int, tensor: int) -> None:
     """Recompute and ZeRO take turns; a data rank has at least one row of a microbatch."""
     plans = [
         dict(data=data, tensor=tensor, pipeline=2, microbatches=min(m, 8 // data), schedule=schedule, seed=m)
-        | dict(recompute="full" if (i + data + tensor) % 2 else "none")
+        | dict(recompute=("none", "full", "selective")[(i + data + tensor) % 3])
         | dict(zero=3 if data > 1 and (schedule, m) == ("interleaved", 4) else 0)
         for i, (schedule, m) in enumerate(SCHEDULES)
     ]
@@ -164,7 +182,8 @@ def ten_steps(name: str, plan: dict[str, Any]) -> tuple[list[float], list[float]
 
 @pytest.mark.parametrize("name", MODELS)
 def test_ten_optimizer_steps(pool, name: str) -> None:
-    plan = dict(data=2, tensor=2, pipeline=2, microbatches=4, zero=3 if name == "build_llama" else 0, seed=3)
+    zero = {"build_llama": 3, "build_gpt2": 2, "build_mlp": 1}.get(name, 0)
+    plan = dict(data=2, tensor=2, pipeline=2, microbatches=4, zero=zero, seed=3)
     for found, expected in pool.run(ten_steps, name, plan, world_size=8, timeout_s=240):
         for step, (a, b) in enumerate(zip(found, expected, strict=True)):
             assert abs(a - b) <= 1e-4 * abs(b), (step, found, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -27,7 +28,9 @@ def random_holder(draw: random.Random, ranks: tuple[int, ...], shape: tuple[int,
     options = [REPLICATED, SHARED]
     for dim, size in enumerate(shape):
         options += [Split(dim, b) for b in (1, 2, 3) if size % (b * tensor) == 0]
-    return Holder(ranks, len(ranks) // tensor, tensor, draw.choice(options), draw.random() < 0.5)
+    data = len(ranks) // tensor
+    shards = draw.choice([1, *(d for d in range(1, data + 1) if data % d == 0)])
+    return Holder(ranks, data, tensor, draw.choice(options), shards)
 
 
 def random_ownership(draw: random.Random, world: int, shape: tuple[int, ...], num_holders: int = 0) -> Ownership:
@@ -55,9 +58,9 @@ def test_parts_cover_every_element_once(seed):
                 dim, blocks = holder.split.dim, holder.split.blocks
                 runs = part.chunk(blocks * holder.tensor, dim)
                 part = torch.cat(runs[tensor_index :: holder.tensor], dim) if part.numel() else part
-            if holder.sharded and part.ndim:
-                chunks = part.chunk(holder.data)
-                part = chunks[data_index] if data_index < len(chunks) else part[:0]
+            if holder.shards > 1 and part.ndim:
+                chunks, shard = part.chunk(holder.shards), data_index % holder.shards
+                part = chunks[shard] if shard < len(chunks) else part[:0]
             assert ownership.local_shape(rank) == tuple(ownership.take(whole, rank).shape)
             assert torch.equal(ownership.take(whole, rank), part) or not part.numel()
 
@@ -138,14 +141,17 @@ def test_tied_gradients_are_summed_over_stages_of_any_layout(pool):
 def random_plan(draw: random.Random, shapes: dict[str, tuple[int, ...]]) -> dict[str, Ownership]:
     """Two stages of two ranks, or one of four; the last parameter is tied between them."""
     stages = draw.choice([[(0, 1, 2, 3)], [(0, 1), (2, 3)]])
-    grids = [(draw.choice([d for d in (1, 2, 4) if len(ranks) % d == 0]), draw.random() < 0.5) for ranks in stages]
+    grids = []
+    for ranks in stages:
+        tensor = draw.choice([d for d in (1, 2, 4) if len(ranks) % d == 0])
+        grids.append((tensor, draw.choice([d for d in (1, 2, 4) if len(ranks) // tensor % d == 0])))
     plan = {}
     for number, (name, shape) in enumerate(shapes.items()):
         holders = []
         for index in range(len(stages)) if number == len(shapes) - 1 else [number * len(stages) // len(shapes)]:
-            ranks, (tensor, sharded) = stages[index], grids[index]
+            ranks, (tensor, shards) = stages[index], grids[index]
             options = [REPLICATED] + [Split(d, b) for d, n in enumerate(shape) for b in (1, 3) if n % (b * tensor) == 0]
-            holders.append(Holder(ranks, len(ranks) // tensor, tensor, draw.choice(options), sharded))
+            holders.append(Holder(ranks, len(ranks) // tensor, tensor, draw.choice(options), shards))
         plan[name] = Ownership(shape, tuple(holders))
     return plan
 
@@ -154,8 +160,8 @@ def stored(plan: dict[str, Ownership], values: dict[str, torch.Tensor], axes_of:
     rank = dist.get_rank()
     mine = [name for name, o in plan.items() if rank in o.ranks]
     holder = plan[mine[0]].holder(rank)
-    axes = axes_of[holder.ranks, holder.tensor]
-    kind = Shards if holder.sharded and holder.data > 1 else Replicas
+    axes = axes_of[holder.ranks, holder.tensor, holder.shards % holder.data]
+    kind = Shards if holder.shards > 1 else Replicas
     specs = [ParameterSpec(name, torch.float64, plan[name]) for name in mine]
     return kind(specs, {0: mine}, values, axes).parameters
 
@@ -165,10 +171,12 @@ def train_and_move(seed: int, make: str) -> None:
     draw = random.Random(seed)
     rank = dist.get_rank()
     axes_of = {}
-    for ranks in ((0, 1, 2, 3), (0, 1), (2, 3)):
-        for tensor in (1, 2, 4):
-            if len(ranks) % tensor == 0:
-                axes_of[ranks, tensor] = make_axes(len(ranks) // tensor, tensor, ranks)
+    for ranks, tensor in itertools.product(((0, 1, 2, 3), (0, 1), (2, 3)), (1, 2, 4)):
+        data = len(ranks) // tensor
+        for group in (0, 1, 2):
+            if data and group < max(1, data):
+                # A group of one is no hybrid, but what an uncut parameter's holder says.
+                axes_of[ranks, tensor, group] = make_axes(data, tensor, ranks, group if group > 1 else 0)
     shapes = {f"layer{i}.weight": draw.choice([s for s in SHAPES if s != (0, 4)]) for i in range(8)}
     shapes["layer0.weight"] = ()
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from storage_cases import block_function, make_axes, make_case, oracle_loss, run_step
+from storage_cases import CountCollectives, block_function, make_axes, make_case, oracle_loss, run_step
 
 from autopar.runtime.clip import clip_grad_norm_
 from autopar.runtime.ownership import Holder, Ownership
@@ -19,22 +19,26 @@ from autopar.sharding.placement import REPLICATED, Split
 
 def build(case, axes, zero, **options):
     values = {s.fqn: s.ownership.take(case.whole[s.fqn], axes.rank) for s in case.specs}
-    kind = Shards if zero == 3 and axes.data.size > 1 else Replicas
-    storage = kind(case.specs, case.blocks, values, axes, **options)
+    if zero:
+        options["level"] = zero
+    storage = (Shards if zero else Replicas)(case.specs, case.blocks, values, axes, **options)
     for index in case.blocks:
         storage.bind(index, block_function(case, index, axes.rank))
     return storage
 
 
-def train(seed: int, data: int, tensor: int, zero: int) -> None:
-    """Ten AdamW steps: some with gradient accumulation, some with two losses in one backward, evaluation between."""
+def train(
+    seed: int, data: int, tensor: int, levels: tuple[int, ...], zero_group: int = 0, offload: bool = False
+) -> None:
+    """Six AdamW steps: some with gradient accumulation, some with two losses in one backward, evaluation between."""
     ranks = tuple(range(data * tensor))
-    axes = make_axes(data, tensor)
-    for mixed in (False, True):
-        dtypes = (torch.float64, torch.float32) if mixed else (torch.float64,)
-        case = make_case(seed + mixed, ranks, data, tensor, zero, dtypes)
-        storage = build(case, axes, zero, bucket_bytes=2000)
-        compare_training(case, axes, storage, f"{seed=} {data=} {tensor=} {zero=} {mixed=}")
+    axes = make_axes(data, tensor, zero_group=zero_group)
+    for zero in levels:
+        for mixed in (False, True):
+            dtypes = (torch.float64, torch.float32) if mixed else (torch.float64,)
+            case = make_case(seed + mixed, ranks, data, tensor, (zero_group or data) if zero else 1, dtypes)
+            storage = build(case, axes, zero, bucket_bytes=2000, offload=offload)
+            compare_training(case, axes, storage, f"{seed=} {data=} {tensor=} {zero=} {zero_group=} {mixed=}")
 
 
 def compare_training(case, axes, storage, name: str) -> None:
@@ -62,7 +66,7 @@ def compare_training(case, axes, storage, name: str) -> None:
                 message = partial("{} {} {}: {}".format, name, step, fqn)
                 torch.testing.assert_close(local.detach(), expected, rtol=tolerance, atol=tolerance, msg=message)
 
-    for step in range(10):
+    for step in range(6):
         microbatches = (1, 2, 4)[step % 3]
         calls = (1, 1, 2)[step % 3]
         stashes = []
@@ -81,9 +85,12 @@ def compare_training(case, axes, storage, name: str) -> None:
             deliver(storage.parameters, *stash)
         check(step, "gradients")
         with torch.no_grad():
-            storage.forward(
-                lambda total, rows: storage.block(2)(rows, storage.block(0)(rows, total)), torch.zeros(()), rows
-            )
+            storage.begin_evaluation()
+            for _ in range(2):
+                storage.forward(
+                    lambda total, rows: storage.block(2)(rows, storage.block(0)(rows, total)), torch.zeros(()), rows
+                )
+            storage.end_evaluation()
         norm_type = (2.0, 1.0, float("inf"), 3.0)[step % 4]
         max_norm = 10.0 ** (step % 3 - 1)
         want = torch.nn.utils.clip_grad_norm_(oracle.values(), max_norm, norm_type)
@@ -97,11 +104,126 @@ def compare_training(case, axes, storage, name: str) -> None:
         single.zero_grad(set_to_none=step % 3 != 0)
 
 
-@pytest.mark.parametrize("zero", [0, 3])
 @pytest.mark.parametrize(("data", "tensor"), [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4)])
-def test_training_equals_one_process(pool, data, tensor, zero):
-    """Every gradient, every parameter after each of ten steps, and every clipped norm."""
-    pool.run(train, 10 * data + tensor, data, tensor, zero, world_size=data * tensor)
+def test_training_equals_one_process(pool, data, tensor):
+    """Every gradient, every parameter after each of six steps, and every clipped norm, at every level."""
+    levels = (0, 1, 2, 3) if data > 1 else (0,)
+    pool.run(train, 10 * data + tensor, data, tensor, levels, world_size=data * tensor)
+
+
+def test_offloaded_training_equals_one_process(pool):
+    pool.run(train, 9, 2, 2, (0, 2, 3), 0, True, world_size=4)
+
+
+def test_hybrid_training_equals_one_process(pool):
+    pool.run(train, 7, 4, 1, (1, 2), 2, world_size=4)
+    pool.run(train, 8, 4, 2, (3,), 2, world_size=8)
+
+
+def collectives(storage, case, axes, microbatches: int, order: str) -> dict[str, int]:
+    """How many collectives of each kind one step issues."""
+    rows = torch.rand(4, dtype=torch.float64)
+    run_step(storage, case, rows, microbatches, order)  # the first one may do more
+    with CountCollectives() as counted:
+        run_step(storage, case, rows, microbatches, order)
+    return counted.found
+
+
+def count_collectives(microbatches: int, order: str) -> None:
+    """What the table in shards.py says, bucket by bucket."""
+    for zero_group, levels in ((0, (0, 1, 2, 3)), (2, (1, 2, 3))):
+        axes = make_axes(4, 1, zero_group=zero_group)
+        for level in levels:
+            # One bucket per block, one for the parameter that two blocks use, and one for scalars.
+            case = make_case(0, (0, 1, 2, 3), 4, 1, (zero_group or 4) if level else 1)
+            trainable = {s.fqn: s.ownership.shape for s in case.specs if s.requires_grad}
+            shared = case.blocks[0][0]
+            assert trainable[shared] and () in trainable.values()
+            assert all(any(trainable.get(f) for f in fqns if f != shared) for fqns in case.blocks.values())
+            want = {"gather": 4, "scatter": 4 if level == 1 else 4 * microbatches, "all_reduce": 1}
+            want["all_reduce"] += 4 if zero_group else 0
+            if level == 3:
+                # Blocks are gathered for a forward and for a backward; what they share stays until a backward frees it.
+                want["gather"] = 3 * 2 * microbatches + microbatches
+            if level == 0:
+                want = {"all_reduce": 1}
+            have = collectives(build(case, axes, level), case, axes, microbatches, order)
+            assert have == want, (level, zero_group, have, want)
+
+
+@pytest.mark.parametrize(("microbatches", "order"), [(1, "1f1b"), (4, "1f1b"), (4, "gpipe")])
+def test_number_of_collectives(pool, microbatches, order):
+    pool.run(count_collectives, microbatches, order, world_size=4)
+
+
+def fail_and_go_on() -> None:
+    """A step or an evaluation that breaks off anywhere leaves nothing in the next step's gradients."""
+    for zero_group, levels in ((0, (0, 1, 2, 3)), (2, (2, 3))):
+        axes = make_axes(4, 1, zero_group=zero_group)
+        for level in levels:
+            case = make_case(0, (0, 1, 2, 3), 4, 1, (zero_group or 4) if level else 1)
+            storage = build(case, axes, level)
+            rows = torch.ones(4, dtype=torch.float64)
+            want = {fqn: g.clone() for fqn, g in run_step(storage, case, rows, 2).items()}
+            for where in (1, 5):
+                # At the call of block `where`, or in its backward; the second microbatch begins with call 4.
+                for backward in (False, True):
+                    failing = Failing(case, axes.rank, where, backward)
+                    for index in case.blocks:
+                        storage.bind(index, failing.function(index))
+                    with pytest.raises(Interrupted):
+                        run_step(storage, case, rows, 4, "gpipe")
+                    with pytest.raises(Interrupted), torch.no_grad():
+                        failing.restart(where if not backward else 1)
+                        storage.begin_evaluation()
+                        for _ in range(2):
+                            storage.forward(
+                                partial(storage.block(0), rows),
+                                storage.forward(partial(storage.block(1), rows), rows.sum()),
+                            )
+                        raise Interrupted
+                    for index in case.blocks:
+                        storage.bind(index, block_function(case, index, axes.rank))
+                    have = run_step(storage, case, rows, 2)
+                    assert have.keys() == want.keys()
+                    for fqn, gradient in want.items():
+                        torch.testing.assert_close(have[fqn], gradient, msg=f"{level=} {where=} {backward=} {fqn}")
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Failing:
+    """Blocks that raise in call number `where` or, if `backward`, when its gradient arrives."""
+
+    def __init__(self, case, rank: int, where: int, backward: bool) -> None:
+        self.case, self.rank, self.backward = case, rank, backward
+        self.restart(where)
+
+    def restart(self, where: int) -> None:
+        self.where, self.calls = where, 0
+
+    def function(self, index: int):
+        whole = block_function(self.case, index, self.rank)
+
+        def call(*arguments):
+            self.calls += 1
+            result = whole(*arguments)
+            if self.calls == self.where:
+                if not self.backward or not result.requires_grad:
+                    raise Interrupted
+                result.register_hook(self.stop)
+            return result
+
+        return call
+
+    def stop(self, gradient: torch.Tensor) -> None:
+        raise Interrupted
+
+
+def test_failed_steps_leave_no_trace(pool):
+    pool.run(fail_and_go_on, world_size=4)
 
 
 def reuse_memory() -> None:
@@ -159,7 +281,7 @@ def clip_pipeline(seed: int) -> None:
     sides = [make_axes(2, 1, (0, 1)), make_axes(1, 2, (2, 3))]
     axes = next(side for side in sides if side is not None)
     shapes = {"first": (5, 4), "second": (4, 6), "scalar": (), "tied": (6, 4), "idle": (4,)}
-    left = {name: Holder((0, 1), 2, 1, REPLICATED, sharded=name != "scalar") for name in shapes}
+    left = {name: Holder((0, 1), 2, 1, REPLICATED, shards=1 if name == "scalar" else 2) for name in shapes}
     right = {name: Holder((2, 3), 1, 2, REPLICATED if name == "scalar" else Split(0)) for name in shapes}
     holders = {"first": (left,), "second": (right,), "scalar": (right,), "tied": (left, right), "idle": (right,)}
     whole = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..graph import Graph
+from ..graph import Graph, Precision, torch_dtype
 from ..ops import mutated_inputs
 from .blocks import arrange, find_blocks
 from .draft import Draft
@@ -17,18 +17,23 @@ from .lower import lower
 from .masks import simplify_masks
 from .normalise import normalise_losses
 from .observe import Observer, apply_survey
+from .routing import route_rows
 from .simplify import simplify
 from .trace import Trace, trace
 from .whole import keeping_whole
 
 
-def capture(module: torch.nn.Module, example: Any, loss: Loss | None = None) -> Graph:
+def capture(
+    module: torch.nn.Module, example: Any, loss: Loss | None = None, *, precision: Precision = "float32"
+) -> Graph:
     """The computation of `module` in training mode with its loss, on batches like `example`.
 
     example: one global batch, rows first: a tensor, a tuple of positional or a dict of keyword arguments, with tensors
         (real, or on the meta device) possibly nested in tuples, lists and dicts; anything else in it is a constant.
     loss: None if the module returns the scalar loss or an object or dict with a `loss`; else called as
         loss(output, *targets), the targets being the example entries that `module.forward` does not take.
+    precision: what the module's float32 parameters, and the float32 tensors that its forward is given, are cast to; what it
+        casts itself stays as it says, buffers stay as they are, and "float32" casts nothing.
     Neither the module nor the example is changed, and no tensor of their size is made. ValueError for a module that
     cannot be traced (names the line), an example that does not fit it, and a loss that is missing or not a scalar.
     """
@@ -37,7 +42,8 @@ def capture(module: torch.nn.Module, example: Any, loss: Loss | None = None) -> 
     call = describe_call(module, example, loss)
     # Fake parameters and known masks lie on the CPU, and so must what the module's forward makes.
     with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
-        traced, draft = keeping_whole(module, lambda whole: _traced(module, call, loss, whole))
+        dtype = torch_dtype(precision)
+        traced, draft = keeping_whole(module, lambda whole: _traced(module, call, loss, whole, dtype))
     _check_trainable(draft, module)
     updated = draft.updated_buffers()
     side_ops = _side_ops(draft, updated)
@@ -56,11 +62,14 @@ def capture(module: torch.nn.Module, example: Any, loss: Loss | None = None) -> 
         batch_size=next(t.shape[0] for t in call.tensors if t.dim()),
         constants=draft.constants,
         opaque_modules=traced.opaque.modules,
+        precision=precision,
     )
 
 
-def _traced(module: torch.nn.Module, call: Call, loss: Loss | None, whole: frozenset[str]) -> tuple[Trace, Draft]:
-    traced = trace(module, call, loss, whole)
+def _traced(
+    module: torch.nn.Module, call: Call, loss: Loss | None, whole: frozenset[str], dtype: torch.dtype
+) -> tuple[Trace, Draft]:
+    traced = trace(module, call, loss, whole, dtype)
     return traced, _draft(traced, call)
 
 
@@ -73,6 +82,7 @@ def _draft(traced: Trace, call: Call) -> Draft:
     simplify_masks(draft)
     draft.drop_dead()
     normalise_losses(draft, observer, observer.survey(draft, grad=False))
+    route_rows(draft)
     draft.drop_dead()
     apply_survey(draft, observer.survey(draft))
     return draft

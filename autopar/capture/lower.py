@@ -66,7 +66,9 @@ class _Lowering:
                 role = "parameter" if spec.kind is InputKind.PARAMETER else "buffer"
                 trainable = name in self.trace.trainable
                 if name not in draft.tensors:
-                    draft.add_tensor(name, value.shape, value.dtype, role, requires_grad=trainable, fqn=name)
+                    rest = self.trace.rest_dtypes.get(name)
+                    fields = dict(requires_grad=trainable, fqn=name, rest_dtype=rest)
+                    draft.add_tensor(name, value.shape, value.dtype, role, **fields)
             elif spec.kind is InputKind.CONSTANT_TENSOR:
                 name = self.constant(spec.target, program.constants[spec.target])
             elif spec.kind is InputKind.USER_INPUT and isinstance(value, torch.Tensor):

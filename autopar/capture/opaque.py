@@ -118,7 +118,7 @@ def _stand_in(
         slots = slot(args), tuple((k, slot(v)) for k, v in kwargs.items())
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         inputs = [(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors]
-        real_state = {name: originals[f"{fqn}.{name}" if fqn else name] for name in state}
+        real_state = {name: originals[f"{fqn}.{name}" if fqn else name].to(fake.dtype) for name, fake in state.items()}
         ran = _in_clean_thread(lambda: _run_real(module, forward, slots, inputs, real_state))
         if isinstance(ran, Exception):
             raise Untraceable(

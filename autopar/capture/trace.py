@@ -25,7 +25,7 @@ class Trace:
     """What torch.export gave: the program, where loss and other outputs stand, and the opaque calls met.
 
     fqns: the module's name of every parameter and buffer that the program names (tied ones under one name).
-    trainable: which of these require grad.
+    trainable: which of these require grad. rest_dtypes: of the parameters that were cast, what the module has.
     """
 
     program: torch.export.ExportedProgram
@@ -33,6 +33,7 @@ class Trace:
     output_paths: tuple[tuple[Any, ...], ...]
     fqns: dict[str, str]
     trainable: frozenset[str]
+    rest_dtypes: dict[str, torch.dtype]
     opaque: Recorder
 
 
@@ -47,13 +48,17 @@ class _Paths:
 class _WithLoss(torch.nn.Module):
     """The module and its loss as one module over the flat tensors of the example; returns (loss, *other outputs)."""
 
-    def __init__(self, module: torch.nn.Module, call: Call, loss: Loss | None) -> None:
+    def __init__(self, module: torch.nn.Module, call: Call, loss: Loss | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.module, self.call, self.loss = module, call, loss
+        self.module, self.call, self.loss, self.dtype = module, call, loss, dtype
         self.paths = _Paths()
 
     def forward(self, *flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        args, kwargs = rebuild(self.call.args, flat), rebuild(self.call.kwargs, flat)
+        given = flat
+        if self.dtype != torch.float32:
+            # As fully_shard's mixed precision does: what goes into the module is cast, what goes to the loss is not.
+            given = tuple(t.to(self.dtype) if t.dtype == torch.float32 else t for t in flat)
+        args, kwargs = rebuild(self.call.args, given), rebuild(self.call.kwargs, given)
         out = self.module(*args, **kwargs)
         if self.loss is None:
             value, self.paths.loss = find_loss(out, self.module)
@@ -64,8 +69,16 @@ class _WithLoss(torch.nn.Module):
         return (value, *(t for _, t in others))
 
 
-def trace(module: torch.nn.Module, call: Call, loss: Loss | None, whole: Collection[str] = ()) -> Trace:
-    """Export in training mode. The module's tensors and modes are the same after as before.
+def trace(
+    module: torch.nn.Module,
+    call: Call,
+    loss: Loss | None,
+    whole: Collection[str] = (),
+    dtype: torch.dtype = torch.float32,
+) -> Trace:
+    """Export in training mode, with float32 parameters and inputs of the module as `dtype`.
+
+    The module's tensors and modes are the same after as before.
 
     whole: names of submodules to keep whole, besides those that are marked opaque.
     ValueError where it cannot be traced: names the source line that stopped it, and what to mark opaque.
@@ -78,11 +91,15 @@ def trace(module: torch.nn.Module, call: Call, loss: Loss | None, whole: Collect
             f"the loss {type(loss).__name__} has parameters or buffers; put it into the module, which then returns it"
         )
     trainable = frozenset(names[id(p)] for p in module.parameters() if p.requires_grad)
+    rest_dtypes = {
+        name: p.dtype for name, p in module.named_parameters() if p.dtype == torch.float32 and dtype != torch.float32
+    }
     mode = fake_mode()
-    with _fake_tensors(module, mode), _training(module), record_opaque(module, dict(every), whole) as recorder:
+    fakes = _fake_tensors(module, mode, dtype)
+    with fakes, _training(module), record_opaque(module, dict(every), whole) as recorder:
         with mode:
             flat = tuple(torch.empty(t.shape, dtype=t.dtype, device="cpu") for t in call.tensors)
-        wrapper = _WithLoss(module, call, loss)
+        wrapper = _WithLoss(module, call, loss, dtype)
         try:
             with forbid_custom_autograd(partial(_refuse_custom_autograd, module)), quiet_export_failure():
                 program = torch.export.export(wrapper, flat, strict=False)
@@ -90,11 +107,11 @@ def trace(module: torch.nn.Module, call: Call, loss: Loss | None, whole: Collect
             raise
         except Exception as error:
             raise Untraceable(*_explain(module, error)) from error
-    return Trace(program, wrapper.paths.loss, wrapper.paths.outputs, fqns, trainable, recorder)
+    return Trace(program, wrapper.paths.loss, wrapper.paths.outputs, fqns, trainable, rest_dtypes, recorder)
 
 
 @contextmanager
-def _fake_tensors(module: torch.nn.Module, mode: Any) -> Iterator[None]:
+def _fake_tensors(module: torch.nn.Module, mode: Any, dtype: torch.dtype) -> Iterator[None]:
     """Swap every parameter and buffer for a fake one on the CPU while the context lasts."""
     fakes: dict[int, torch.Tensor] = {}
     swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
@@ -105,7 +122,7 @@ def _fake_tensors(module: torch.nn.Module, mode: Any) -> Iterator[None]:
                     if tensor is None:
                         continue
                     if id(tensor) not in fakes:
-                        fakes[id(tensor)] = _fake_like(tensor, mode)
+                        fakes[id(tensor)] = _fake_like(tensor, mode, dtype)
                     swapped.append((store, name, tensor))
                     store[name] = fakes[id(tensor)]
         yield
@@ -114,7 +131,7 @@ def _fake_tensors(module: torch.nn.Module, mode: Any) -> Iterator[None]:
             store[name] = tensor
 
 
-def _fake_like(tensor: torch.Tensor, mode: Any) -> torch.Tensor:
+def _fake_like(tensor: torch.Tensor, mode: Any, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
         raise ValueError("the module has uninitialised (lazy) parameters; run it once on a small batch first")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
@@ -123,7 +140,8 @@ def _fake_like(tensor: torch.Tensor, mode: Any) -> torch.Tensor:
             "give the module before anything has sharded, wrapped or quantised it"
         )
     with mode:
-        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        is_cast = isinstance(tensor, torch.nn.Parameter) and tensor.dtype == torch.float32
+        fake = torch.empty(tensor.shape, dtype=dtype if is_cast else tensor.dtype, device="cpu")
         return torch.nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else fake
 
 

@@ -331,7 +331,7 @@ class CostModel:
         layouts = tuple(self._layout_number(plan.layouts[i]) for row in stage.layouts for i in row)
         return (
             stage.start, stage.stop, layouts, stage.data, stage.axes, plan.microbatches, stage.recompute, stage.zero,
-            stage.zero_group, stage.shares, plan.precision,
+            stage.zero_group, stage.shares, plan.precision, plan.offload,
         )  # fmt: skip
 
     # -- communication outside blocks

@@ -20,7 +20,8 @@ def computed_tensors(graph: Graph, precision: str) -> Mapping[str, Tensor]:
     """`graph.tensors` in `precision`. ValueError for one that plans do not have."""
     if precision not in _DTYPES:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(map(repr, _DTYPES))}")
-    if precision == "float32":
+    # A graph that was captured in a precision has every tensor as it is computed.
+    if precision == "float32" or graph.precision != "float32":
         return graph.tensors
     narrow = _DTYPES[precision]
     return {

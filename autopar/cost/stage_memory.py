@@ -84,11 +84,15 @@ def stage_memory(
     tensors = local(1).tensors
     for name, size in sizes.items():
         elements = size // tensors[name].dtype.itemsize
-        rest = at_rest(graph.tensors[name].dtype.itemsize, tensors[name].dtype.itemsize, constants)
-        resting[0] += elements * (rest.parameter / cuts[2] + (rest.narrow_copy if stage.zero < 3 else 0.0))
+        rest = at_rest(graph.tensors[name].at_rest.itemsize, tensors[name].dtype.itemsize, constants)
+        if plan.offload:
+            # On the device there are the copies that blocks compute with, and what their gradients are summed in.
+            resting[0] += size if stage.zero < 3 else 0.0
+        else:
+            resting[0] += elements * (rest.parameter / cuts[2] + (rest.narrow_copy if stage.zero < 3 else 0.0))
         if name in trainable:
             resting[1] += elements * rest.gradient / cuts[1]
-            resting[2] += elements * rest.optimizer / cuts[0]
+            resting[2] += 0.0 if plan.offload else elements * rest.optimizer / cuts[0]
             held[name] = elements / cuts[0]
     activation, forward_peak, backward_peak = _activations(memories, stage.block_recompute, constants.selective_kept)
     if index > 0 and stage.block_recompute[0] == "none":  # what arrives is kept, because its gradient travels on

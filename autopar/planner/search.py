@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ..cluster.spec import Cluster
@@ -70,7 +71,7 @@ def search(
         if name not in known:
             raise ValueError(f"unknown constraint {name}=; expected one of {', '.join(known)}{_nearest(name, known)}")
     problem = Problem(graph, cluster, model or CostModel(graph, cluster), LayoutChains(), Constraints(**constraints))
-    return METHODS[method](problem, progress)
+    return replace(METHODS[method](problem, progress), precision=graph.precision)
 
 
 def _nearest(name: str, known) -> str:

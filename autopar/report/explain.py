@@ -23,6 +23,12 @@ _SCHEDULES = {
     "zb-v": "each set of ranks runs one on the way up and one on the way down, and gradients of weights fill the waits "
     "(zero bubble, ZB-V)",
 }
+_ZERO = (
+    "every data rank holds all parameters, gradients and optimizer state of its stage",
+    "parameters and optimizer state are sharded over {over}; whole in a step: parameters and gradients",
+    "parameters, gradients and optimizer state are sharded over {over}; whole in a step: parameters",
+    "parameters, gradients and optimizer state are sharded over {over}",
+)
 # By op, what splitting its weight along dim 0 or 1 is called.
 _WEIGHT_SPLITS = {
     "linear": ("column parallel", "row parallel"),
@@ -80,10 +86,11 @@ def _degrees(plan: Plan, graph: Graph | None) -> str:
         lines.append(
             f"- {plan.microbatches} microbatch{several} of {rows} row{'s' if rows > 1 else ''} per data rank and step"
         )
-    if any(stage.zero == 3 for stage in plan.stages):
-        lines.append("- ZeRO 3: parameters, gradients and optimizer state are sharded over the data ranks")
-    elif any(stage.data > 1 for stage in plan.stages):
-        lines.append("- ZeRO 0: every data rank holds all parameters, gradients and optimizer state of its stage")
+    for level, group in sorted({(s.zero, s.zero_group % s.data) for s in plan.stages if s.data > 1}):
+        over = f"groups of {group} data ranks, each of which holds a copy" if group else "the data ranks"
+        lines.append(f"- ZeRO {level}: {_ZERO[level].format(over=over)}")
+    if plan.offload:
+        lines.append("- offload: parameters, gradients and optimizer state lie in host memory between their uses")
     if any("full" in stage.recompute for stage in plan.stages):
         lines.append(
             "- recompute: a stage marked full keeps only block inputs and computes each block again in the backward"
@@ -125,7 +132,7 @@ def _stages(plan: Plan) -> str:
             ranges(stage.ranks),
             *([f"data {stage.data}{shares_in_words(stage)} x tensor {stage.tensor}"] if unequal else []),
             recompute_in_words(stage),
-            str(stage.zero),
+            str(stage.zero) if stage.zero_group % stage.data == 0 else f"{stage.zero} in {stage.zero_group}s",
             _layout_words(plan, stage),
         )
         for s, stage in enumerate(plan.stages)

@@ -8,11 +8,16 @@ from .words import gib, ranges, recompute_in_words, seconds
 _STAGE_FIELDS = ("data", "tensor", "axes", "zero", "zero_group", "shares", "recompute")
 
 
+_WHOLE = (
+    "schema", "model", "fingerprint", "rewrites", "world_size", "batch_size", "microbatches", "schedule", "precision",
+    "reduction", "offload",
+)  # fmt: skip
+
+
 def diff_plans(before: Plan, after: Plan) -> str:
     """One line per difference, "" when the plans do the same; predictions are compared, candidates are not."""
     lines = []
-    identity = ("schema", "model", "fingerprint", "rewrites")
-    for name in (*identity, "world_size", "batch_size", "microbatches", "schedule", "precision"):
+    for name in _WHOLE:
         was, now = getattr(before, name), getattr(after, name)
         if was != now:
             lines.append(f"{name}: {was} -> {now}")

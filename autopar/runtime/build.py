@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..graph import Graph
+from ..graph import Graph, torch_dtype
 from ..ops import mutated_inputs
 from ..plan import Plan, Stage
 from ..schedule.build import program_for
 from ..schedule.instructions import Instruction
 from ..sharding.axes import Places
 from ..sharding.placement import REPLICATED
+from .compiled import Backend, Functions, compile_blocks
 from .executor import Executor, StagePart, block_function
 from .groups import Groups, build_groups
 from .ownership import Holder, Ownership
@@ -78,7 +79,8 @@ def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, 
         tensor = graph.tensors[name]
         # Stages of the same ranks hold it once.
         holders = tuple(dict.fromkeys(_holder(plan.stages[s], places) for s, places in by_stage.items()))
-        spec = ParameterSpec(tensor.fqn, tensor.dtype, Ownership(tensor.shape, holders), tensor.requires_grad)
+        ownership = Ownership(tensor.shape, holders)
+        spec = ParameterSpec(tensor.fqn, tensor.at_rest, ownership, tensor.requires_grad, tensor.dtype)
         for s in by_stage:
             found[s].append(spec)
     return {s: tuple(specs) for s, specs in found.items()}
@@ -86,7 +88,8 @@ def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, 
 
 def _holder(stage: Stage, places: Places) -> Holder:
     first, *inner = zip(places, stage.axes, strict=True) if places else [(REPLICATED, 1)]
-    return Holder(stage.ranks, stage.data, stage.tensor, first[0], stage.zero == 3, tuple(inner))
+    shards = (stage.zero_group or stage.data) if stage.zero else 1
+    return Holder(stage.ranks, stage.data, stage.tensor, first[0], shards, tuple(inner))
 
 
 def ownerships(graph: Graph, plan: Plan) -> dict[str, Ownership]:
@@ -114,19 +117,24 @@ def build_runtime(
     state: Mapping[str, Tensor],
     device: torch.device,
     random: Callable[[str], AbstractContextManager[Any]],
+    compile_with: Backend | None = None,
 ) -> Runtime:
     """Build this rank's runtime; all ranks of the world must call it with the same plan.
 
     values(specs): this rank's local parts of these parameters, by original name. state: buffers and constants on
     `device`, by tensor name. random(key): a context in which random ops draw from the stream of that key.
+    compile_with: torch.compile's backend for the blocks; None: they run as they are.
     """
     rank = dist.get_rank()
     groups = build_groups(plan)
     by_stage = parameter_specs(graph, plan)
     compiled: dict[int, CompiledStage] = {}
+    functions: Functions = {}
     specs: dict[int, tuple[ParameterSpec, ...]] = {}
     for s, mesh in groups.meshes.items():
         compiled[s] = compile_stage(graph, plan, s, mesh.data.rank, mesh.model, device)
+        if compile_with is not None:
+            compiled[s] = replace(compiled[s], blocks=compile_blocks(compiled[s].blocks, compile_with, functions))
         specs[s] = _with_reductions(graph, compiled[s], by_stage[s], rank)
     union: dict[str, ParameterSpec] = {}
     for of_stage in specs.values():
@@ -136,13 +144,18 @@ def build_runtime(
     if not any(rank in s.ownership.ranks for s in tied.values()):
         tied = {}
 
+    options = {"reduction": torch_dtype(plan.reduction), "offload": plan.offload}
+
     def build_storage(s: int, values: Mapping[str, Tensor]) -> Storage:
         stage, mesh = plan.stages[s], groups.meshes[s]
         lines = mesh.lines if len(stage.axes) > 1 else {}
-        axes = StageAxes(mesh.data, mesh.tensor, mesh.all_of_stage, rank, device, lines)
+        axes = StageAxes(mesh.data, mesh.tensor, mesh.all_of_stage, rank, device, lines, mesh.hybrid)
         names = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled[s].blocks)}
-        kind = Shards if stage.zero == 3 and stage.data > 1 else Replicas
-        storage: Storage = kind(specs[s], names, values, axes)
+        storage: Storage = (
+            Shards(specs[s], names, values, axes, level=stage.zero, **options)
+            if stage.zero
+            else Replicas(specs[s], names, values, axes, **options)
+        )
         for i in names:
             storage.bind(i, block_function)
         return storage
@@ -151,10 +164,7 @@ def build_runtime(
     recorder = Recorder(rank, device)
     executor = Executor(
         graph=graph,
-        parts={
-            s: StagePart(compiled[s], mesh, storage.stages[s], plan.stages[s].block_recompute[0] == "full")
-            for s, mesh in groups.meshes.items()
-        },
+        parts={s: StagePart(compiled[s], mesh, storage.stages[s]) for s, mesh in groups.meshes.items()},
         microbatches=plan.microbatches,
         groups=groups,
         transport=_transport(graph, plan, groups, device),
@@ -188,7 +198,7 @@ def _with_reductions(
     for spec in specs:
         if spec.fqn in reduced:
             holders = tuple(h.with_sums(reduced[spec.fqn]) if rank in h.ranks else h for h in spec.ownership.holders)
-            spec = ParameterSpec(spec.fqn, spec.dtype, Ownership(spec.ownership.shape, holders), spec.requires_grad)
+            spec = replace(spec, ownership=Ownership(spec.ownership.shape, holders))
         found.append(spec)
     return tuple(found)
 

@@ -177,7 +177,7 @@ def load(path: str | Path, model: Model, optimizer: torch.optim.Optimizer | None
         for fqn, buffer in model.named_buffers():
             buffer.copy_(values[f"buffer/{fqn}"])
         if optimizer is not None:
-            checkpoint_optimizer.install(optimizer, parameters, described, values, model.device)
+            checkpoint_optimizer.install(optimizer, parameters, described, values)
     model.seeds.seed, model.seeds.step = index["seed"], index["seed_step"]
     return CheckpointInfo(index["step"], index["extra"])
 
@@ -213,7 +213,7 @@ def _facts(model: Model) -> dict[str, dict[str, Any]]:
     used = {name: graph.tensors[name] for block in graph.blocks for name in block.parameters}
     buffers = [tensor for tensor in graph.tensors.values() if tensor.role == "buffer"]
     return {
-        kind: {t.fqn: [list(t.shape), dtype_name(t.dtype)] for t in tensors}
+        kind: {t.fqn: [list(t.shape), dtype_name(t.at_rest)] for t in tensors}
         for kind, tensors in (("parameters", used.values()), ("buffers", buffers))
     }
 

@@ -98,7 +98,6 @@ def install(
     parameters: Mapping[str, nn.Parameter],
     described: Mapping[str, Any],
     parts: Mapping[str, Tensor],
-    device: torch.device,
 ) -> None:
     """Give the optimizer the options and the state, `parts` being local tensors by `state_key`."""
     for group, options in zip(optimizer.param_groups, described["options"], strict=True):
@@ -115,12 +114,12 @@ def install(
         for key, (encoded, on_cpu) in described["values"][fqn].items():
             value = _decode(encoded)
             if isinstance(value, Tensor):
-                value = value if on_cpu else value.to(device)
+                value = value if on_cpu else value.to(local_tensor(parameter).device)
                 if key in described["laid_out"][fqn] and isinstance(parameter, DTensor):
                     value = wrap_local(value, parameter._spec)
             state[key] = value
         for key in described["like"][fqn]:
-            local = parts[state_key(key, fqn)].to(device)
+            local = parts[state_key(key, fqn)].to(local_tensor(parameter).device)
             state[key] = wrap_local(local, parameter._spec) if isinstance(parameter, DTensor) else local
         optimizer.state.pop(parameter, None)
         if state:

@@ -10,7 +10,11 @@ from torch import Tensor
 from ..sharding.placement import Action, Placement, Split, conversion
 from .axis import Axis
 
+COLLECTIVES = frozenset({"all_reduce", "all_gather", "reduce_scatter", "all_to_all"})
+"""The actions that communicate."""
 
+
+@torch.compiler.disable
 def convert(
     tensor: Tensor,
     axis: Axis,

@@ -158,7 +158,8 @@ def put_off(calls: Sequence[Call], parameters: Collection[str]) -> list[Call]:
             return call
         form = FORMS[call.function]
         which = tuple(isinstance(arg, Ref) and arg.name in chosen for arg in call.args)
-        return Call(product, (Ref("chunk"), form, which, *call.args), (), call.outputs, call.returns_sequence)
+        arguments = (Ref("chunk"), form, which, *call.args)
+        return Call(product, arguments, (), call.outputs, call.returns_sequence, call.keep)
 
     return [lowered(call) for call in calls]
 

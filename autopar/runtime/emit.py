@@ -8,29 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..graph import iterate_refs, map_refs
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """`outputs = function(*args, **kwargs)`; args hold `Ref`s to values by name, anything else is a constant."""
+    """`outputs = function(*args, **kwargs)`; args hold `Ref`s to values by name, anything else is a constant.
+
+    keep: "op" or "conversion" where selective recomputation keeps the results.
+    """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
     outputs: tuple[str, ...]
     returns_sequence: bool = False
+    keep: Literal["", "op", "conversion"] = ""
 
 
 def compile_calls(
-    name: str, calls: Sequence[Call], arguments: Sequence[tuple[str, Sequence[str]]], results: Sequence[str]
+    name: str,
+    calls: Sequence[Call],
+    arguments: Sequence[tuple[str, Sequence[str]]],
+    results: Sequence[str],
+    keeper: str = "",
 ) -> Callable[..., tuple[Any, ...]]:
     """One function that runs `calls` and returns the values named in `results` as a tuple.
 
     arguments: per parameter of the function its name and the names of the values in the sequence passed for it.
     A list of one name prefixed "=" is a value passed by itself.
+    keeper: the value passed by itself through whose `keep_op` and `keep_conversion` the calls to keep go; "" for none.
     """
     variables: dict[str, str] = {}
     lines: list[str] = []
@@ -59,7 +68,7 @@ def compile_calls(
     for position, call in enumerate(calls):
         for ref in iterate_refs((call.args, tuple(v for _, v in call.kwargs))):
             last_use[ref.name] = position
-    kept = set(results)
+    kept = {*results, keeper}
     for parameter, values in arguments:
         if len(values) == 1 and values[0].startswith("="):
             variables[values[0][1:]] = parameter
@@ -70,7 +79,10 @@ def compile_calls(
         args, kwargs = map_refs((call.args, tuple(v for _, v in call.kwargs)), lambda r: _Variable(variable(r.name)))
         passed = [source(a) for a in args]
         passed += [f"{key}={source(v)}" for (key, _), v in zip(call.kwargs, kwargs, strict=True)]
-        invocation = f"{bind(call.function)}({', '.join(passed)})"
+        if keeper and call.keep:
+            invocation = f"{keeper}.keep_{call.keep}({', '.join([bind(call.function), *passed])})"
+        else:
+            invocation = f"{bind(call.function)}({', '.join(passed)})"
         targets = ", ".join(variable(o) for o in call.outputs)
         if call.returns_sequence and len(call.outputs) == 1:
             targets += ","
@@ -87,6 +99,7 @@ def compile_calls(
     exec(compile(text, f"<autopar {name}>", "exec"), scope)
     function = scope[name]
     function.source = text
+    function.constants = constants
     return function
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..graph import Graph
 from ..schedule.instructions import (
@@ -31,6 +30,7 @@ from .deferred import Owed
 from .groups import Groups, Mesh
 from .ownership import Ownership
 from .rank_storage import RankStorage, add_gradients
+from .recompute import call_block
 from .recorder import Recorder
 from .rewrite import Chunk
 from .stage import CompiledBlock, CompiledStage
@@ -49,7 +49,6 @@ class StagePart:
     compiled: CompiledStage
     mesh: Mesh
     storage: Storage
-    recompute: bool
 
 
 @dataclass(eq=False)
@@ -69,6 +68,7 @@ class _Step:
     gradients: dict[Place, list[Tensor]] = field(default_factory=dict)
     owed: dict[Place, Owed] = field(default_factory=dict)
     loss: Tensor | None = None
+    scale: Tensor | None = None
     reduced: set[int] = field(default_factory=set)
     parameter_gradients: dict[str, Tensor] = field(default_factory=dict)
 
@@ -110,28 +110,36 @@ class Executor:
         }
 
     def run(
-        self, actions: Sequence[Instruction], batch: Mapping[str, Tensor], training: bool
+        self, actions: Sequence[Instruction], batch: Mapping[str, Tensor], training: bool, scale: Tensor | None = None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Execute `actions`; returns this rank's summand of the loss on the last stage (None elsewhere), and the
         gradients of the parameters at rest by original name.
 
         batch: this data rank's rows of every batch input, by tensor name. training: the module's mode, which is
-        independent of whether `actions` hold backwards.
+        independent of whether `actions` hold backwards. scale: what the loss is multiplied with for the backward.
         """
         actions = [a for a in actions if not isinstance(a, OptimizerStep)]
         split = any(isinstance(a, BackwardInput) for a in actions)
         last_halves = BackwardWeight if split else Backward
-        step = _Step(batch, training, split, Counter(a.stage for a in actions if isinstance(a, last_halves)))
+        left = Counter(a.stage for a in actions if isinstance(a, last_halves))
+        step = _Step(batch, training, split, left, scale=scale)
         self.current: Instruction | None = None
         self.storage.begin()
-        if step.backwards_left:
+        differentiable = bool(step.backwards_left)
+        if differentiable:
             for part in self.parts.values():
                 part.storage.begin_step()
+        else:
+            for part in self.parts.values():
+                part.storage.begin_evaluation()
         self.transport.begin(actions)
         for action in actions:
             self.current = action
             self.recorder.run(str(action), self._handlers[type(action)], step, action)
         self.transport.finish()
+        if not differentiable:
+            for part in self.parts.values():
+                part.storage.end_evaluation()
         self.current = None
         return step.loss, step.parameter_gradients
 
@@ -174,19 +182,18 @@ class Executor:
         def run_blocks(*activations: Tensor) -> tuple[Tensor, ...]:
             for i, block in enumerate(compiled.blocks):
                 call = part.storage.block(i)
-                around = (block, step.training, chunk, [sides[t] for t in block.sides])
-                if part.recompute and differentiable:
-                    activations = checkpoint(call, around, *activations, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    activations = call(around, *activations)
+                own = [sides[t] for t in block.sides]
+                activations = call_block(call, block, step.training, chunk, own, activations)
             return activations
 
         outputs = part.storage.forward(run_blocks, *arrived)
         values = dict(zip(compiled.blocks[-1].outputs, outputs, strict=True))
         if self.graph.loss in values:
             loss = values[self.graph.loss]
-            step.loss = loss.detach().clone() if step.loss is None else step.loss + loss.detach()
-            leaving = [loss]
+            # A sum over microbatches and ranks needs more bits than one microbatch's share.
+            share = loss.detach().to(loss_dtype(loss.dtype), copy=True)
+            step.loss = share if step.loss is None else step.loss + share
+            leaving = [loss if step.scale is None else loss * step.scale]
         else:
             leaving = [values[t] for t in compiled.sends]
             if action.stage + 1 in self.parts:
@@ -262,6 +269,11 @@ class Executor:
                 tensor = tensor.narrow(0, microbatch * rows, rows)
             found.append(tensor)
         return found
+
+
+def loss_dtype(captured: torch.dtype) -> torch.dtype:
+    """In what the loss is summed up and handed out."""
+    return torch.float32 if captured in (torch.float16, torch.bfloat16) else captured
 
 
 def _size_bytes(tensors: Sequence[Tensor]) -> int:

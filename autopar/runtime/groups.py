@@ -25,9 +25,11 @@ class Mesh:
 
     lines: its axes, by the dims of the mesh that they run along: 0 is data, i + 1 the model axis i, and several dims
     together are one axis of all the ranks along them. data, tensor: the first dim, all the others; all_of_stage: all.
+    hybrid: the data axis as (copies, shards) where ZeRO shards over fewer than all data ranks, else None.
     """
 
     lines: Mapping[tuple[int, ...], Axis]
+    hybrid: tuple[Axis, Axis] | None = None
 
     @property
     def data(self) -> Axis:
@@ -54,7 +56,7 @@ class Groups:
 
     meshes: by each stage that this rank runs, in order; lines of the same ranks share their group.
     boundaries: by (sending stage, receiving stage), the group of all ranks of both, if this rank is one of them.
-    stage, lines, data, tensor, all_of_stage, model: the first stage of this rank, and its mesh.
+    stage, lines, data, tensor, all_of_stage, model, hybrid: the first stage of this rank, and its mesh.
     """
 
     plan: Plan
@@ -84,13 +86,17 @@ class Groups:
         return self.meshes[self.stage].all_of_stage
 
     @property
+    def hybrid(self) -> tuple[Axis, Axis] | None:
+        return self.meshes[self.stage].hybrid
+
+    @property
     def model(self) -> dict[tuple[int, ...], Axis]:
         return self.meshes[self.stage].model
 
     def abandon(self) -> None:
         """Let go of every group after a failure; gloo closes a group's connections with the last reference to it."""
         for mesh in self.meshes.values():
-            for axis in mesh.lines.values():
+            for axis in (*mesh.lines.values(), *(mesh.hybrid or ())):
                 axis.group = None
         self.boundaries.clear()
         self._made.clear()
@@ -127,16 +133,27 @@ def build_groups(plan: Plan) -> Groups:
                 made.append(group)
         return known[key]
 
+    def axis_through(name: str, lines: Sequence[Sequence[int]]) -> Axis | None:
+        """Makes the groups of all lines; the axis along the one that holds this rank."""
+        found = None
+        for ranks in lines:
+            group = group_of(ranks)
+            if rank in ranks:
+                found = Axis(name, list(ranks).index(rank), len(ranks), tuple(ranks), group)
+        return found
+
     meshes: dict[int, Mesh] = {}
     for index, stage in enumerate(plan.stages):
         found: dict[tuple[int, ...], Axis] = {}
         for dims in mesh_dims(stage):
-            for ranks in mesh_lines(stage, dims):
-                group = group_of(ranks)
-                if rank in ranks:
-                    found[dims] = Axis(_name(stage, dims), ranks.index(rank), len(ranks), tuple(ranks), group)
+            axis = axis_through(_name(stage, dims), mesh_lines(stage, dims))
+            found |= {dims: axis} if axis else {}
+        hybrid = None
+        if 0 < stage.zero_group < stage.data:
+            copies, shards = _hybrid_lines(mesh_lines(stage, (0,)), stage.zero_group)
+            hybrid = axis_through("copies", copies), axis_through("shards", shards)
         if found:
-            meshes[index] = Mesh(found)
+            meshes[index] = Mesh(found, hybrid)
     boundaries: dict[tuple[int, int], dist.ProcessGroup] = {}
     for first in range(len(plan.stages) - 1):
         members = sorted({*plan.stages[first].ranks, *plan.stages[first + 1].ranks})
@@ -170,3 +187,10 @@ def _name(stage: Stage, dims: tuple[int, ...]) -> str:
     if 0 in dims:
         return "stage" if len(dims) == 1 + max(1, len(stage.axes)) else "data x " + _name(stage, dims[1:])
     return "tensor" if len(dims) == max(1, len(stage.axes)) else " x ".join(f"tensor{i - 1}" for i in dims)
+
+
+def _hybrid_lines(columns: Sequence[Sequence[int]], size: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Each data axis cut into runs of `size` ranks: the ranks at one place of the runs (copies), and the runs."""
+    runs = [[column[i : i + size] for i in range(0, len(column), size)] for column in columns]
+    copies = [list(line) for of_column in runs for line in zip(*of_column, strict=True)]
+    return copies, list(itertools.chain.from_iterable(runs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,9 @@ from ..plan import Plan
 from ..schedule.instructions import Instruction
 from ..timeline import Timeline
 from .build import Runtime, updated_buffers
+from .executor import loss_dtype
 from .failure import publish, stop_everyone
+from .loss_scale import LossScale
 from .measure import Measurement
 from .storage import deliver
 from .watchdog import TIMEOUT_S, Watchdog, ring
@@ -51,6 +54,8 @@ class ParallelModule(nn.Module):
         self.prediction = prediction
         self.device = device
         self._anchor = torch.zeros((), device=device, requires_grad=True)
+        loss = graph.tensors[graph.loss].dtype
+        self._loss_scale = LossScale(loss, device) if graph.precision == "float16" else None
         self.install(runtime)
         self.watchdog = Watchdog(_instruction_of(weakref.ref(self)), timeout_s, device)
 
@@ -79,13 +84,15 @@ class ParallelModule(nn.Module):
         actions = runtime.training_actions if differentiable else runtime.evaluation_actions
         try:
             with self.watchdog.step(), self.measurement.step():
-                summand, gradients = runtime.executor.run(actions, batch, self.training)
-                loss = self._whole_loss(summand)
+                scale = self._loss_scale.value if self._loss_scale and differentiable else None
+                summand, gradients = runtime.executor.run(actions, batch, self.training, scale)
+                loss, found = self._whole_loss(summand, None if scale is None else self._loss_scale.unscale(gradients))
         except Exception as error:
             runtime.abandon()
             raise _explained(error, runtime) from error
         if differentiable:
-            loss = _Deliver.apply(self._anchor, loss, runtime.storage.parameters, gradients)
+            after = None if scale is None else partial(self._loss_scale.after, found=found)
+            loss = _Deliver.apply(self._anchor, loss, runtime.storage.parameters, gradients, after)
         return Output(loss=loss) if self.graph.loss_path else loss
 
     def named_parameters(
@@ -157,15 +164,21 @@ class ParallelModule(nn.Module):
             rows[name] = value.to(self.device, non_blocking=True)
         return rows
 
-    def _whole_loss(self, summand: Tensor | None) -> Tensor:
-        """The loss on every rank: each replica of the last stage holds a summand, its tensor ranks the same one."""
+    def _whole_loss(self, summand: Tensor | None, found: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The loss on every rank: each replica of the last stage holds a summand, its tensor ranks the same one.
+
+        found: a flag to be added up over the ranks on the way, if any.
+        """
         groups = self.runtime.groups
         if summand is None or groups.tensor.rank != 0:
-            dtype = self.graph.tensors[self.graph.loss].dtype
+            dtype = loss_dtype(self.graph.tensors[self.graph.loss].dtype)
             summand = torch.zeros((), dtype=dtype, device=self.device)
         if self.plan.world_size > 1:
-            dist.all_reduce(summand)
-        return summand
+            together = summand if found is None else torch.stack([summand, found.to(summand.dtype)])
+            dist.all_reduce(together)
+            if found is not None:
+                summand, found = together.unbind()
+        return summand, found
 
 
 class _Deliver(torch.autograd.Function):
@@ -178,17 +191,18 @@ class _Deliver(torch.autograd.Function):
         loss: Tensor,
         parameters: Mapping[str, nn.Parameter],
         gradients: dict[str, Tensor],
+        after: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
-        ctx.parameters, ctx.gradients = parameters, gradients
+        ctx.parameters, ctx.gradients, ctx.after = parameters, gradients, after
         return loss
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("this loss has been differentiated already; its gradients are handed out once")
-        deliver(ctx.parameters, ctx.gradients, scale)
+        deliver(ctx.parameters, ctx.gradients, scale if ctx.after is None else ctx.after(scale))
         ctx.gradients = None
-        return None, None, None, None
+        return None, None, None, None, None
 
 
 def _find(key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -130,7 +130,7 @@ def _moved(
     for fqn, state in states.items():
         for key, (value, on_cpu) in merged[fqn].values.items():
             if isinstance(value, Tensor):
-                value = value.clone() if on_cpu else value.to(device)
+                value = value.clone() if on_cpu else value.to(local_tensor(after[fqn]).device)
                 if key in merged[fqn].like and isinstance(after[fqn], DTensor):
                     value = wrap_local(value, after[fqn]._spec)
             state[key] = value
@@ -148,6 +148,7 @@ def _moved(
             group,
         )
         for fqn, local in moved.items():
+            local = local.to(local_tensor(after[fqn]).device)
             state = wrap_local(local, after[fqn]._spec) if isinstance(after[fqn], DTensor) else local
             states[fqn][key] = state
     return states

@@ -1,8 +1,9 @@
 """Where one tensor lies at rest: which box of the global tensor each rank holds. Pure geometry, no processes.
 
 A stage's ranks form a (data, tensor) mesh in row-major order. The tensor axis cuts first, by its placements; where the
-stage shards over data (ZeRO 3), dim 0 of what is left is cut by `torch.chunk`'s rule: chunks of ceil(n / data) rows,
-the last ones shorter or empty. A tensor that several stages use (tied parameters) is held whole by each of them.
+stage shards over data (ZeRO 1 to 3), dim 0 of what is left is cut over groups of `shards` consecutive data ranks by
+`torch.chunk`'s rule: chunks of ceil(n / shards) rows, the last ones shorter or empty. A tensor that several stages use
+(tied parameters) is held whole by each of them.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ Segments = tuple[tuple[Segment, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """One stage that holds the tensor: `ranks[d * tensor + t]`, its placement on the tensor axis, and whether dim 0 of
-    the tensor-local part is cut over data as well. SHARED lies as REPLICATED does; it speaks of the gradient only.
+    """One stage that holds the tensor: `ranks[d * tensor + t]`, its placement on the tensor axis, and over how many
+    consecutive data ranks dim 0 of the tensor-local part is cut as well (1: not at all; fewer than `data`: every such
+    group holds a copy). SHARED lies as REPLICATED does; it speaks of the gradient only.
 
     inner: where the tensor axis consists of several model axes, (placement, degree) of all but the first, of which
     `placement` speaks then; t counts through them, the last fastest.
@@ -42,12 +44,16 @@ class Holder:
     data: int
     tensor: int
     placement: Placement
-    sharded: bool = False
+    shards: int = 1
     inner: tuple[tuple[Placement, int], ...] = ()
 
     def coordinates(self, rank: int) -> tuple[int, int]:
         """(data, tensor) coordinates of a global rank of this stage."""
         return divmod(self.ranks.index(rank), self.tensor)
+
+    def shard(self, rank: int) -> int:
+        """Which of the `shards` chunks the rank holds."""
+        return self.coordinates(rank)[0] % self.shards
 
     @property
     def model(self) -> tuple[tuple[Placement, int], ...]:
@@ -123,15 +129,14 @@ class Ownership:
     def segments(self, rank: int) -> Segments:
         """Per dim, the runs of the global tensor that the rank holds; its part is their cartesian product."""
         holder = self.holder(rank)
-        data_index, _ = holder.coordinates(rank)
         dims = [(Segment(0, 0, size),) if size else () for size in self.shape]
         places = holder.model_coordinates(rank)
         for axis, split in holder.splits:
             dims[split.dim] = _split(dims[split.dim], split, holder.model[axis][1], places[axis])
-        if holder.sharded and self.shape:
-            size = sum(s.length for s in dims[0])
-            chunk = math.ceil(size / holder.data)
-            dims[0] = _window(dims[0], min(data_index * chunk, size), min((data_index + 1) * chunk, size))
+        if holder.shards > 1 and self.shape:
+            size, shard = sum(s.length for s in dims[0]), holder.shard(rank)
+            chunk = math.ceil(size / holder.shards)
+            dims[0] = _window(dims[0], min(shard * chunk, size), min((shard + 1) * chunk, size))
         return tuple(dims)
 
     def take(self, whole: torch.Tensor, rank: int) -> torch.Tensor:
@@ -152,7 +157,7 @@ class Ownership:
         cut = {axis for axis, _ in holder.splits}
         return (
             holder is self.holders[0]
-            and (data_index == 0 or (holder.sharded and bool(self.shape)))
+            and data_index < (holder.shards if self.shape else 1)
             and all(place == 0 or axis in cut for axis, place in enumerate(holder.model_coordinates(rank)))
         )
 

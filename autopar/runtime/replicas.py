@@ -1,10 +1,4 @@
-"""ZeRO 0: every data rank holds the whole (tensor-local) parameter, and gradients are summed in buckets.
-
-Buckets are filled in reverse order of use and reduced as soon as their last gradient arrives during the last
-microbatch's backward, as DistributedDataParallel does (Li et al., VLDB 2020, section 3.2). A gradient is copied once,
-into its bucket, when the first microbatch makes it; later microbatches accumulate in place, and what `finish` hands out
-are views of the buckets. A bucket's memory is used again only when nobody refers to those views any more.
-"""
+"""ZeRO 0: every data rank holds the whole (tensor-local) parameter, and gradients are all-reduced in buckets."""
 
 from __future__ import annotations
 
@@ -13,139 +7,19 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..torch_private import storage_use_count
-from .axis import Axis
-from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, reduction_axis
-from .torch_private import local_tensor
-
-FIRST_BUCKET_BYTES = 2**20  # as DistributedDataParallel: a small first bucket starts the network early
-BUCKET_BYTES = 25 * 2**20
-
-
-class Bucket:
-    """Gradients that one all-reduce sums. `pending` counts the ones that the last backward still has to bring."""
-
-    def __init__(self, axis: Axis, leaves: Sequence[Tensor]):
-        self.axis = axis
-        self.leaves = tuple(leaves)
-        self.sizes = [leaf.numel() for leaf in leaves]
-        self.pending = 0
-        self.work: dist.Work | None = None
-        self.launched = False
-        self.views: list[Tensor] | None = None
-        self.flat: Tensor | None = None
-        self._unused_count = 0
-
-    def open(self) -> list[Tensor]:
-        """One view per leaf, over memory that nobody else uses; the same list until `close`."""
-        if self.views is None:
-            if self.flat is None or storage_use_count(self.flat) != self._unused_count:
-                leaf = self.leaves[0]
-                self.flat = torch.empty(sum(self.sizes), dtype=leaf.dtype, device=leaf.device)
-                self._unused_count = storage_use_count(self.flat)
-            runs = self.flat.split(self.sizes)
-            self.views = [run.view(leaf.shape) for run, leaf in zip(runs, self.leaves, strict=True)]
-        return self.views
-
-    def launch(self) -> None:
-        assert self.flat is not None and not self.launched
-        self.launched = True
-        self.work = dist.all_reduce(self.flat, group=self.axis.group, async_op=True)
-
-    def reset(self) -> None:
-        """Forget a step that was broken off; its memory may still be on the wire, so it is not used again."""
-        if self.views is not None:
-            self.views, self.work, self.launched, self.flat = None, None, False, None
-
-    def close(self) -> list[Tensor]:
-        """Wait for the sum, and give the views away."""
-        if self.work is not None:
-            self.work.wait()
-        views, self.views, self.work, self.launched = self.views, None, None, False
-        assert views is not None
-        return views
-
-
-class GradientReducer:
-    """Sums the gradients of leaf tensors over their axes, in buckets, in one order on every rank.
-
-    leaves: (name, leaf tensor, axis to sum over) in order of use. Leaves must gather their gradients in one backward
-    call per microbatch.
-    """
-
-    def __init__(self, leaves: Sequence[tuple[str, Tensor, Axis]], bucket_bytes: int = BUCKET_BYTES):
-        self.names: dict[int, str] = {}
-        self.buckets: list[Bucket] = []
-        self._arrived: list[list[bool]] = []
-        self._last = False
-        self._next = 0
-        for axis, members in _bucketed(leaves, bucket_bytes):
-            bucket = Bucket(axis, [leaf for _, leaf in members])
-            slot = len(self.buckets)
-            self.buckets.append(bucket)
-            self._arrived.append([False] * len(members))
-            for position, (name, leaf) in enumerate(members):
-                self.names[id(leaf)] = name
-                leaf.register_post_accumulate_grad_hook(partial(self._arrive, slot, position))
-
-    def begin_step(self) -> None:
-        self._last = False
-        self._next = 0
-        for bucket, arrived in zip(self.buckets, self._arrived, strict=True):
-            bucket.reset()
-            arrived[:] = [False] * len(arrived)
-            for leaf in bucket.leaves:
-                leaf.grad = None
-
-    def buffers(self) -> list[Tensor]:
-        """Memory of the buckets, which stays from step to step."""
-        return [bucket.flat for bucket in self.buckets if bucket.flat is not None]
-
-    def begin_last_backward(self) -> None:
-        self._last = True
-        for bucket in self.buckets:
-            bucket.pending = len(bucket.leaves)
-
-    def finish(self) -> dict[str, Tensor]:
-        gradients: dict[str, Tensor] = {}
-        for bucket, arrived in zip(self.buckets, self._arrived, strict=True):
-            if not bucket.launched:
-                # Some gradient never came. All ranks run the same program, so it came on none of them.
-                for view, here in zip(bucket.open(), arrived, strict=True):
-                    if not here:
-                        view.zero_()
-                bucket.launch()
-        for bucket, arrived in zip(self.buckets, self._arrived, strict=True):
-            for leaf, view, here in zip(bucket.leaves, bucket.close(), arrived, strict=True):
-                leaf.grad = None
-                if here:
-                    gradients[self.names[id(leaf)]] = view
-        return gradients
-
-    def _arrive(self, slot: int, position: int, leaf: Tensor) -> None:
-        bucket, arrived = self.buckets[slot], self._arrived[slot]
-        assert not bucket.launched, f"the gradient of {self.names[id(leaf)]} came again after it had been reduced"
-        if not arrived[position]:
-            arrived[position] = True
-            view = bucket.open()[position]
-            view.copy_(leaf.grad)
-            leaf.grad = view
-        if self._last:
-            bucket.pending -= 1
-            # Collectives of one group must be issued in one order everywhere, so a bucket waits for those before it.
-            while self._next < len(self.buckets) and self.buckets[self._next].pending == 0:
-                self.buckets[self._next].launch()
-                self._next += 1
+from .buckets import BUCKET_BYTES
+from .leaves import Leaves, to_host
+from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest
 
 
 class Replicas:
     """The `Storage` of a stage with ZeRO 0.
 
     specs: the stage's parameters in order of first use. blocks: per block index, the names of its parameters.
-    values: local tensors at rest, taken over.
+    values: local tensors at rest, taken over. reduction: dtype in which gradients are summed where blocks compute in a
+        narrower one than lies at rest. offload: parameters and their gradients at rest lie in host memory.
     """
 
     def __init__(
@@ -155,17 +29,12 @@ class Replicas:
         values: Mapping[str, Tensor],
         axes: StageAxes,
         bucket_bytes: int = BUCKET_BYTES,
+        reduction: torch.dtype = torch.float32,
+        offload: bool = False,
     ):
-        self.parameters: dict[str, nn.Parameter] = at_rest(specs, values, axes)
-        # Detached tensors share memory and version counter with the parameters, but have a `.grad` of their own.
-        self.leaves = {
-            fqn: local_tensor(parameter).detach().requires_grad_(parameter.requires_grad)
-            for fqn, parameter in self.parameters.items()
-        }
-        reduced = [(s.fqn, self.leaves[s.fqn], reduction_axis(s, axes)) for s in specs if s.requires_grad]
-        self._reducer = GradientReducer([item for item in reduced if item[2] is not None], bucket_bytes)
-        self._whole = [(n, leaf) for n, leaf, axis in reduced if axis is None]
-        self._of_block = {index: tuple(self.leaves[fqn] for fqn in fqns) for index, fqns in blocks.items()}
+        self.parameters: dict[str, nn.Parameter] = at_rest(specs, to_host(values) if offload else values, axes)
+        self._leaves = Leaves(specs, self.parameters, axes, bucket_bytes, reduction, offload)
+        self._of_block = {index: tuple(self._leaves.tensors[fqn] for fqn in fqns) for index, fqns in blocks.items()}
         self._calls: dict[int, Callable[..., Any]] = {}
 
     def bind(self, index: int, function: BlockFunction) -> None:
@@ -178,46 +47,19 @@ class Replicas:
         return function(*activations)
 
     def buffers(self) -> list[Tensor]:
-        return self._reducer.buffers()
+        return self._leaves.buffers()
 
     def begin_step(self) -> None:
-        self._reducer.begin_step()
-        for _, leaf in self._whole:
-            leaf.grad = None
+        self._leaves.begin_step()
+
+    def begin_evaluation(self) -> None:
+        self._leaves.refresh()
+
+    def end_evaluation(self) -> None:
+        pass
 
     def begin_last_backward(self) -> None:
-        self._reducer.begin_last_backward()
+        self._leaves.begin_last_backward()
 
     def finish(self) -> dict[str, Tensor]:
-        gradients = self._reducer.finish()
-        for name, leaf in self._whole:
-            if leaf.grad is not None:
-                gradients[name] = leaf.grad
-                leaf.grad = None
-        return gradients
-
-
-def _bucketed(
-    leaves: Sequence[tuple[str, Tensor, Axis]], bucket_bytes: int
-) -> list[tuple[Axis, list[tuple[str, Tensor]]]]:
-    """Leaves in reverse order of use, cut into buckets of one axis and dtype of at least `bucket_bytes` (but the last).
-
-    Buckets are ordered by when their last gradient comes: they are launched in this order, and none waits in vain.
-    """
-    full: list[tuple[Axis, list[tuple[str, Tensor]]]] = []
-    filling: dict[tuple[int, torch.dtype], tuple[Axis, list[tuple[str, Tensor]]]] = {}
-    filled_bytes: dict[tuple[int, torch.dtype], int] = {}
-    limit = min(FIRST_BUCKET_BYTES, bucket_bytes)
-    for name, leaf, axis in reversed(leaves):
-        key = (id(axis), leaf.dtype)
-        # Taking it out and putting it back keeps `filling` in the order of the latest member.
-        bucket = filling.pop(key, (axis, []))
-        bucket[1].append((name, leaf))
-        filled_bytes[key] = filled_bytes.get(key, 0) + leaf.numel() * leaf.element_size()
-        if filled_bytes[key] >= limit:
-            full.append(bucket)
-            filled_bytes[key] = 0
-            limit = bucket_bytes
-        else:
-            filling[key] = bucket
-    return full + list(filling.values())
+        return self._leaves.finish()

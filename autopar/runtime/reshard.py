@@ -45,9 +45,8 @@ def sources(old: Ownership, rank: int) -> tuple[int, ...]:
     holder = min(old.holders, key=lambda h: min(distance(r) for r in h.ranks))
     nearest: dict[tuple[int, ...], int] = {}
     for candidate in sorted(holder.ranks, key=distance):
-        data_index, _ = holder.coordinates(candidate)
         places = holder.model_coordinates(candidate)
-        part = (data_index if holder.sharded and old.shape else 0, *(places[axis] for axis, _ in holder.splits))
+        part = (holder.shard(candidate) if old.shape else 0, *(places[axis] for axis, _ in holder.splits))
         nearest.setdefault(part, candidate)
     return tuple(sorted(nearest.values()))
 

@@ -21,12 +21,13 @@ from ..sharding.axes import Change, Places, absolute, changes
 from ..sharding.batch import BatchLayout
 from ..sharding.flow import Run, Step
 from ..sharding.local import BATCH, localize
-from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split
+from ..sharding.placement import PARTIAL, REPLICATED, SHARED, Placement, Split, conversion
 from ..sharding.rows import Rows
 from .axis import Axis
-from .collectives import convert
+from .collectives import COLLECTIVES, convert
 from .deferred import Owed, put_off
 from .emit import Call, compile_calls
+from .recompute import EXPENSIVE_OPS, Kept
 
 # Ops whose output is fresh memory that neither they nor their backward read again, so that a pending sum in it may be
 # reduced in place; and views, which pass that property on.
@@ -41,7 +42,7 @@ class Chunk:
     The part is `length` of the batch's `size` units from unit `rank` on (`Rows`). Serves as the batch axis of ops that
     need to know their offset (`rank`, `size`).
     draw(name, on_batch, on_model, function, args, kwargs) runs a random op under its own key.
-
+    kept: in a block that is recomputed selectively, where its expensive results stay.
     data: the axis of the ranks that share a microbatch, for ops whose rows meet. found: by op, the buffers as its first
     run of the step found them, shared by all chunks of a step.
     owed: where the backward is split, what its weight half will have to compute.
@@ -54,7 +55,17 @@ class Chunk:
     data: Axis | None = None
     found: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     owed: Owed | None = None
+    kept: Kept | None = None
 
+    @torch.compiler.disable
+    def keep_op(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if self.kept is None else self.kept.op(function, args, kwargs)
+
+    @torch.compiler.disable
+    def keep_conversion(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args) if self.kept is None else self.kept.conversion(function, args)
+
+    @torch.compiler.disable
     def draw(self, key: str, split_by_batch: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.random(f"{key}/{self.rank}" if split_by_batch else key):
             return function(*args, **kwargs)
@@ -64,6 +75,7 @@ class Chunk:
         assert self.data is not None, "this chunk stands alone"
         return self.data.all_reduce(tensor, op) if self.data.size > 1 else tensor
 
+    @torch.compiler.disable
     def update(
         self, key: str, function: Callable[..., Any], written: Sequence[torch.Tensor], *args: Any, **kwargs: Any
     ) -> Any:
@@ -127,11 +139,13 @@ class Rewriter:
         inputs: Sequence[tuple[str, Places]],
         sides: Sequence[str],
         outputs: Sequence[tuple[str, Places]],
+        keeps: bool = False,
     ) -> Callable[..., tuple[torch.Tensor, ...]]:
         """function(chunk, parameters, activations, sides) -> outputs.
 
         parameters, inputs: tensor names with their placement on each model axis as passed; sides are whole; outputs:
-        names with the placements wanted.
+        names with the placements wanted. keeps: whether expensive calls go through `Chunk.keep_op` and
+        `Chunk.keep_conversion`.
         """
         emitter = _Emitter(self)
         given = {t: emitter.given(t, places) for t, places in parameters}
@@ -147,7 +161,7 @@ class Rewriter:
         results = [emitter.value(t, self.batch.placements[t], places) for t, places in outputs]
         deferrable = [value for t, value in given.items() if t in self.deferrable]
         calls = put_off(emitter.calls, deferrable) if deferrable else emitter.calls
-        return compile_calls(name, calls, arguments, results)
+        return compile_calls(name, calls, arguments, results, "chunk" if keeps else "")
 
     @property
     def whole(self) -> Places:
@@ -215,7 +229,8 @@ class _Emitter:
         if written:
             args = (Ref("chunk"), op.name, function, tuple(map(Ref, written)), *args)
             function = Chunk.update
-        self.calls.append(Call(function, args, kwargs, outputs, op.returns_sequence))
+        keep = "op" if op.target.split(".")[1] in EXPENSIVE_OPS else ""
+        self.calls.append(Call(function, args, kwargs, outputs, op.returns_sequence, keep))
 
     def value(self, tensor: str, on_batch: Placement, on_model: Places) -> str:
         """The name of `tensor` placed so, converting it where no one has asked for it yet."""
@@ -244,7 +259,9 @@ class _Emitter:
         )
         private = produced and self._is_private(tensor)
         name = self._define((tensor, change.after))
-        self.calls.append(Call(convert, (Ref(source), axis, change.have, change.want, *blocks, private), (), (name,)))
+        arguments = (Ref(source), axis, change.have, change.want, *blocks, private)
+        keep = "conversion" if conversion(change.have, change.want).forward in COLLECTIVES else ""
+        self.calls.append(Call(convert, arguments, (), (name,), keep=keep))
 
     def _units_outside(self, axis: int, state: Places) -> int:
         """How many units of the batch the rank has, if a split of `axis` cuts inside of each; else 1."""

@@ -1,4 +1,15 @@
-"""ZeRO 3: each data rank keeps a slice of every parameter; torch's `fully_shard` gathers and reduces, block by block.
+"""ZeRO 1 to 3: each data rank keeps a slice of every parameter, and of its gradient and optimizer state.
+
+torch's `fully_shard` gathers and reduces, block by block. The levels of Rajbhandari et al. 2020 (ZeRO, section 5) differ
+in what is whole while a step runs, and so in how often they communicate (M microbatches):
+
+    level  parameters                     gradients                          gathers    reductions per step
+    1      whole from first use to last   whole from first to last backward  1          1
+    2      whole from first use to last   a slice                            1          M
+    3      whole while a block runs       a slice                            2 M        M
+
+Between steps all levels hold slices alone. Hybrid: slices lie over groups of consecutive data ranks, which each hold a
+copy of the whole; a gradient is scattered inside its group, and summed over the groups once per step.
 
 `fully_shard` sees the tensor-local parameters as plain tensors and knows nothing of the tensor axis: so the computation
 gets plain tensors, and the parameters at rest are our own DTensors over both axes, on the memory of its shards. Its
@@ -18,13 +29,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from .axis import Axis
-from .replicas import BUCKET_BYTES, GradientReducer
-from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, reduction_axis
-from .torch_private import local_tensor
+from .buckets import BUCKET_BYTES
+from .leaves import Leaves, to_host
+from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, data_mesh
+from .torch_private import forget_step, local_tensor
 
 
 class _Context:
@@ -61,10 +72,9 @@ class _Stage(_Unit):
 
 
 class Shards:
-    """The `Storage` of a stage with ZeRO 3. Arguments as `Replicas`; `values` are slices, copied.
+    """The `Storage` of a stage with ZeRO `level` 1 to 3. Arguments as `Replicas`; `values` are slices, copied.
 
-    reshard_after_forward: free a block's gathered parameters after its forward and gather them again for its backward
-        (less memory), or keep them from forward to backward (less communication).
+    The axes' `hybrid`, where there is one, says over which data ranks the slices lie.
     """
 
     def __init__(
@@ -74,37 +84,44 @@ class Shards:
         values: Mapping[str, Tensor],
         axes: StageAxes,
         bucket_bytes: int = BUCKET_BYTES,
-        reshard_after_forward: bool = True,
+        reduction: torch.dtype = torch.float32,
+        offload: bool = False,
+        level: int = 3,
     ):
-        assert axes.data.size > 1
+        assert axes.data.size > 1 and level in (1, 2, 3)
+        self._level = level
+        self._open = ""
         self._specs = {spec.fqn: spec for spec in specs}
         self._axes = axes
         # A block may return a view; nothing in a captured graph writes into it, which is what torch warns of.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
 
-        cut = {s.fqn for s in specs if s.ownership.holder(axes.rank).sharded and s.ownership.shape}
+        cut = {s.fqn for s in specs if s.ownership.holder(axes.rank).shards > 1 and s.ownership.shape}
         uses = [fqn for fqns in blocks.values() for fqn in dict.fromkeys(fqns)]
         common = [s.fqn for s in specs if s.fqn in cut and uses.count(s.fqn) != 1]
         self._stage = _Stage(*self._meta(common))
         self._layers: dict[int, list[_Unit]] = {
             index: [
                 _Unit(*self._meta(names))
-                for names in _by_dtype([f for f in fqns if f in cut and f not in common], self._specs)
+                for names in _alike([f for f in fqns if f in cut and f not in common], self._specs)
             ]
             for index, fqns in blocks.items()
         }
         units = [unit for layers in self._layers.values() for unit in layers]
         # As children of one root the blocks share its streams, and each prefetches the next one's parameters.
         self._stage.units = nn.ModuleList(units)
-        mesh = DeviceMesh.from_group(axes.data.group, axes.device.type, mesh_dim_names=("data",))
+        mesh = data_mesh(axes)
+        pin = axes.device.type != "cpu"
+        options = {"mesh": mesh, "offload_policy": CPUOffloadPolicy(pin) if offload else OffloadPolicy()}
         for unit in units:
-            fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
-        fully_shard(self._stage, mesh=mesh)
+            policy = self._policy(unit, reduction)
+            fully_shard(unit, reshard_after_forward=level == 3, mp_policy=policy, **options)
+        fully_shard(self._stage, mp_policy=self._policy(self._stage, reduction), **options)
         modules = [module for module in self._stage.modules() if isinstance(module, FSDPModule)]
         for module in modules:
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-        self._stage.to_empty(device=axes.device)
+        self._stage.to_empty(device="cpu" if offload else axes.device)
 
         self._units = units
         self._sharded = {fqn: (unit, key) for unit in (self._stage, *units) for fqn, key in unit.keys.items()}
@@ -118,22 +135,11 @@ class Shards:
                     locals_[spec.fqn] = local_tensor(self._slices[spec.fqn])
                     locals_[spec.fqn].copy_(values[spec.fqn])
                 else:
-                    locals_[spec.fqn] = values[spec.fqn]
+                    locals_[spec.fqn] = to_host({"": values[spec.fqn]})[""] if offload else values[spec.fqn]
         self.parameters: dict[str, nn.Parameter] = at_rest(specs, locals_, axes)
 
-        self._leaves = {
-            s.fqn: local_tensor(self.parameters[s.fqn]).detach().requires_grad_(s.requires_grad)
-            for s in specs
-            if s.fqn not in self._sharded
-        }
-        self._reducer = GradientReducer(
-            [
-                (fqn, leaf, axis)
-                for fqn, leaf in self._leaves.items()
-                if leaf.requires_grad and (axis := reduction_axis(self._specs[fqn], axes)) is not None
-            ],
-            bucket_bytes,
-        )
+        whole = [spec for spec in specs if spec.fqn not in self._sharded]
+        self._leaves = Leaves(whole, self.parameters, axes, bucket_bytes, reduction, offload)
         self._blocks = {index: tuple(fqns) for index, fqns in blocks.items()}
         self._calls: dict[int, Callable[..., Any]] = {}
 
@@ -146,6 +152,13 @@ class Shards:
         }
         return tensors, {fqn: self._specs[fqn].requires_grad for fqn in fqns}
 
+    def _policy(self, unit: _Unit, reduction: torch.dtype) -> MixedPrecisionPolicy:
+        """What fully_shard casts; a unit's parameters are alike in that."""
+        spec = self._specs[next(iter(unit.keys))] if unit.keys else None
+        if spec is None or not spec.is_cast:
+            return MixedPrecisionPolicy(cast_forward_inputs=False)
+        return MixedPrecisionPolicy(spec.compute_dtype, reduction, cast_forward_inputs=False)
+
     def bind(self, index: int, function: BlockFunction) -> None:
         # fully_shard swaps its modules' parameters for gathered ones, so they are looked up at each call.
         sources: list[tuple[Mapping[str, Tensor], str]] = []
@@ -154,7 +167,7 @@ class Shards:
                 unit, key = self._sharded[fqn]
                 sources.append((unit._parameters, key))
             else:
-                sources.append((self._leaves, fqn))
+                sources.append((self._leaves.tensors, fqn))
 
         def compute(context: _Context, *activations: Any) -> Any:
             return function(tuple([tensors[key] for tensors, key in sources]), context.value, *activations)
@@ -175,41 +188,49 @@ class Shards:
         return self._calls[index]
 
     def forward(self, function: Callable[..., Any], *activations: Any) -> Any:
-        outputs = self._stage(function, *activations)
-        if not torch.is_grad_enabled():
-            # No backward will free what was gathered, and the next optimizer step would leave it out of date.
-            self._free()
-        return outputs
-
-    def _free(self) -> None:
-        for unit in (self._stage, *self._units):
-            unit.reshard()
+        return self._stage(function, *activations)
 
     def buffers(self) -> list[Tensor]:
-        return self._reducer.buffers()
+        return self._leaves.buffers()
 
     def begin_step(self) -> None:
-        self._synchronise(False)
-        self._reducer.begin_step()
-        for leaf in self._leaves.values():
-            leaf.grad = None
+        self._begin("step")
+        self._set_last(False)
+        self._leaves.begin_step()
         for parameter in self._slices.values():
             parameter.grad = None
 
     def begin_last_backward(self) -> None:
-        self._synchronise(True)
-        self._reducer.begin_last_backward()
+        self._set_last(True)
+        self._leaves.begin_last_backward()
 
-    def _synchronise(self, enable: bool) -> None:
-        self._stage.set_requires_gradient_sync(enable)
-        self._stage.set_is_last_backward(enable)
+    def _set_last(self, last: bool) -> None:
+        """Whether the backwards that follow are the last one."""
+        stage = self._stage
+        stage.set_is_last_backward(last)
+        stage.set_requires_gradient_sync(last or self._level > 1)
+        stage.set_requires_all_reduce(last)
+        stage.set_reshard_after_backward(last or self._level == 3)
+
+    def begin_evaluation(self) -> None:
+        self._begin("evaluation")
+        self._leaves.refresh()
+
+    def end_evaluation(self) -> None:
+        # No backward frees what was gathered, and the next optimizer step would leave it out of date.
+        for unit in (self._stage, *self._units):
+            unit.reshard()
+        self._open = ""
+
+    def _begin(self, what: str) -> None:
+        if self._open:
+            # What was under way has failed: fully_shard still stands in the midst of it.
+            forget_step(self._stage)
+        self._open = what
 
     def finish(self) -> dict[str, Tensor]:
-        gradients = self._reducer.finish()
-        for fqn, leaf in self._leaves.items():
-            if leaf.grad is not None:
-                gradients[fqn] = leaf.grad
-                leaf.grad = None
+        self._open = ""
+        gradients = self._leaves.finish()
         summands: dict[tuple[int, ...], list[Tensor]] = {}
         for fqn, parameter in self._slices.items():
             if parameter.grad is None:
@@ -220,25 +241,26 @@ class Shards:
             if numbers:
                 summands.setdefault(numbers, []).append(gradients[fqn])
         for numbers, tensors in summands.items():
-            _sum_in_place(tensors, self._axes.along(numbers, False))
+            _sum_in_place(tensors, self._axes.along(numbers, False), self._axes.device)
         return gradients
 
 
 @torch.no_grad()
-def _sum_in_place(tensors: Sequence[Tensor], axis: Axis) -> None:
+def _sum_in_place(tensors: Sequence[Tensor], axis: Axis, device: torch.device) -> None:
     """Sum each tensor over the axis, all of a dtype in one collective: what is left of a shared parameter is small."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for group in by_dtype.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        flat = torch.cat([tensor.reshape(-1) for tensor in group]).to(device)
         dist.all_reduce(flat, group=axis.group)
         runs = flat.split([tensor.numel() for tensor in group])
         torch._foreach_copy_(group, [run.view(tensor.shape) for run, tensor in zip(runs, group, strict=True)])
 
 
-def _by_dtype(fqns: Sequence[str], specs: Mapping[str, ParameterSpec]) -> list[list[str]]:
-    groups: dict[torch.dtype, list[str]] = {}
+def _alike(fqns: Sequence[str], specs: Mapping[str, ParameterSpec]) -> list[list[str]]:
+    """In groups of equal dtypes, at rest and in use."""
+    groups: dict[tuple[torch.dtype, torch.dtype], list[str]] = {}
     for fqn in dict.fromkeys(fqns):
-        groups.setdefault(specs[fqn].dtype, []).append(fqn)
+        groups.setdefault((specs[fqn].dtype, specs[fqn].compute_dtype), []).append(fqn)
     return list(groups.values())

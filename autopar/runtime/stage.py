@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Block, Graph, Op
-from ..plan import Layout, Plan
+from ..plan import Layout, Plan, Recompute
 from ..schedule.orders import schedule_named
 from ..sharding.axes import Places
 from ..sharding.batch import BatchLayout, batch_layout
@@ -29,6 +29,7 @@ class CompiledBlock:
     """function(chunk, parameters, activations, sides) -> outputs, in training and in evaluation.
 
     parameters: with their placement at rest on each model axis.
+    recompute: what `call_block` computes again in the backward.
     """
 
     block: Block
@@ -39,6 +40,7 @@ class CompiledBlock:
     outputs: tuple[str, ...]
     training: BlockFunction
     evaluation: BlockFunction
+    recompute: Recompute = "none"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +93,8 @@ def compile_stage(
         for name, numbers in _used_shared(graph, block, of_block, shards).items():
             reduced[name] = reduced.get(name, frozenset()) | numbers
     blocks = [
-        _compile_block(graph, block, of_block, reduced, rewriter, evaluation)
-        for block, of_block in zip(members, layouts, strict=True)
+        _compile_block(graph, block, of_block, reduced, rewriter, evaluation, recompute)
+        for block, of_block, recompute in zip(members, layouts, stage.block_recompute, strict=True)
     ]
     sides = tuple(dict.fromkeys(t for block in blocks for t in block.sides))
     whole, prologue_ops = _prologue(graph, batch, sides)
@@ -151,6 +153,7 @@ def _compile_block(
     reduced: Mapping[str, frozenset[int]],
     training: Rewriter,
     evaluation: Rewriter,
+    recompute: Recompute,
 ) -> CompiledBlock:
     steps = block_flow(graph, block, layouts, training.rows.units)
     parameters = tuple(zip(block.parameters, placed(layouts, "parameters", block.parameters), strict=True))
@@ -167,7 +170,7 @@ def _compile_block(
         (t, tuple(SHARED if i in reduced.get(t, ()) else place for i, place in enumerate(places)))
         for t, places in parameters
     ]
-    name = f"block{block.index}"
+    name, keeps = f"block{block.index}", recompute == "selective"
     return CompiledBlock(
         block=block,
         parameters=parameters,
@@ -175,8 +178,9 @@ def _compile_block(
         inputs=block.inputs,
         sides=sides,
         outputs=tuple(t for t, _ in outputs),
-        training=training.block(name, steps, entering, inputs, sides, outputs),
-        evaluation=evaluation.block(name, steps, entering, inputs, sides, outputs),
+        training=training.block(name, steps, entering, inputs, sides, outputs, keeps),
+        evaluation=evaluation.block(name, steps, entering, inputs, sides, outputs, keeps),
+        recompute=recompute,
     )
 
 

@@ -4,14 +4,14 @@ At rest a parameter is a `DTensor` (global shape, original name, this rank's sha
 a plain tensor where it does not; one stage never mixes the two. The mesh of these DTensors has the tensor axis *before*
 the data axis, because the tensor axis cuts first: (placement, Shard(0)) read left to right is exactly what lies here.
 
-The computation never sees them. It runs on plain local tensors that share their memory, and gradients of a step are
-collected apart from the `.grad` of the parameters at rest until `deliver` adds them there. Two implementations:
-`Replicas` (ZeRO 0) and `Shards` (ZeRO 3, on `fully_shard`).
+The computation never sees them. It runs on plain local tensors that share their memory (or are copies of them in the
+dtype that blocks compute in), and gradients of a step are collected apart from the `.grad` of the parameters at rest
+until `deliver` adds them there. Two implementations: `Replicas` (ZeRO 0) and `Shards` (ZeRO 1 to 3, on `fully_shard`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,6 +36,8 @@ class StageAxes:
 
     `stage` is needed only where both data and tensor have more than one rank and some parameter is SHARED.
     lines: where the tensor axis consists of several model axes, `Groups.lines`.
+    hybrid: where ZeRO shards over fewer than all data ranks, the data axis as two: (copies, shards), of which the second
+    varies faster; None elsewhere.
     """
 
     data: Axis
@@ -44,6 +46,12 @@ class StageAxes:
     rank: int
     device: torch.device
     lines: Mapping[tuple[int, ...], Axis] = field(default_factory=dict)
+    hybrid: tuple[Axis, Axis] | None = None
+
+    @property
+    def data_axes(self) -> tuple[Axis, ...]:
+        """The data axis as the DTensors at rest see it, outermost first; () where it has one rank."""
+        return self.hybrid or ((self.data,) if self.data.size > 1 else ())
 
     @property
     def model(self) -> tuple[Axis, ...]:
@@ -60,12 +68,24 @@ class StageAxes:
 
 @dataclass(frozen=True, slots=True)
 class ParameterSpec:
-    """One parameter of the stage: original name, dtype, and where it lies on every rank of every stage."""
+    """One parameter of the stage: original name, dtype, and where it lies on every rank of every stage.
+
+    dtype: at rest. compute: what blocks see it in, where that is another.
+    """
 
     fqn: str
     dtype: torch.dtype
     ownership: Ownership
     requires_grad: bool = True
+    compute: torch.dtype | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.compute or self.dtype
+
+    @property
+    def is_cast(self) -> bool:
+        return self.compute_dtype != self.dtype
 
 
 class Storage(Protocol):
@@ -73,7 +93,8 @@ class Storage(Protocol):
 
     A step is: `begin_step`; forwards and backwards of all microbatches, each forward inside `forward`, blocks called
     through `block(index)`; `begin_last_backward` in front of the last microbatch's backward; `finish`.
-    Without gradients (evaluation) only `forward` and `block` are used.
+    Without gradients it is `begin_evaluation`, the forwards, `end_evaluation`. Either may be broken off by an error; the
+    next begin starts afresh.
     """
 
     parameters: dict[str, nn.Parameter]
@@ -91,6 +112,11 @@ class Storage(Protocol):
         """
 
     def begin_step(self) -> None: ...
+
+    def begin_evaluation(self) -> None: ...
+
+    def end_evaluation(self) -> None:
+        """Let go of what the forwards have gathered."""
 
     def begin_last_backward(self) -> None:
         """Gradients of the backward that follows are final: reduce each as soon as it is there."""
@@ -112,24 +138,34 @@ class AtRest:
 
 
 def stage_mesh(axes: StageAxes) -> DeviceMesh:
-    """The mesh of the stage's DTensors over process groups that exist: the model axes and "data", those of size 1 left out."""
-    kept = [axis for axis in (*axes.model, axes.data) if axis.size > 1]
-    if not kept:
+    """The mesh of the stage's DTensors over process groups that exist: the model axes and "data" (under hybrid ZeRO
+    "copies" and "shards"), those of size 1 left out."""
+    if not axes.model:
+        return data_mesh(axes)
+    kept = (*axes.model, *axes.data_axes)
+    ranks = torch.tensor(axes.stage.ranks if axes.data_axes else axes.tensor.ranks)
+    mesh = ranks.view(axes.data.size, *(axis.size for axis in axes.model))
+    return _mesh(kept, mesh.movedim(0, -1), axes.device)
+
+
+def data_mesh(axes: StageAxes) -> DeviceMesh:
+    """The mesh of the data axis alone: 1-D, or (copies, shards) under hybrid ZeRO."""
+    if not axes.data_axes:
         raise ValueError("a stage of one rank has no mesh; its parameters are plain tensors")
-    if len(kept) == 1:
-        axis = kept[0]
-        return DeviceMesh.from_group([axis.group], axes.device.type, list(axis.ranks), mesh_dim_names=(axis.name,))
-    mesh = torch.tensor(axes.stage.ranks).view(axes.data.size, *(axis.size for axis in axes.model))
-    ranks = mesh.movedim(0, -1).reshape([axis.size for axis in kept]).contiguous()
-    names = tuple(axis.name for axis in kept)
-    return DeviceMesh.from_group([axis.group for axis in kept], axes.device.type, ranks, mesh_dim_names=names)
+    return _mesh(axes.data_axes, torch.tensor(axes.data.ranks), axes.device)
+
+
+def _mesh(kept: Sequence[Axis], ranks: Tensor, device: torch.device) -> DeviceMesh:
+    groups, names = [axis.group for axis in kept], tuple(axis.name for axis in kept)
+    ranks = ranks.reshape([axis.size for axis in kept]).contiguous()
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=names)
 
 
 def at_rest(specs: Iterable[ParameterSpec], values: Mapping[str, Tensor], axes: StageAxes) -> dict[str, nn.Parameter]:
     """The stage's parameters at rest over the local tensors `values` (not copied), by name, in the order of `specs`."""
     specs = tuple(specs)
     holders = {spec.fqn: spec.ownership.holder(axes.rank) for spec in specs}
-    cut_over_data = axes.data.size > 1 and any(holder.sharded for holder in holders.values())
+    cut_over_data = any(holder.shards > 1 for holder in holders.values())
     sharded = cut_over_data or axes.tensor.size > 1
     mesh = stage_mesh(axes) if sharded else None
     parameters = {}
@@ -143,7 +179,8 @@ def at_rest(specs: Iterable[ParameterSpec], values: Mapping[str, Tensor], axes: 
             splits = dict(holder.splits)
             placements += [_dtensor_split(splits[i]) if i in splits else Replicate() for i in range(len(axes.model))]
             if axes.data.size > 1:
-                placements.append(Shard(0) if holder.sharded and spec.ownership.shape else Replicate())
+                placements += [Replicate()] * (len(axes.data_axes) - 1)
+                placements.append(Shard(0) if holder.shards > 1 and spec.ownership.shape else Replicate())
             local = wrap_local(local, dtensor_spec(mesh, tuple(placements), spec.ownership.shape, spec.dtype))
         parameter = nn.Parameter(local, requires_grad=spec.requires_grad)
         parameter.autopar = AtRest(spec.fqn, spec.ownership, spec.ownership.counts(axes.rank))
@@ -174,7 +211,7 @@ def deliver(
         scale = scale.item()
     if gradients and (isinstance(scale, Tensor) or scale != 1.0):
         for group in _by_dtype(gradients.values()):
-            torch._foreach_mul_(group, scale.to(group[0].dtype) if isinstance(scale, Tensor) else scale)
+            torch._foreach_mul_(group, scale.to(group[0]) if isinstance(scale, Tensor) else scale)
     have: list[Tensor] = []
     add: list[Tensor] = []
     for fqn, gradient in gradients.items():

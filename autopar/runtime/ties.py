@@ -49,9 +49,9 @@ def sum_tied(
     for fqn, ownership in tied.items():
         if fqn in gradients:
             summands = [parts.get(key, received.get(key)) for key in _keys(fqn, ownership)]
-            total = summands[0].clone()
+            total = summands[0].to(device, copy=True)
             for summand in summands[1:]:
-                total += summand
+                total += summand.to(device)
             # The gradient may be a view of a bucket, whose memory stays in place.
             gradients[fqn].copy_(total)
     return sum(t.numel() * t.element_size() for t in received.values())

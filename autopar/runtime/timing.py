@@ -10,10 +10,11 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from .axis import Axis, synchronize
+from .axis import synchronize
+from .buckets import BUCKET_BYTES
 from .build import Runtime
+from .groups import Mesh
 from .recorder import CollectiveSample
-from .replicas import BUCKET_BYTES
 from .stage import handovers
 
 _REPEATS = 5
@@ -38,7 +39,7 @@ def time_collectives(runtime: Runtime, device: torch.device) -> tuple[Collective
 
     for s, mesh in groups.meshes.items():
         if mesh.data.size > 1:
-            _sample_data_axis(runtime, s, mesh.data, device, sample)
+            _sample_data_axis(runtime, s, mesh, device, sample)
     # Every boundary in turn, so that both of its sides meet and nobody waits for a third.
     for boundary in range(len(runtime.plan.stages) - 1):
         pair = _pair(runtime, boundary)
@@ -75,15 +76,19 @@ def _boundary_bytes(runtime: Runtime, boundary: int) -> int:
 
 
 def _sample_data_axis(
-    runtime: Runtime, stage: int, data: Axis, device: torch.device, sample: Callable[..., None]
+    runtime: Runtime, stage: int, mesh: Mesh, device: torch.device, sample: Callable[..., None]
 ) -> None:
+    data = mesh.data
     blocks = [sum(_local_bytes(runtime, t) for t, _ in block.parameters) for block in runtime.compiled[stage].blocks]
-    if runtime.plan.stages[stage].zero == 3:
-        part = torch.zeros(max(1, max(blocks) // 4 // data.size), device=device)
-        whole = torch.zeros(part.numel() * data.size, device=device)
+    if runtime.plan.stages[stage].zero:
+        copies, shards = mesh.hybrid or (None, data)
+        part = torch.zeros(max(1, max(blocks) // 4 // shards.size), device=device)
+        whole = torch.zeros(part.numel() * shards.size, device=device)
         size_bytes = whole.numel() * 4
-        sample("all_gather", data.ranks, size_bytes, lambda: data.all_gather(part, 0))
-        sample("reduce_scatter", data.ranks, size_bytes, lambda: data.reduce_scatter(whole, 0))
+        sample("all_gather", shards.ranks, size_bytes, lambda: shards.all_gather(part, 0))
+        sample("reduce_scatter", shards.ranks, size_bytes, lambda: shards.reduce_scatter(whole, 0))
+        if copies is not None:
+            sample("all_reduce", copies.ranks, part.numel() * 4, lambda: copies.all_reduce(part))
     else:
         bucket = torch.zeros(max(1, min(sum(blocks), BUCKET_BYTES) // 4), device=device)
         sample("all_reduce", data.ranks, bucket.numel() * 4, lambda: data.all_reduce(bucket))
@@ -94,5 +99,5 @@ def _local_bytes(runtime: Runtime, tensor: str) -> int:
     for spec in runtime.specs:
         if spec.fqn == fqn:
             shape = spec.ownership.tensor_shape(runtime.groups.rank)
-            return torch.Size(shape).numel() * spec.dtype.itemsize
+            return torch.Size(shape).numel() * spec.compute_dtype.itemsize
     raise AssertionError(fqn)

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
@@ -19,6 +20,34 @@ def all_gather_single(output: torch.Tensor, part: torch.Tensor, group: dist.Proc
 def reduce_scatter_single(output: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup | None) -> None:
     """Sum `whole` over the ranks and keep this rank's part; torch 2.13 renamed the function."""
     getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(output, whole, group=group)
+
+
+def forget_step(root: FSDPModule) -> None:
+    """Bring a `fully_shard`ed module back to between two steps after an error in the midst of one; its gradients go."""
+    state = root._get_fsdp_state()
+    states = state._state_ctx.all_states
+    groups = [group for member in states for group in member._fsdp_param_groups]
+    for group in groups:
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
+    if hasattr(root, "reset_iter_state"):  # torch 2.13
+        root.reset_iter_state()
+        return
+    communication = state._comm_ctx
+    communication.all_gather_state = None
+    communication.post_forward_order.clear()
+    state._state_ctx.iter_forward_root = None
+    state._state_ctx.post_backward_final_callback_queued = False
+    idle = type(state._training_state).IDLE
+    for member in states:
+        member._training_state = idle
+    for group in groups:
+        group.finalize_backward()
+        group._partial_reduce_output = None
+        group._training_state = idle
+        group._to_sharded()
 
 
 def default_store() -> dist.Store | None:

@@ -62,7 +62,7 @@ def save_safetensors(
     model.share_buffers()
     held = {fqn: local_tensor(p.detach()) for fqn, p in model.runtime.storage.parameters.items()}
     buffers = {fqn: buffer for fqn, buffer in model.named_buffers() if fqn in model.state_names}
-    dtypes = {t.fqn: t.dtype for t in model.graph.parameters}
+    dtypes = {t.fqn: t.at_rest for t in model.graph.parameters}
     before = ownerships(model.graph, model.plan)
     sizes = {fqn: torch.Size(o.shape).numel() * _stored(dtypes[fqn], dtype).itemsize for fqn, o in before.items()}
     sizes |= {fqn: buffer.numel() * _stored(buffer.dtype, dtype).itemsize for fqn, buffer in buffers.items()}
