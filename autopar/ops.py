@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 from .graph import Op, Ref
+from .routed import routed_rows
 from .torch_private import schema
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -89,6 +90,7 @@ OPS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         "autopar.cross_entropy_sum": cross_entropy_sum,
         "autopar.nll_loss_sum": nll_loss_sum,
+        "autopar.routed_rows": routed_rows,
         "autopar.target_count": target_count,
     }
 )

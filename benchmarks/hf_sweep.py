@@ -86,7 +86,7 @@ CASES = dict(
 )
 
 
-def examine(name: str) -> Iterator[dict[str, Any]]:
+def examine(name: str, limit_s: float) -> Iterator[dict[str, Any]]:
     """What is known of one model, growing; `at` is the step under way."""
     found: dict[str, Any] = {"name": name, "plans": {}}
     yield {**found, "at": "build"}
@@ -109,7 +109,7 @@ def examine(name: str) -> Iterator[dict[str, Any]]:
             if case.data > 1:
                 continue
             case = dataclasses.replace(case, microbatches=1)
-        seen = errors(module, example, graph, case.plan(graph), expected)
+        seen = errors(module, example, graph, case.plan(graph), expected, timeout_s=limit_s)
         passed = seen.within(LOSS_TOLERANCE, GRADIENT_TOLERANCE)
         figures = f"loss {seen.loss:.1e}, gradient {seen.gradient:.1e}"
         found["plans"][column] = "parity" if passed else f"{figures} of {seen.parameter}"
@@ -118,7 +118,7 @@ def examine(name: str) -> Iterator[dict[str, Any]]:
     yield {**found, "at": "done"}
 
 
-def serve(name: str, pipe: Any) -> None:
+def serve(name: str, limit_s: float, pipe: Any) -> None:
     """In a process of its own: send what is known after each step, and at last the error if there was one."""
     os.setsid()  # so that the ranks can be stopped with their parent
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -127,7 +127,7 @@ def serve(name: str, pipe: Any) -> None:
     warnings.simplefilter("ignore")
     found: dict[str, Any] = {"name": name, "at": "build"}
     try:
-        for found in examine(name):
+        for found in examine(name, limit_s):
             pipe.send(found)
     except BaseException as error:
         text = traceback.format_exc().splitlines()
@@ -138,7 +138,7 @@ def run_model(name: str, limit_s: float) -> dict[str, Any]:
     """The last word on one model; a process that takes longer than the limit is stopped."""
     context = mp.get_context("fork")  # transformers is imported once, in the parent
     receive, send = context.Pipe(duplex=False)
-    worker = context.Process(target=serve, args=(name, send))
+    worker = context.Process(target=serve, args=(name, limit_s, send))
     start_s = time.perf_counter()
     worker.start()
     send.close()

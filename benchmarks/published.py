@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from published_rows import Case, Row, Unsupported, read_rows, rebuild
+from published_rows import Case, Row, read_rows, rebuild
 from scipy.stats import kendalltau
 from tqdm import tqdm
 
@@ -31,7 +31,7 @@ from autopar.simulate import simulate, stage_peak_bytes
 @dataclass(frozen=True)
 class Judged:
     """One row: what was predicted, or why nothing could be. peak_bytes, first_bytes: of the fullest rank and of rank 0,
-    which is the one that Megatron reports."""
+    which is the one that Megatron-DeepSpeed reports."""
 
     row: Row
     step_time_s: float | None = None
@@ -53,7 +53,7 @@ class Judged:
 
     @property
     def reported_bytes(self) -> int | None:
-        return self.first_bytes if self.row.software.startswith("megatron") else self.peak_bytes
+        return self.first_bytes if self.row.software == "megatron-deepspeed" else self.peak_bytes
 
     @property
     def fits(self) -> bool | None:
@@ -80,7 +80,7 @@ def judge(row: Row) -> Judged:
     try:
         case = rebuild(row)
         step_s, peak, first = predict(case)
-    except Unsupported as error:
+    except ValueError as error:
         return Judged(row, reason=str(error))
     return Judged(row, step_s, peak, first, case.cluster.device.memory_bytes)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from published_models import Decoder, graph_of
 
-from autopar.cluster.presets import preset
+from autopar.cluster.presets import PRESETS, preset
 from autopar.cluster.spec import Cluster
 from autopar.cost.constants import FLOAT8
 from autopar.graph import Graph
@@ -89,6 +89,11 @@ class Row:
         return "oom" in self.text("notes").lower().split(";")[0] and self.step_time_s is None
 
     @property
+    def float8(self) -> bool:
+        """Whether linear layers compute in float8; some sources say so in their notes alone."""
+        return "fp8" in self.text("dtype").lower() or self.text("notes").lower().startswith("float8")
+
+    @property
     def software(self) -> str:
         source = self.text("source").lower()
         for words, name in _SOFTWARE:  # noqa: B007
@@ -127,9 +132,29 @@ class Case:
 
 def rebuild(row: Row) -> Case:
     """The graph, cluster and plan of a row. Unsupported where plans cannot say what it asks for."""
-    rows = row.count("global_batch")
-    graph = graph_of(decoder(row), rows)
+    graph = graph_of(decoder(row), global_rows(row))
     return Case(row, graph, cluster_of(row), plan_of(row, graph))
+
+
+def degrees(row: Row) -> tuple[int, int, int]:
+    """(data, tensor, pipeline); data is what the others leave of the devices where the row does not say."""
+    tensor, pipeline = row.count("tp"), row.count("pp")
+    rest = max(1, row.count("num_gpus") // (tensor * pipeline * row.count("cp")))
+    return row.count("dp", rest), tensor, pipeline
+
+
+def microbatch_rows(row: Row) -> tuple[int, int]:
+    """(rows of a microbatch on one data rank, microbatches)."""
+    data, _, pipeline = degrees(row)
+    each = max(1, row.count("global_batch") // data)
+    micro = min(row.count("micro_batch", max(1, each // (8 if pipeline > 1 else 1))), each)
+    return micro, max(1, round(each / micro))
+
+
+def global_rows(row: Row) -> int:
+    """The batch, to the next whole number of microbatches."""
+    micro, count = microbatch_rows(row)
+    return degrees(row)[0] * micro * count
 
 
 def decoder(row: Row) -> Decoder:
@@ -166,16 +191,17 @@ _MEMORY = re.compile(r"(\d+)\s*g", re.IGNORECASE)
 def device_of(gpu: str) -> str:
     """The preset that a row's `gpu` column names."""
     text = gpu.lower()
-    for family, usual in (
-        ("v100", "32gb"), ("a100", "80gb"), ("a800", "80gb"), ("h100", "80gb"), ("h800", "80gb"), ("h200", "141gb"),
-        ("b200", "180gb"), ("t4", "16gb"), ("l40s", "48gb"), ("a10", "24gb"), ("p100", "16gb"),
-    ):  # fmt: skip
-        if family in text:
-            memory = _MEMORY.search(text.split(family, 1)[1])
-            if family == "h100" and memory and memory.group(1) == "96":
-                return "h100hbm2e-96gb"
-            return f"{family}-{memory.group(1)}gb" if memory else f"{family}-{usual}"
-    raise Unsupported(f"no preset for gpu {gpu!r}")
+    families = sorted({name.split("-")[0] for name in PRESETS if name != "cpu"}, key=len, reverse=True)
+    family = next((f for f in families if f in text), "")
+    found = [name for name in PRESETS if name.split("-")[0] == family]
+    if not found:
+        raise Unsupported(f"no preset for gpu {gpu!r}")
+    memory = _MEMORY.search(text.split(family, 1)[1])
+    if family == "h100" and memory and memory.group(1) == "96":
+        return "h100hbm2e-96gb"
+    exact = [name for name in found if memory and name.endswith(f"-{memory.group(1)}gb")]
+    # Where the source does not say how much memory a part has, it is the larger.
+    return (exact or found)[-1]
 
 
 def cluster_of(row: Row) -> Cluster:
@@ -187,23 +213,19 @@ def cluster_of(row: Row) -> Cluster:
         device_of(row.text("gpu")),
         hosts,
         min(per_host, num) if hosts == 1 else per_host,
-        software=row.software + (FLOAT8 if "fp8" in row.text("dtype").lower() else ""),
+        software=row.software + (FLOAT8 if row.float8 else ""),
         intra_bytes_per_s=bandwidths[0] and bandwidths[0] * 1e9,
         inter_bytes_per_s=bandwidths[1] and bandwidths[1] * 1e9,
     )
 
 
 def plan_of(row: Row, graph: Graph) -> Plan:
-    data, tensor, pipeline = (row.count(name) for name in ("dp", "tp", "pp"))
+    data, tensor, pipeline = degrees(row)
     if row.count("ep") > 1:
         raise Unsupported("expert parallelism")
     if row.count("cp") > 1:
         raise Unsupported("context parallelism")
-    rows = row.count("global_batch")
-    micro = row.count("micro_batch", max(1, rows // data // (8 if pipeline > 1 else 1)))
-    microbatches = max(1, rows // data // micro)
-    if rows % (data * microbatches):
-        raise Unsupported(f"batch {rows} over data {data} x {microbatches} microbatches")
+    rows, (_, microbatches) = global_rows(row), microbatch_rows(row)
     schedule = next((name for words, name in _SCHEDULES if words in row.text("schedule").lower()), "1f1b")
     if schedule not in SCHEDULES:
         raise Unsupported(f"schedule {schedule}")
@@ -213,7 +235,7 @@ def plan_of(row: Row, graph: Graph) -> Plan:
         chosen = megatron_layouts(graph, tensor, sequence=row.count("sp", 0) > 0, shards=data * microbatches)
         order = {layout: i for i, layout in enumerate(dict.fromkeys(chosen))}
         layouts, index = tuple(order), tuple(order[layout] for layout in chosen)
-    recompute = row.text("recompute") or "none"
+    recompute = {"": "none", "no": "none", "none": "none", "selective": "selective"}.get(row.text("recompute"), "full")
     stages = []
     width = data * tensor
     for s, (start, stop) in enumerate(_cuts(row, graph, pipeline, schedule)):

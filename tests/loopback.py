@@ -262,9 +262,19 @@ class Loopback:
     all_gather_single = all_gather_into_tensor
     reduce_scatter_single = reduce_scatter_tensor
 
-    def all_to_all_single(self, out: Tensor, tensor: Tensor, group: Group | None = None) -> None:
-        values, place = self._meet("all_to_all", tensor.detach().clone(), group)
-        out.view(-1).copy_(torch.cat([value.reshape(len(values), -1)[place] for value in values]))
+    def all_to_all_single(
+        self,
+        out: Tensor,
+        tensor: Tensor,
+        output_split_sizes: list[int] | None = None,
+        input_split_sizes: list[int] | None = None,
+        group: Group | None = None,
+    ) -> None:
+        values, place = self._meet("all_to_all", (tensor.detach().clone(), input_split_sizes), group)
+        parts = [value.split(sizes) if sizes else value.chunk(len(values)) for value, sizes in values]
+        if output_split_sizes:
+            assert [len(part[place]) for part in parts] == output_split_sizes
+        out.view(-1).copy_(torch.cat([part[place].reshape(-1) for part in parts]))
 
     def broadcast(self, tensor: Tensor, src: int, group: Group | None = None) -> None:
         values, _ = self._meet(f"broadcast from {src}", tensor.detach().clone(), group)

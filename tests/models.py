@@ -205,3 +205,81 @@ def eager_loss(module: nn.Module, example: Any, loss: Callable[..., Tensor] | No
         return out["loss"] if isinstance(out, dict) else out.loss
     *inputs, target = example.values() if isinstance(example, dict) else example
     return loss(module(*inputs), target)
+
+
+def check_values(x: Tensor) -> None:
+    """An assertion about values, which a trace passes by. (In a test module pytest would rewrite it.)"""
+    assert (x > 0).sum(1).max().item() <= x.shape[1]
+
+
+class Experts(nn.Module):
+    """Residual layers of experts: each token goes to the experts that the batch says, weighed by a learned router."""
+
+    def __init__(self, num_experts: int = 4, layers: int = 2, bias: bool = True):
+        super().__init__()
+        self.num_experts = num_experts
+        self.router = nn.ModuleList(nn.Linear(16, num_experts) for _ in range(layers))
+        self.up = nn.ParameterList(torch.randn(num_experts, 16, 24) * 0.2 for _ in range(layers))
+        self.down = nn.ParameterList(torch.randn(num_experts, 12, 16) * 0.2 for _ in range(layers))
+        self.bias = nn.ParameterList(torch.randn(num_experts, 24) * 0.2 for _ in range(layers)) if bias else None
+
+    def experts(self, i: int, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """x [n, h], chosen and weights [n, k] -> [n, h]"""
+        from transformers.integrations import moe  # registers the grouped product
+
+        assert moe
+        product = torch.ops.transformers.grouped_mm_fallback
+        count = chosen.shape[-1]
+        groups, order = torch.sort(chosen.reshape(-1))
+        rows, scale = x[order // count], weights.reshape(-1)[order]
+        ends = torch.histc(groups.float(), bins=self.num_experts, min=0, max=self.num_experts - 1).cumsum(0).int()
+        made = product(rows, self.up[i], ends)
+        if self.bias is not None:
+            made = made + self.bias[i][groups]
+        gate, value = made.chunk(2, -1)
+        made = product(torch.nn.functional.silu(gate) * value, self.down[i], ends) * scale.unsqueeze(-1)
+        return made[order.argsort()].view(*chosen.shape, -1).sum(1)
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        for i in range(len(self.up)):
+            weights = self.router[i](x).softmax(-1).gather(-1, chosen)
+            flat = self.experts(i, x.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1))
+            x = x + flat.view_as(x)
+        return x.square().mean()
+
+
+def _experts(chosen: torch.Tensor, seed: int = 0, **options: Any) -> Built:
+    torch.manual_seed(seed)
+    return Experts(**options), {"x": torch.randn(*chosen.shape[:2], 16), "chosen": chosen}, None
+
+
+def build_experts(seed: int = 0) -> Built:
+    """Random choices of 2 of 4 experts."""
+    scores = torch.rand((8, 4, 4), generator=torch.Generator().manual_seed(seed))
+    return _experts(scores.topk(2, -1).indices, seed)
+
+
+def build_uneven_experts(seed: int = 0) -> Built:
+    """Nearly all tokens choose expert 0, none expert 2, a few expert 3; one choice each."""
+    chosen = torch.zeros(8, 4, 1, dtype=torch.int64)
+    chosen[0, 0], chosen[5, 2:] = 1, 3
+    return _experts(chosen, seed, bias=False)
+
+
+def build_one_expert(seed: int = 0) -> Built:
+    """All tokens choose expert 3 and, in vain, expert 3 again."""
+    return _experts(torch.full((8, 4, 2), 3), seed, layers=1)
+
+
+def build_mixtral(seed: int = 0, **changes: Any) -> Built:
+    """Hugging Face Mixtral from a config: 4 experts, 2 of them for each token."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64, bos_token_id=0,
+        eos_token_id=1,
+    )  # fmt: skip
+    ids, labels = token_batch()
+    return MixtralForCausalLM(MixtralConfig(**(settings | changes))), {"input_ids": ids, "labels": labels}, None

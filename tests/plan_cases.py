@@ -14,7 +14,7 @@ from autopar.schedule.orders import schedule_named
 from autopar.sharding.axes import Places
 from autopar.sharding.batch import batch_layout
 from autopar.sharding.flow import Run
-from autopar.sharding.placement import REPLICATED, Placement, Split
+from autopar.sharding.placement import REPLICATED, SHARED, Placement, Split, Whole
 from autopar.sharding.rule import divides
 from autopar.sharding.strategies import strategies
 from autopar.sharding.strategy import Strategy
@@ -155,9 +155,9 @@ def random_layouts(graph: Graph, axes: Sequence[int], shards: int, rng: random.R
         cuts = [(on_batch.get(name, REPLICATED), shards), *zip(places, axes, strict=True)]
         return divides(graph.tensors[name].shape, cuts)
 
-    def draw(name: str, options: Sequence[Sequence[Placement]]) -> Places:
-        """Replicated or one of the splits, on each axis, so that together they fit."""
-        choices = itertools.product(*([REPLICATED, *(p for p in one if isinstance(p, Split))] for one in options))
+    def draw(name: str, options: Sequence[Sequence[Placement]], kinds: tuple[type, ...] = (Split,)) -> Places:
+        """Replicated or one of the splits (or of other kinds), on each axis, so that together they fit."""
+        choices = itertools.product(*([REPLICATED, *(p for p in one if isinstance(p, kinds))] for one in options))
         return rng.choice([places for places in choices if fits(name, places)])
 
     for block in graph.blocks if axes else ():
@@ -176,7 +176,9 @@ def random_layouts(graph: Graph, axes: Sequence[int], shards: int, rng: random.R
         for name in block.outputs:
             as_made = made.get(name, whole)
             if name not in crossing:
-                crossing[name] = draw(name, [[place] for place in as_made]) if name != graph.loss else whole
+                summed = (SHARED,) if graph.tensors[name].requires_grad else ()
+                options = [(place, *summed) for place in as_made]
+                crossing[name] = draw(name, options, (Split, Whole)) if name != graph.loss else whole
         for a, degree in enumerate(axes):
             rows[a].append(
                 Layout(

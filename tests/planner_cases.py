@@ -151,6 +151,9 @@ class WholeLayouts:
             return (Chain(),)
         return (Chain.of([whole_layout(block, shape.tensor) for block in problem.graph.blocks]),)
 
+    def smallest(self, problem: Problem, shape: Shape) -> Chain:
+        return self.of(problem, shape)[0]
+
     def pass_s(self, problem: Problem, tensor: int, shards: int) -> list[float]:
         shape = Shape(1, 1, tensor, shards, "1f1b", 0)
         (chain,) = self.of(problem, shape)

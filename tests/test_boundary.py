@@ -58,7 +58,6 @@ def random_places(draw: random.Random, counts: tuple[int, ...], on_batch: object
 def random_case(seed: int) -> Case:
     draw = random.Random(seed)
     microbatches = draw.choice([1, 2])
-    shared_ranks = draw.random() < 0.2
     sides: list[tuple[Spread, ...]] = []
     on_batch = [draw.choice([Split(0), Split(0), Split(0, 2), Split(1), REPLICATED, SHARED, PARTIAL]) for _ in range(3)]
     first = 0
@@ -70,9 +69,9 @@ def random_case(seed: int) -> Case:
             counts = (units, *degrees[1:])
             wide = math.prod(degrees)
             fits = all(nests(SHAPE, (p,), (units,)) for p in on_batch)
-            if fits and wide <= 6 and not (shared_ranks and sides and wide != len(sides[0][0].ranks)):
+            if fits and wide <= 6:
                 break
-        ranks = tuple(range(wide)) if shared_ranks else tuple(range(first, first + wide))
+        ranks = tuple(range(first, first + wide))
         first += wide
         places = [random_places(draw, counts, p) for p in on_batch]
         sides.append(tuple(Spread(SHAPE, microbatches, ranks, degrees, p, shares) for p in places))

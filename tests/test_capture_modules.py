@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import ROWS
+from models import ROWS, check_values
 from test_capture import assert_same_step, check_structure, gradients, run
 from torch import Tensor, nn
 
@@ -200,6 +201,42 @@ def test_gradients_flow_where_the_module_lets_them() -> None:
         if name in values:
             assert values[name].requires_grad == tensor.requires_grad, name
             assert tuple(values[name].shape) == tensor.shape and values[name].dtype == tensor.dtype
+
+
+class Rotated(nn.Module):
+    """A table written place by place under no_grad, an assertion about values, and a constant of Python numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("frequencies", torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_values(x)
+        with torch.no_grad():
+            table = torch.arange(WIDTH).float() * self.frequencies
+            table[..., : WIDTH // 2] = table[..., 1::2].cos()
+            table += torch.distributions.Normal(0, 1).icdf(torch.tensor(0.9))
+        return (self.linear(x) * table).square().mean()
+
+
+def test_what_no_parameter_touches_may_be_written_under_no_grad() -> None:
+    torch.manual_seed(0)
+    module, x = Rotated(), torch.randn(ROWS, WIDTH)
+    check_structure(assert_same_step(module, x, eager=module(x)))
+
+
+def test_what_a_parameter_touches_may_not_be_written_under_no_grad() -> None:
+    def write(y: Tensor, view: bool) -> Tensor:
+        out = y * 1.0
+        target = out[:, :2] if view else out
+        with torch.no_grad():
+            target.mul_(2.0)
+        return out
+
+    for view in (False, True):
+        with pytest.raises(ValueError, match="under no_grad"):
+            capture(Applied(functools.partial(write, view=view)), torch.randn(ROWS, WIDTH))
 
 
 LOSSES = {

@@ -65,7 +65,7 @@ def test_every_form_agrees_with_autograd(index: int, recompute: bool) -> None:
     expected = grads(trained)
 
     which = tuple(any(a is w for w in weights) for a in args)
-    chunk = Chunk(0, 1, lambda key: contextlib.nullcontext(), Owed())
+    chunk = Chunk(0, 1, lambda key: contextlib.nullcontext(), owed=Owed())
     arrivals: list[int] = []
     handles = [w.register_post_accumulate_grad_hook(lambda t: arrivals.append(id(t))) for w in weights]
     call = lambda: product(chunk, form, which, *args)  # noqa: E731
@@ -109,7 +109,7 @@ def test_products_of_a_model_wait_and_the_rest_does_not(name: str, put_off: list
     early: set[str] = set()
     for schedule in ("1f1b", "zb-h1"):
         plan = Plan(graph.name, graph.fingerprint, 1, graph.batch_size, 1, schedule, (stage,))
-        compiled = compile_stage(graph, plan, 0, {}, torch.device("cpu"))
+        compiled = compile_stage(graph, plan, 0, 0, {}, torch.device("cpu"))
         own = dict(module.named_parameters(remove_duplicate=False))
         leaves = {t.name: own[t.fqn].detach().clone().requires_grad_() for t in graph.parameters}
         values = {t: graph.constants[t] for t in graph.constants}

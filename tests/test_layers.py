@@ -19,6 +19,7 @@ DATA_TYPES = {
     "autopar.graph",
     "autopar.ops",
     "autopar.plan",
+    "autopar.routed",
     "autopar.schedule.instructions",
     "autopar.sharding.placement",
     "autopar.sharding.strategy",

@@ -15,7 +15,8 @@ from method_cases import peer, small_problem
 from autopar.planner.inputs.layer_dag import Choice, Edge, Layer, LayerAt, LayerDag, LayerMachine
 from autopar.planner.inputs.piper_json import read_piper
 from autopar.planner.methods.piper import piper
-from autopar.planner.methods.piper_dag import DagStage, dag_plan_time_s, piper_dag, tails
+from autopar.planner.methods.piper_dag import dag_plan_time_s, piper_dag
+from autopar.planner.methods.piper_pieces import DagStage, tails
 
 
 def test_equals_the_optima_of_its_own_program():

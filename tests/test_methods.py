@@ -13,7 +13,10 @@ from models import build_llama
 from autopar import capture
 from autopar.cluster.presets import preset
 from autopar.cost.model import CostModel
+from autopar.planner.chains import LayoutChains
 from autopar.planner.methods import bench as bench_module
+from autopar.planner.methods.bench import Bench, Part
+from autopar.planner.problem import Problem
 from autopar.planner.search import METHODS, search
 
 PUBLISHED = [name for name in METHODS if name not in ("auto", "exhaustive")]
@@ -91,17 +94,29 @@ def test_unknown_methods_name_the_nearest():
 
 
 def test_plans_of_all_methods_run():
-    """On four ranks, in parity with the module on one: every method's plan for a small Llama on a slow network, and
-    with one stage per device."""
+    """On four ranks, in parity with the module on one: each method's plan for a small Llama, with two stages where the
+    method knows stages."""
     module, example, _ = build_llama(layers=3)
     graph, cluster = capture(module, example), preset("cpu", 2, 2)
     costs = CostModel(graph, cluster)
     plans = {}
     for method in PUBLISHED:
-        for pins in ({}, {"pipeline": 2}):
-            plan = search(graph, cluster, method, model=costs, progress=False, **pins)
-            plans.setdefault(replace(plan, prediction=None, candidates=()), method)
+        pins = {} if method in ON_OPS else {"pipeline": 2}
+        plan = search(graph, cluster, method, model=costs, progress=False, **pins)
+        plans.setdefault(replace(plan, prediction=None, candidates=()), method)
     expected = forked_parity.reference(module, example)
     for plan, method in plans.items():
-        found = forked_parity.errors(module, example, graph, plan, expected)
+        found = forked_parity.errors(module, example, plan.graph_of(graph), plan, expected)
         assert found.within(1e-5, 1e-4), (method, found)
+
+
+def test_plans_of_unequal_stages_run():
+    """Three devices for a front of three blocks and one for the rest: what PipeDream and DAPPLE make where they may."""
+    module, example, _ = build_llama(layers=3)
+    graph, cluster = capture(module, example), preset("cpu", 1, 4)
+    problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains())
+    parts = [Part(0, 3, (0, 1, 2), 3, shares=(2, 1, 1)), Part(3, len(graph.blocks), (3,), 1)]
+    plan = Bench(problem, "none", False).plan(parts, 2)
+    expected = forked_parity.reference(module, example)
+    found = forked_parity.errors(module, example, graph, plan, expected)
+    assert found.within(1e-5, 1e-4), found

@@ -374,7 +374,7 @@ def test_candidates_say_why_they_lost():
     costs = MadeUpCosts(graph, cluster, 3)
     problem = Problem(graph, cluster, costs, WholeLayouts())
     roomy = auto(problem, progress=False)
-    tight = auto(limited(problem, roomy.prediction.peak_memory_bytes // 5), progress=False)
+    tight = auto(limited(problem, roomy.prediction.peak_memory_bytes // 8), progress=False)
     for plan in (roomy, tight):
         assert 5 <= len(plan.candidates) <= 20
         for one in plan.candidates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from autopar.cluster.presets import PRESETS  # noqa: E402
 from autopar.cluster.spec import Cluster  # noqa: E402
 from autopar.cost.model import CostModel  # noqa: E402
 from autopar.plan import Plan, Stage  # noqa: E402
+from autopar.sharding.named_layouts import megatron_layouts  # noqa: E402
+from autopar.simulate import simulate  # noqa: E402
 
 GPT = Decoder(5, 64, 256, 4, 4, 512, 32, dropout=0.1, explicit_attention=True)
 LLAMA = Decoder(5, 64, 176, 4, 2, 512, 32, norm="rms", bias=False, gated=True, rotary=True, tied=False)
@@ -93,3 +96,37 @@ def test_judgements_are_summed_up(tmp_path: Path) -> None:
     assert "| made_up A100-SXM-80GB | 2 |" in text and "of 1 that ran out of memory, 0 are judged not to" in text
     with pytest.raises(ValueError, match="nowhere"):
         read_rows(tmp_path, "nowhere")
+
+
+def test_sixteen_thousand_ranks_cost_what_their_stages_cost() -> None:
+    """Pipeline 8 x data 256 x tensor 8, by the real cost model: one rank of each stage is walked."""
+    data, tensor, pipeline, microbatches = 256, 8, 8, 32
+    config = Decoder(16, 64, 256, 8, 8, 512, 32)
+    graph = graph_of(config, data * microbatches)
+    layouts = megatron_layouts(graph, tensor, sequence=False, shards=data * microbatches)
+    unique = tuple(dict.fromkeys(layouts))
+    width = data * tensor
+    cuts = [0, *(range(3, len(graph.blocks) - 2, 2)), len(graph.blocks)]
+    stages = tuple(
+        Stage(
+            start, stop, tuple(range(s * width, (s + 1) * width)), data, (tensor,),
+            (tuple(unique.index(layout) for layout in layouts[start:stop]),), zero=1,
+        )
+        for s, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False))
+    )  # fmt: skip
+    assert len(stages) == pipeline
+    plan = Plan(
+        graph.name, graph.fingerprint, width * pipeline, graph.batch_size, microbatches, "1f1b", stages, unique,
+        precision="bfloat16",
+    )  # fmt: skip
+    cluster = Cluster.preset("h100-80gb", hosts=2048)
+    model = CostModel(graph, cluster)
+    began_s = time.process_time()
+    for index in range(pipeline):
+        model.stage(plan, index)
+    priced_s = time.process_time()
+    line = simulate(graph, plan, cluster, model)
+    walked_s = time.process_time()
+    print(f"stage costs {priced_s - began_s:.2f} s, simulation {walked_s - priced_s:.2f} s")
+    assert walked_s - priced_s < 1.0
+    assert len(line.peak_memory_bytes) == 16384 and len(line.by_rank()) == pipeline

@@ -76,6 +76,30 @@ def test_loss_and_gradients(pool, name: str, plans: list[dict[str, Any]]) -> Non
             assert loss < 1e-6 and evaluated < 1e-6 and gradient < 1e-5, (rank, plan, loss, evaluated, gradient)
 
 
+def normed(plan: dict[str, Any]) -> tuple[tuple[float, float, float], float]:
+    """Batch norm, whose statistics are those of all rows; errors of a step, and of the running mean after it."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    example = (torch.randn(8, 16), torch.randint(0, 4, (8,)))
+    loss = nn.functional.cross_entropy
+    graph = autopar.capture(module, example, loss)
+    model = parallel_of(module, example, loss, plan_of(graph, plan))
+    value = call(model, example)
+    value.backward()
+    expected = call(module, example, loss)
+    expected.backward()
+    model.share_buffers()
+    mean = dict(model.named_buffers())["1.running_mean"]
+    difference = abs(value.item() - expected.item()) / abs(expected.item())
+    return (difference, errors(model, module), 0.0), float((mean - module[1].running_mean).abs().max())
+
+
+def test_batch_norm_weighs_ranks_by_their_rows(pool) -> None:
+    plan = dict(meshes=[(3, 1)], microbatches=1, shares=[(5, 2, 1)])
+    for (loss, gradient, _), mean in pool.run(normed, plan, world_size=3):
+        assert loss < 1e-6 and gradient < 1e-5 and mean < 1e-6
+
+
 def random_options(seed: int, world_size: int) -> dict[str, Any]:
     """Meshes that take all ranks, in 1 to 3 stages."""
     draw = random.Random(seed)

@@ -22,6 +22,7 @@ from autopar.plan import Plan
 from autopar.schedule.build import program_for
 from autopar.schedule.check import ScheduleError, check
 from autopar.schedule.instructions import OptimizerStep, Program, Prologue
+from autopar.schedule.orders import SCHEDULES
 
 EXACT = (2e-6, 1e-5)
 """Relative errors of the loss and of a gradient against its norm."""
@@ -33,13 +34,15 @@ def graph_of(seed: int) -> Graph:
 
 
 def random_plan(graph: Graph, seed: int) -> Plan:
-    """1 to 4 stages on meshes of 1 to 12 ranks, mostly with uneven shares."""
+    """1 to 4 meshes of 1 to 12 ranks, mostly with uneven shares, under any schedule that finds blocks enough."""
     draw = random.Random(seed)
     microbatches = draw.choice([1, 2, 4])
     rows = BATCH // microbatches
+    schedule = draw.choice([name for name, one in SCHEDULES.items() if (one.virtual or 2) <= len(graph.blocks)])
+    most = min(4, len(graph.blocks) // (SCHEDULES[schedule].virtual or 2))
     meshes = [
         (draw.choice([d for d in (1, 1, 2, 3) if d <= rows]), draw.choice([1, 1, 2, 2, 4, (2, 2)]))
-        for _ in range(draw.randint(1, min(4, len(graph.blocks))))
+        for _ in range(draw.randint(1, most))
     ]
     uneven = draw.random() < 0.6 or any(rows % data for data, _ in meshes)
     return unequal_plan(
@@ -47,7 +50,7 @@ def random_plan(graph: Graph, seed: int) -> Plan:
         meshes,
         microbatches,
         shares="random" if uneven else (),
-        schedule=draw.choice(["gpipe", "1f1b"]),
+        schedule=schedule,
         recompute=draw.choice(["none", "none", "full"]),
         seed=seed,
     )

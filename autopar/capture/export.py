@@ -17,6 +17,7 @@ from .lower import lower
 from .masks import simplify_masks
 from .normalise import normalise_losses
 from .observe import Observer, apply_survey
+from .routing import route_rows
 from .simplify import simplify
 from .trace import Trace, trace
 from .whole import keeping_whole
@@ -81,6 +82,7 @@ def _draft(traced: Trace, call: Call) -> Draft:
     simplify_masks(draft)
     draft.drop_dead()
     normalise_losses(draft, observer, observer.survey(draft, grad=False))
+    route_rows(draft)
     draft.drop_dead()
     apply_survey(draft, observer.survey(draft))
     return draft

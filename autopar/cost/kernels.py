@@ -116,6 +116,9 @@ def _bytes(
 
 # -- contractions
 
+# Reading for the maximum, reading, and writing at half the width.
+_CAST_PASSES = 2.5
+
 
 def _products(
     call: Call, flops: float, compute_class: str = "matmul", shape: tuple[int, ...] = ()
@@ -126,8 +129,14 @@ def _products(
     """
     moved = call.in_bytes + call.out_bytes()
     dtype = call.product_dtype if compute_class == "matmul" else call.dtype
+    casts = dtype != call.dtype and compute_class == "matmul"
     forward = [Kernel(compute_class, flops, flops, dtype, moved_bytes=moved, shape=shape)]
     backward = []
+    if casts:
+        # Each operand's largest element is found and the operand is cast, in the forward; in the backward the result's
+        # gradient is, and the operands are again, for they are needed turned.
+        forward.append(_bytes("copy", _CAST_PASSES * call.in_bytes))
+        backward.append(_bytes("copy", _CAST_PASSES * (call.in_bytes + call.out_bytes())))
     turns = [(0, 1, 3, 2), (0, 3, 2, 1)]
     matrices = 0
     for i in range(len(call.tensors)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
@@ -24,21 +24,26 @@ from .stages import TOLERANCE, StageSearch
 
 # Partial plans looked at per shape before its proof of optimality is left open and the gap reported.
 MAX_VISITS = 20_000
+# Where the layouts that keep least need so many times the limit, no others of the shape are looked at: what decides is
+# the exact memory of stages, of which the layouts count what is kept, not what comes and goes.
+HOPELESS = 1.5
 # Shapes tried, nearest first, for a row of the table of candidates whose shapes all lost by their floors.
 TRIES_PER_CANDIDATE = 1
 
 
 @dataclass(order=True, slots=True)
 class _Entry:
-    """A shape with its lower bound, and what to do when it comes up: `search` its cuts, or try its next `chains`.
+    """A shape with its lower bound, and how far it has been looked at.
 
-    order: ties go to the first come. refined: the bound is the closer of the two floors.
+    order: ties go to the first come. refined: the bound is the closer of the two floors. chain: layouts that it has, and
+    the bound is theirs. search: the stage table of these. chains: the layouts to try next.
     """
 
     bound_s: float
     order: int
     shape: Shape = field(compare=False)
     refined: bool = field(compare=False, default=False)
+    chain: Chain | None = field(compare=False, default=None)
     search: StageSearch | None = field(compare=False, default=None)
     chains: Iterator[Chain] | None = field(compare=False, default=None)
 
@@ -67,11 +72,8 @@ class _Auto:
         ) as bar:
             while self.heap and not self._is_beaten(self.heap[0].bound_s):
                 entry = heapq.heappop(self.heap)
-                if entry.search is not None:
-                    self._solve(entry.search)
-                else:
-                    self._refine(entry)
-                    bar.update(entry.refined)
+                self._advance(entry)
+                bar.update(entry.search is None and entry.chain is None and entry.refined)
         if self.best is None:
             raise nothing_fits(self.problem, self.prices, self.tight)
         self.tight += [self._too_large(entry.shape) for entry in self.heap if entry.bound_s == math.inf]
@@ -81,31 +83,60 @@ class _Auto:
     def _is_beaten(self, bound_s: float) -> bool:
         return self.best is not None and bound_s >= self.best.step_time_s * (1 - TOLERANCE)
 
-    def _refine(self, entry: _Entry) -> None:
-        """Replace a shape without a stage table by a search of its cuts, with its next chain of layouts."""
-        shape, chains = entry.shape, entry.chains
-        if chains is None and not entry.refined and entry.bound_s < math.inf:
-            bound_s = max(entry.bound_s, self.floors.refined_s(shape))
-            heapq.heappush(self.heap, _Entry(bound_s, entry.order, shape, refined=True))
-            return
-        if chains is None:
-            if entry.bound_s == math.inf:
-                self.tight.append(self._too_large(shape))
-                return
-            chains = iter(self.problem.chains.of(self.problem, shape))
-        chain = next(chains, None)
-        if chain is None:
-            return
-        search = StageSearch(self.problem, shape, chain, self.prices)
-        if search.root_bound_s < math.inf:
-            heapq.heappush(self.heap, _Entry(search.root_bound_s, entry.order, shape, search=search))
+    def _advance(self, entry: _Entry) -> None:
+        """Replace an entry by what is known when one more step is taken."""
+        if entry.search is not None:
+            self._solve(entry.search)
+        elif entry.chain is not None:
+            self._tabulate(entry)
+        elif entry.chains is not None:
+            chain = next(entry.chains, None)
+            if chain is not None:
+                self._with_layouts(entry, chain)
+                self._push(replace(entry))
+        elif entry.bound_s == math.inf:
+            self.tight.append(self._too_large(entry.shape))
+        elif not entry.refined:
+            self._push(replace(entry, bound_s=max(entry.bound_s, self.floors.refined_s(entry.shape)), refined=True))
         else:
-            self.tight.append(TooLarge(search.smallest()[1], shape, search))
-        # Later chains are slower and take less memory, so that the first one's bound without a limit holds for them.
-        if entry.chains is not None:
-            heapq.heappush(self.heap, _Entry(entry.bound_s, entry.order, shape, chains=chains))
-        elif search.free_bound_s < search.root_bound_s * (1 - TOLERANCE):
-            heapq.heappush(self.heap, _Entry(search.free_bound_s, entry.order, shape, chains=chains))
+            self._with_layouts(entry, next(iter(self.problem.chains.of(self.problem, entry.shape))))
+
+    def _push(self, entry: _Entry) -> None:
+        heapq.heappush(self.heap, entry)
+
+    def _with_layouts(self, entry: _Entry, chain: Chain) -> None:
+        bound_s = self.floors.chain_s(entry.shape, chain)
+        if bound_s < math.inf:
+            self._push(replace(entry, bound_s=max(entry.bound_s, bound_s), chain=chain))
+            return
+        self.tight.append(TooLarge(self.floors.memory_bytes(entry.shape, chain), entry.shape))
+        if entry.chains is None:
+            self._more_chains(entry, entry.bound_s)
+
+    def _tabulate(self, entry: _Entry) -> None:
+        """The stage table of a shape with its layouts."""
+        search = StageSearch(self.problem, entry.shape, entry.chain, self.prices)
+        if search.root_bound_s < math.inf:
+            self._push(replace(entry, bound_s=search.root_bound_s, search=search))
+        else:
+            self.tight.append(TooLarge(search.smallest()[1], entry.shape, search))
+        if entry.chains is None and search.free_bound_s < search.root_bound_s * (1 - TOLERANCE):
+            self._more_chains(entry, search.free_bound_s)
+
+    def _more_chains(self, entry: _Entry, bound_s: float) -> None:
+        """Let layouts that take less memory follow the fastest, which take the time `bound_s` at least too."""
+        if entry.shape.tensor == 1:
+            return
+        smallest = self.problem.chains.smallest(self.problem, entry.shape)
+        search = StageSearch(self.problem, entry.shape, smallest, self.prices)
+        if search.root_bound_s == math.inf:
+            least_bytes = search.smallest()[1]
+            self.tight.append(TooLarge(least_bytes, entry.shape, search))
+            if least_bytes > HOPELESS * self.problem.memory_limit_bytes:
+                return
+        chains = iter(self.problem.chains.of(self.problem, entry.shape))
+        next(chains)
+        self._push(_Entry(bound_s, entry.order, entry.shape, True, chains=chains))
 
     def _too_large(self, shape: Shape) -> TooLarge:
         return TooLarge(self.floors.memory_bytes(shape), shape)

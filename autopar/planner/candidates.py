@@ -101,6 +101,8 @@ def conclude(
     kept = [_candidate(one, best, open_bound_s) for one in _choose(list(rows.values()), best)]
     fits = {one.shape.group for one in tried}
     lost = [_lacking(problem, prices, one) for one in _nearest(tight) if one.shape.group not in fits]
+    # Layouts that were not looked at, because they are no faster than the best plan, may fit where others did not.
+    lost = [one for one in lost if one.peak_memory_bytes > problem.memory_limit_bytes]
     prediction = Prediction(best.step_time_s, best.peak_memory_bytes)
     return replace(best.plan, prediction=prediction, candidates=(*kept, *lost))
 

@@ -25,7 +25,7 @@ from ..sharding.batch import batch_layout
 from ..sharding.placement import Placement, Split, conversion
 from ..sharding.strategies import strategies
 from ..sharding.strategy import Strategy
-from .layout_chain import ChainSolution, chain_frontier, chain_layouts
+from .layout_chain import ChainSolution, chain_frontier, chain_layouts, smallest_chain
 from .layout_costs import Seconds2
 from .layout_elimination import Order
 from .layout_options import LayoutOptions, layout_options
@@ -67,6 +67,13 @@ class LayoutChains:
         for recompute in choices:
             options = self._options_of(problem, shape, recompute)
             yield from chain_frontier(options, 0, num_blocks, num_points=MAX_CHAINS)
+
+    def smallest(self, problem: Problem, shape: Shape) -> Chain:
+        """The chain that keeps least, with the most recomputation."""
+        if shape.tensor == 1:
+            return Chain()
+        options = self._options_of(problem, shape, problem.recompute_choices[-1])
+        return Chain.of(smallest_chain(options, 0, len(problem.graph.blocks)).layouts)
 
     def pass_s(self, problem: Problem, tensor: int, shards: int) -> list[float]:
         """Per block, forward and backward on `tensor` ranks of one of `shards` shares of the batch.

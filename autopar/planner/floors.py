@@ -66,10 +66,23 @@ class Floors:
         """The same, closer, for the price of one layout solve per tensor degree and share of the batch."""
         return max(self._spread_s(shape, shape.shards), self._filled_s(shape))
 
+    def chain_s(self, shape: Shape, chain: Chain) -> float:
+        """No plan of this shape with these layouts is faster; infinite if none fits in memory. For two stage costs."""
+        plain = self._whole(shape, self.problem.recompute_choices[0], chain)
+        if self.memory_bytes(shape, chain) > self.problem.memory_limit_bytes:
+            return math.inf
+        most_s = TIME_SLACK * (plain.forward_s + plain.backward_s)
+        excess_bytes = MEMORY_SLACK * plain.activation_bytes - self._most_kept_bytes(shape, plain, 1)
+        if excess_bytes > 0:
+            again = self._whole(shape, self.problem.recompute_choices[-1], chain)
+            freed_bytes = plain.activation_bytes - again.activation_bytes
+            most_s += self._recomputed_s(shape, excess_bytes) / shape.tensor if freed_bytes > 0 else math.inf
+        return most_s / (1 - (1 - 1 / shape.microbatches) ** shape.pipeline)
+
     def _spread_s(self, shape: Shape, shards: int) -> float:
         if shape not in self._again:
             plain = self._whole(shape, self.problem.recompute_choices[0])
-            excess_bytes = plain.activation_bytes - self._most_kept_bytes(shape, plain)
+            excess_bytes = plain.activation_bytes - self._most_kept_bytes(shape, plain, shape.tensor)
             self._again[shape] = self._recomputed_s(shape, excess_bytes) if excess_bytes > 0 else 0.0
         pass_s = self._pass_s(shape.tensor, shards).sum() * shards / shape.shards
         most_s = pass_s + self._again[shape] / shape.tensor
@@ -111,18 +124,18 @@ class Floors:
         whole = self._whole(shape, self.problem.recompute_choices[0])
         return TIME_SLACK * (max(0.0, whole.reduce_s - whole.reduce_overlap_s) + whole.optimizer_s) / shape.tensor
 
-    def memory_bytes(self, shape: Shape) -> float:
-        """No plan of this shape has a fullest rank with less."""
-        least = self._whole(shape, self.problem.recompute_choices[-1])
+    def memory_bytes(self, shape: Shape, chain: Chain | None = None) -> float:
+        """No plan of this shape (with these layouts) has a fullest rank with less."""
+        least = self._whole(shape, self.problem.recompute_choices[-1], chain)
         held = self._in_flight(shape)
         rest_bytes, kept_bytes = self._rest_bytes(shape, least), least.activation_bytes
         by_sum = (rest_bytes + held[-1] * kept_bytes) / shape.pipeline
         by_share = (rest_bytes / held[0] + kept_bytes) / sum(1 / k for k in held)
-        return MEMORY_SLACK * max(by_sum, by_share) / shape.tensor
+        return MEMORY_SLACK * max(by_sum, by_share) / (1 if chain else shape.tensor)
 
-    def _most_kept_bytes(self, shape: Shape, cost: StageCost) -> float:
-        """What a microbatch may keep over all stages under the memory limit, by (2)."""
-        limit_bytes = self.problem.memory_limit_bytes * shape.tensor / MEMORY_SLACK
+    def _most_kept_bytes(self, shape: Shape, cost: StageCost, ranks: int) -> float:
+        """What a microbatch may keep over all stages and `ranks` ranks of each under the memory limit, by (2)."""
+        limit_bytes = self.problem.memory_limit_bytes * ranks / MEMORY_SLACK
         held, rest_bytes = self._in_flight(shape), self._rest_bytes(shape, cost)
         by_sum = (shape.pipeline * limit_bytes - rest_bytes) / held[-1]
         return min(by_sum, limit_bytes * sum(1 / k for k in held) - rest_bytes / held[0])
@@ -164,10 +177,10 @@ class Floors:
         alone = Shape(stage + (index < last) + 1, shape.data, 1, shape.microbatches, "1f1b", shape.zero)
         return self.prices.cost(alone, Chain(), stage, Piece(index, index + 1, recompute))
 
-    def _whole(self, shape: Shape, recompute: str) -> StageCost:
-        """The whole model as one stage, without a tensor axis."""
-        alone = Shape(1, shape.data, 1, shape.microbatches, "1f1b", shape.zero)
-        return self.prices.cost(alone, Chain(), 0, Piece(0, len(self.problem.graph.blocks), recompute))
+    def _whole(self, shape: Shape, recompute: str, chain: Chain | None = None) -> StageCost:
+        """The whole model as one stage: with these layouts, or without a tensor axis."""
+        alone = Shape(1, shape.data, shape.tensor if chain else 1, shape.microbatches, "1f1b", shape.zero)
+        return self.prices.cost(alone, chain or Chain(), 0, Piece(0, len(self.problem.graph.blocks), recompute))
 
     def _in_flight(self, shape: Shape) -> list[int]:
         in_flight = schedule_named(shape.schedule).in_flight

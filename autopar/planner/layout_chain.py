@@ -131,8 +131,7 @@ def chain_frontier(
     fastest = at(0.0)
     if fastest.memory_bytes == 0 or num_points < 2:
         return (fastest,)
-    # Any saving of memory that costs less than a hundred times the whole chain is worth it at this weight.
-    smallest = at(100 * max(fastest.time_s, 1e-9) / fastest.memory_bytes)
+    smallest = at(_heavy(fastest))
     found = {(s.time_s, s.memory_bytes): s for s in (fastest, smallest)}
     gaps = [(fastest, smallest)]
     while gaps and len(found) < num_points:
@@ -147,6 +146,19 @@ def chain_frontier(
             found[middle.time_s, middle.memory_bytes] = middle
             gaps += [(left, middle), (middle, right)]
     return _efficient(list(found.values()))
+
+
+def smallest_chain(options: LayoutOptions, start: int, stop: int) -> ChainSolution:
+    """The last of `chain_frontier`: the fewest bytes, as far as a byte is worth its time a hundredfold."""
+    fastest = chain_layouts(options, start, stop)
+    if fastest.memory_bytes == 0:
+        return fastest
+    return chain_layouts(options, start, stop, memory_weight=_heavy(fastest))
+
+
+def _heavy(fastest: ChainSolution) -> float:
+    """At this weight any saving of memory is worth it that costs less than a hundred times the whole chain."""
+    return 100 * max(fastest.time_s, 1e-9) / fastest.memory_bytes
 
 
 def _efficient(solutions: list[ChainSolution]) -> tuple[ChainSolution, ...]:

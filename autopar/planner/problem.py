@@ -130,6 +130,10 @@ class ChainSource(Protocol):
         """The chains that the shape may use, the fastest first."""
         ...
 
+    def smallest(self, problem: Problem, shape: Shape) -> Chain:
+        """The chain that keeps least."""
+        ...
+
     def pass_s(self, problem: Problem, tensor: int, shards: int) -> Sequence[float]:
         """Per block, forward and backward on `tensor` ranks of one of `shards` shares of the batch.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -101,6 +102,13 @@ class Axis:
             return received
 
         return wait
+
+    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """All-to-all of rows: sent[r] of them, in order, to rank r; those that come, received[r] from rank r, in order."""
+        out = rows.new_empty((sum(received), *rows.shape[1:]))
+        call = partial(dist.all_to_all_single, out, rows.contiguous(), list(received), list(sent), group=self.group)
+        self._timed("all_to_all", rows, call, parts=self.size)
+        return out
 
     def slice(self, tensor: Tensor, dim: int, blocks: int = 1) -> Tensor:
         """This rank's slice of a whole tensor; a view where blocks == 1."""

@@ -5,8 +5,8 @@ stage has another mesh or other placements, the forward value and the gradient e
 gradient of a tensor placed `p` lies as `dual(p)` does (sharding/placement.py):
 
 - along an axis of the senders that splits, every rank has boxes of its own, and sends those that a receiver holds too;
-- along one where all hold the same (REPLICATED, SHARED), one of them sends: the receiver itself if it is one of them,
-  else the one at its own coordinate; where the meshes differ, receivers take turns among the senders;
+- along one where all hold the same (REPLICATED, SHARED), one of them sends: the one at the receiver's own coordinate;
+  where the meshes differ, receivers take turns among the senders;
 - along one where each holds a summand (PARTIAL), all send, and the receivers that want summands share these out.
 
 So a gradient that is whole on every receiver of the value (R) is returned by one of them, and one that lies in summands
@@ -109,14 +109,11 @@ class Handover:
 
     def _sources(self, rank: int) -> Iterator[tuple[int, ...]]:
         sender, receiver = self.sender, self.receiver
-        own = sender.coordinates(rank) if rank in sender.ranks else None
         there = receiver.coordinates(rank)
         choices = []
         for axis, (placement, degree) in enumerate(zip(sender.placements, sender.degrees, strict=True)):
             if isinstance(placement, Split) or placement == PARTIAL:
                 choices.append(tuple(range(degree)))
-            elif own is not None:
-                choices.append((own[axis],))
             else:
                 others = [(p, n) for i, (p, n) in enumerate(zip(there, receiver.degrees, strict=True)) if i != axis]
                 turn = 0

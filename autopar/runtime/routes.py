@@ -55,7 +55,7 @@ class Route:
     """One rank's side of a hand-over.
 
     outputs: shape, dtype of each tensor that the rank gets, none on a sender. sums: which of them begin as zeros, and
-    add up what arrives. A rank of both stages has what it sends to itself in both lists.
+    add up what arrives.
     """
 
     sends: tuple[Message, ...]

@@ -1,13 +1,13 @@
 """Activations and gradients between neighbouring stages, point to point, along planned routes.
 
 Sends are started and left behind; a receive is posted one instruction ahead of its use, so that the bytes travel while
-the stage computes. What a rank of both stages has for itself is handed over without a message.
+the stage computes.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,8 @@ Receive = ReceiveActivation | ReceiveGradient
 Send = SendActivation | SendGradient
 Way = tuple[int, int]
 """(sending stage, receiving stage): activations go to the next stage, gradients to the one before."""
+_Operation = tuple[Callable[..., dist.Work | None], Tensor, int, dist.ProcessGroup]
+"""dist.isend or dist.irecv, buffer, peer, group."""
 
 
 @dataclass(eq=False)
@@ -49,7 +51,6 @@ class Transport:
     _sends: deque[tuple[list[dist.Work], list[Tensor]]] = field(default_factory=deque)
     _posted: dict[Receive, _Arriving] = field(default_factory=dict)
     _ahead: dict[type, Iterator[Receive]] = field(default_factory=dict)
-    _own: dict[tuple[Way, int], list[Tensor]] = field(default_factory=dict)
 
     def connect(self) -> None:
         """Have the backend set up the boundaries' connections; all ranks of the plan call it, before anything else.
@@ -62,7 +63,7 @@ class Transport:
 
     def begin(self, actions: Sequence[Instruction]) -> None:
         """Start a program: post the first receive of each direction."""
-        assert not self._posted and not self._sends and not self._own
+        assert not self._posted and not self._sends
         for kind in (ReceiveActivation, ReceiveGradient):
             self._ahead[kind] = iter([a for a in actions if isinstance(a, kind)])
             self._post_next(kind)
@@ -73,16 +74,13 @@ class Transport:
         tensors = [tensor.detach().contiguous() for tensor in tensors]
         operations, kept = [], []
         for message in self.routes[way].sends:
-            if message.peer == self.groups.rank:
-                self._own[way, action.microbatch] = tensors
-                continue
             buffer = _pack(message, tensors, self.device)
-            operations.append(dist.P2POp(dist.isend, buffer, message.peer, self.groups.boundaries[way]))
+            operations.append((dist.isend, buffer, message.peer, self.groups.boundaries[way]))
             kept.append(buffer)
         while self._sends and all(work.is_completed() for work in self._sends[0][0]):
             self._sends.popleft()
         if operations:
-            self._sends.append((_started(operations), kept))
+            self._sends.append((_started(operations, self.device), kept))
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def receive(self, action: Receive) -> list[Tensor]:
@@ -94,14 +92,11 @@ class Transport:
             work.wait()
         for message, buffer in arriving.packed:
             for piece in message.pieces:
-                _put(piece.of(arriving.outputs), _seen(buffer, piece, arriving.outputs), piece.tensor in route.sums)
-        own = self._own.pop((way, action.microbatch), None)
-        if own is not None:
-            pairs = zip(
-                _of_rank(route.sends, self.groups.rank), _of_rank(route.receives, self.groups.rank), strict=True
-            )
-            for there, here in pairs:
-                _put(here.of(arriving.outputs), there.of(own), here.tensor in route.sums)
+                place, value = piece.of(arriving.outputs), _seen(buffer, piece, arriving.outputs)
+                if piece.tensor in route.sums:
+                    place.add_(value)
+                else:
+                    place.copy_(value)
         self._post_next(type(action))
         return arriving.outputs
 
@@ -111,13 +106,12 @@ class Transport:
             for work in works:
                 work.wait()
         self._sends.clear()
-        assert not self._posted and not self._own
+        assert not self._posted
 
     def abandon(self) -> None:
         """Forget what is under way after a failure."""
         self._sends.clear()
         self._posted.clear()
-        self._own.clear()
 
     def _post_next(self, kind: type) -> None:
         action = next(self._ahead[kind], None)
@@ -131,20 +125,24 @@ class Transport:
         ]
         operations, packed = [], []
         for message in route.receives:
-            if message.peer == self.groups.rank:
-                continue
             if message.num_bytes:
                 buffer = torch.empty(message.num_bytes, dtype=torch.uint8, device=self.device)
                 packed.append((message, buffer))
             else:
                 buffer = message.pieces[0].of(outputs)
-            operations.append(dist.P2POp(dist.irecv, buffer, message.peer, self.groups.boundaries[way]))
-        self._posted[action] = _Arriving(outputs, packed, _started(operations))
+            operations.append((dist.irecv, buffer, message.peer, self.groups.boundaries[way]))
+        self._posted[action] = _Arriving(outputs, packed, _started(operations, self.device))
 
 
-def _started(operations: list[dist.P2POp]) -> list[dist.Work]:
-    """On NCCL the operations of one call make one transfer on the group's communicator; per peer they keep their order."""
-    return [work for work in dist.batch_isend_irecv(operations) if work is not None] if operations else []
+def _started(operations: list[_Operation], device: torch.device) -> list[dist.Work]:
+    """On NCCL one transfer on the group's own communicator, where sends and receives of a pair keep their order; called
+    one by one they would make a communicator for every pair, at the first message and waiting for the peer."""
+    if not operations:
+        return []
+    if device.type == "cuda":
+        return dist.batch_isend_irecv([dist.P2POp(*operation) for operation in operations])
+    works = [function(buffer, peer, group=group) for function, buffer, peer, group in operations]
+    return [work for work in works if work is not None]
 
 
 def _pack(message: Message, tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -161,14 +159,3 @@ def _seen(buffer: Tensor, piece: Piece, tensors: Sequence[Tensor]) -> Tensor:
     dtype = tensors[piece.tensor].dtype
     stop = piece.start_byte + torch.Size(piece.size).numel() * dtype.itemsize
     return buffer[piece.start_byte : stop].view(dtype).view(piece.size)
-
-
-def _put(place: Tensor, value: Tensor, adds: bool) -> None:
-    if adds:
-        place.add_(value)
-    else:
-        place.copy_(value)
-
-
-def _of_rank(messages: Sequence[Message], rank: int) -> list[Piece]:
-    return [piece for message in messages if message.peer == rank for piece in message.pieces]

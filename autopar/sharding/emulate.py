@@ -142,6 +142,15 @@ class EmulatedAxis:
         self.meeting.barrier.wait()
         return stacked.sum(0) if op == "sum" else stacked.amax(0)
 
+    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        assert self.meeting, "this axis has a rank and a size only"
+        self.meeting.values[self.rank] = rows.split(list(sent))
+        self.meeting.barrier.wait()
+        arrived = torch.cat([parts[self.rank] for parts in self.meeting.values])
+        self.meeting.barrier.wait()
+        assert len(arrived) == sum(received)
+        return arrived.detach().clone()
+
     def pass_on(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         assert self.meeting, "this axis has a rank and a size only"
         self.meeting.values[self.rank] = list(tensors)

@@ -20,6 +20,8 @@ from .analysis import analysis
 from .call import Call, schema
 from .placement import Placement, Split
 from .ring import ring_attention
+from .routed import exchanged_groups, own_groups
+from .routed_body import local_body
 from .rows import Parts, parts_of
 from .rules_loss import MEAN
 from .rules_pointwise import CREATIONS
@@ -199,6 +201,12 @@ def _num_groups(local: Local) -> Mapping[str, Any]:
     return {"num_groups": call["num_groups"] * local.shape("input")[1] // call.shape("input")[1]}
 
 
+def _body(local: Local) -> Mapping[str, Any]:
+    places = local.call.positions()
+    shapes = (tuple(local.inputs[i] for i in places.get(name, ())) for name in ("weights", "shared_weights"))
+    return {"body": local_body(local.call, *shapes)}
+
+
 _ADAPT: Mapping[str, Callable[[Local], Mapping[str, Any]]] = MappingProxyType(
     {
         **{f"aten.{n}": _sized("size") for n in ("view", "_unsafe_view", "expand", "broadcast_to", *CREATIONS)},
@@ -212,6 +220,7 @@ _ADAPT: Mapping[str, Callable[[Local], Mapping[str, Any]]] = MappingProxyType(
         **{f"aten.conv{n}d": _groups for n in (1, 2, 3)},
         **{f"aten.conv_transpose{n}d": _transposed_groups for n in (1, 2, 3)},
         "aten.group_norm": _num_groups,
+        "autopar.routed_rows": _body,
     }
 )
 
@@ -274,7 +283,7 @@ def _index_rows(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
     return LocalCall(function, call.op.args, call.op.kwargs, axes)
 
 
-def _batch_norm(local: Local, axes: tuple[Axes, ...], _: list[int]) -> LocalCall:
+def _batch_norm(local: Local, axes: tuple[Axes, ...], _: _Cuts) -> LocalCall:
     function = algorithms.BatchNorm(tuple(axis == BATCH for axis in axes))
     return LocalCall(function, local.call.op.args, local.call.op.kwargs, axes)
 
@@ -291,6 +300,11 @@ def _as_is(function: Callable[..., Any]) -> Callable[[Local, tuple[Axes, ...], _
     return lambda local, axes, _: LocalCall(function, local.call.op.args, local.call.op.kwargs, axes)
 
 
+def _routed(function: Callable[..., Any]) -> Callable[[Local, tuple[Axes, ...], _Cuts], LocalCall]:
+    """An algorithm that takes the arguments of the op itself, with the body for local weights."""
+    return lambda local, axes, _: LocalCall(function, *_arguments(local.call.op, _body(local)), axes)
+
+
 _SPECIALS: Mapping[str, Callable[[Local, tuple[Axes, ...], _Cuts], LocalCall]] = MappingProxyType(
     {
         "arange": _arange,
@@ -298,6 +312,8 @@ _SPECIALS: Mapping[str, Callable[[Local, tuple[Axes, ...], _Cuts], LocalCall]] =
         "index_rows": _index_rows,
         "inverse_order": _as_is(algorithms.inverse_order),
         "ring_attention": _as_is(ring_attention),
+        "own_groups": _routed(own_groups),
+        "exchanged_groups": _routed(exchanged_groups),
         "sdpa_rows": _as_is(algorithms.causal_rows),
         "vocab_embedding": _as_is(algorithms.vocab_embedding),
         "vocab_cross_entropy": _as_is(algorithms.vocab_cross_entropy),

@@ -24,7 +24,8 @@ class Special:
 
     output: placement of the outputs that lack the dim, where it is not PARTIAL (SHARED: where a
         gradient flows, else REPLICATED).
-    work: factor on the share of the op's compute. collective_bytes: see `Strategy`.
+    work: factor on the share of the op's compute. collective_bytes: see `Strategy`. exchanged_bytes: the same of
+        tensors of which each rank exchanges its part only.
     meets: why rows of the batch meet there, where the algorithm communicates over data and so cannot run in time; "" where
         it needs no more than its place.
     """
@@ -33,6 +34,7 @@ class Special:
     output: Placement = PARTIAL
     work: float = 1.0
     collective_bytes: int = 0
+    exchanged_bytes: int = 0
     meets: str = ""
 
 
@@ -41,11 +43,13 @@ class Together:
     """Several names split at once, by a special algorithm.
 
     names: per tensor (inputs, then outputs) the name that is split in it; None where it is whole.
+    free: one of the names, which may be split at any outer count; the others are split in one piece per rank.
     """
 
     key: str
     names: tuple[str | None, ...]
     special: Special
+    free: str = ""
 
 
 @dataclass(frozen=True)
@@ -192,25 +196,32 @@ def split_strategy(rule: Rule, name: str, outer: int, degree: int, gradient: Seq
     )
 
 
-def together_strategy(rule: Rule, group: Together, degree: int, gradient: Sequence[bool]) -> Strategy | None:
-    """The strategy that splits the names of `group`, each in one piece per rank, or None where one does not divide."""
+def together_strategy(
+    rule: Rule, group: Together, degree: int, gradient: Sequence[bool], outer: int = 1
+) -> Strategy | None:
+    """The strategy that splits the names of `group`, its free one at `outer`, or None where one does not divide."""
     placements: list[Placement] = []
     for index, name in enumerate(group.names):
         if name is None:
             placements.append(SHARED if gradient[index] else REPLICATED)
             continue
-        split = split_of(rule, index, name, 1)
-        if split is None or rule.sizes[name] % degree or rule.shapes[index][split.dim] % (split.blocks * degree):
+        blocks = outer if name == group.free else 1
+        split = split_of(rule, index, name, blocks)
+        if (
+            split is None
+            or rule.sizes[name] % (blocks * degree)
+            or rule.shapes[index][split.dim] % (split.blocks * degree)
+        ):
             return None
         placements.append(split)
     count, special = len(rule.inputs), group.special
     return Strategy(
-        key=group.key,
+        key=group.key if outer == 1 else f"{group.key}@{outer}",
         inputs=tuple(placements[:count]),
         outputs=tuple(placements[count:]),
         work=min(1.0, special.work / degree),
         special=special.name,
-        collective_bytes=special.collective_bytes,
+        collective_bytes=special.collective_bytes + special.exchanged_bytes // degree,
         degree=degree,
     )
 

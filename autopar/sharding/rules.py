@@ -25,6 +25,7 @@ from . import (
     rules_pointwise,
     rules_recurrent,
     rules_reduce,
+    rules_routed,
     rules_views,
 )
 from .call import Call
@@ -101,6 +102,7 @@ DEFAULT = RuleTable(
             **rules_norm.RULES,
             **rules_loss.RULES,
             **rules_opaque.RULES,
+            **rules_routed.RULES,
         }
     )
 )

@@ -65,7 +65,9 @@ def _strategies(found: Analysis, op: Op, degree: int, shards: int) -> tuple[Stra
     options = [
         split_strategy(op_rule, name, outer, degree, gradient) for name, outer in found.candidates.options[op.name]
     ]
-    options += [together_strategy(op_rule, group, degree, gradient) for group in op_rule.together]
+    for group in op_rule.together:
+        outers = {outer for name, outer in found.candidates.options[op.name] if name == group.free} | {1}
+        options += [together_strategy(op_rule, group, degree, gradient, outer) for outer in sorted(outers)]
     pending = found.candidates.pending[op.name]
     options += [partial_strategy(op_rule, group, gradient) for group in op_rule.linear if group & pending]
     fitting = [

@@ -47,10 +47,7 @@ def alpa(problem: Problem, progress: bool = True, limit_s: float | None = None) 
                 if bench.spent:
                     break
                 _unequal(bench, [s for s in shapes if s.microbatches == microbatches])
-        if bench.best is None:
-            for shape in shapes:
-                edges = [bench.num_blocks * (s + 1) // shape.pipeline for s in range(shape.pipeline)]
-                bench.offer(bench.relieved(bench.equal_plan(shape, edges)))
+        bench.fall_back(shapes)
         return bench.best_plan()
     return bench.best_plan()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,8 @@ from ..problem import Chain, Costs, Problem, Shape
 
 # Rows of the table of candidates that a method's plan carries.
 MAX_CANDIDATES = 8
+# Shapes that are tried when nothing fits that a method finds.
+MAX_FALL_BACKS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +105,13 @@ class Bench:
     def shapes(self, *wishes: Callable[[Shape], bool]) -> list[Shape]:
         """The shapes that the constraints allow; of these, wish by wish, those that meet it, if any do.
 
-        1F1B is wished for first of all: none of the methods chooses among synchronous schedules.
+        1F1B is wished for first of all: none of the methods chooses among synchronous schedules. In a fixed random
+        order, so that a search whose time is up has seen all kinds.
         """
         found = list(self.problem.shapes)
         for wish in (lambda shape: shape.schedule == "1f1b", *wishes):
             found = [shape for shape in found if wish(shape)] or found
+        random.Random(0).shuffle(found)
         return found
 
     def chains(self, shape: Shape) -> tuple[Chain, ...]:
@@ -200,6 +205,17 @@ class Bench:
             for stage in plan.stages
         )
         return replace(plan, stages=stages)
+
+    def fall_back(self, shapes: Sequence[Shape]) -> None:
+        """Where nothing that was offered fits: even cuts of the shapes that leave least to a device, recomputing."""
+        if self.best is not None:
+            return
+        smallest = sorted(shapes, key=lambda s: (-s.pipeline * s.tensor, -s.microbatches))
+        for shape in smallest[: 1 if self.spent else MAX_FALL_BACKS]:
+            cuts = [self.num_blocks * (s + 1) // shape.pipeline for s in range(shape.pipeline)]
+            plan = self.equal_plan(shape, cuts)
+            if min(self.offer(plan), self.offer(self.relieved(plan))) < math.inf:
+                return
 
     # -- the judge
 

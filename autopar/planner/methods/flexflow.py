@@ -47,36 +47,33 @@ def flexflow(
     """The best configuration found, over the degrees of the axis and the numbers of microbatches. Seeded."""
     with Bench(problem, "flexflow", progress, limit_s) as bench:
         shapes = bench.shapes(lambda s: s.pipeline == 1, lambda s: s.zero == 0)
-        fewest: dict[tuple[int, int], Shape] = {}
+        searched: set[tuple[int, int]] = set()
         for shape in sorted(shapes, key=lambda s: (-s.tensor, s.microbatches)):
             # microbatches only cost time without a pipeline; a plan that does not fit may need them
-            plain = bench.equal_plan(shape, _even(bench, shape))
-            if (shape.data, shape.tensor) not in fewest and bench.offer(plain) < math.inf:
-                fewest[shape.data, shape.tensor] = shape
-        for shape in fewest.values() or shapes[:1]:
-            if bench.spent:
-                break
-            if shape.tensor > 1 and shape.pipeline == 1:
-                _search(bench, shape, random.Random(f"{seed} {shape}"), steps)
+            if bench.spent or (shape.data, shape.tensor) in searched:
+                continue
+            if shape.pipeline > 1 or shape.tensor == 1:
+                cuts = [bench.num_blocks * (s + 1) // shape.pipeline for s in range(shape.pipeline)]
+                plan = bench.equal_plan(shape, cuts)
+                fits = min(bench.offer(plan), bench.offer(bench.relieved(plan))) < math.inf
+            else:
+                fits = _search(bench, shape, random.Random(f"{seed} {shape}"), steps)
+            if fits:
+                searched.add((shape.data, shape.tensor))
         return bench.best_plan()
     return bench.best_plan()
 
 
-def _even(bench: Bench, shape: Shape) -> list[int]:
-    return [bench.num_blocks * (s + 1) // shape.pipeline for s in range(shape.pipeline)]
-
-
-def _search(bench: Bench, shape: Shape, draw: random.Random, steps: int) -> None:
+def _search(bench: Bench, shape: Shape, draw: random.Random, steps: int) -> bool:
+    """Search one shape, if its start fits in memory; whether it does."""
     model = OpTasks(bench.problem, shape)
-    simulation = Simulation(model.all_tasks())
     groups = [group for group in model.groups if len(model.options[group[0]]) > 1]
 
-    def offer() -> None:
+    def offer() -> bool:
         chain = chain_of(bench.problem.graph, shape.tensor, model.chosen)
         whole = [Piece(0, bench.num_blocks, bench.problem.recompute_choices[0])]
         plan = assemble(bench.problem, shape, chain, whole)
-        bench.offer(plan)
-        bench.offer(bench.relieved(plan))
+        return min(bench.offer(plan), bench.offer(bench.relieved(plan))) < math.inf
 
     def change(number: int) -> tuple[float, Callable[[], None]]:
         group = groups[number]
@@ -90,11 +87,14 @@ def _search(bench: Bench, shape: Shape, draw: random.Random, steps: int) -> None
 
         return simulation.finish_s, take_back
 
-    offer()
+    if not offer():
+        return False
+    simulation = Simulation(model.all_tasks())
     if groups:
         steps = min(steps, max(1, MAX_SIMULATED // len(simulation.tasks)))
         anneal(simulation.finish_s, len(groups), change, draw, steps, lambda: bench.spent)
         offer()
+    return True
 
 
 def anneal(

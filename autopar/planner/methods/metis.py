@@ -35,10 +35,7 @@ def metis(problem: Problem, progress: bool = True, limit_s: float | None = None)
                 if bench.spent:
                     break
                 _walk(bench, shape, groups)
-        if bench.best is None:
-            for shape in shapes:
-                cuts = [bench.num_blocks * (s + 1) // shape.pipeline for s in range(shape.pipeline)]
-                bench.offer(bench.relieved(bench.equal_plan(shape, cuts)))
+        bench.fall_back(shapes)
         return bench.best_plan()
     return bench.best_plan()
 

@@ -36,10 +36,7 @@ def piper(problem: Problem, progress: bool = True, limit_s: float | None = None)
                 _offer(bench, found, shape)
         if bench.unequal:
             _unequal(bench, shapes)
-        if bench.best is None:
-            # by Piper's memory model nothing fits: what comes nearest is told by the common one
-            for shape in shapes:
-                bench.offer(bench.relieved(bench.equal_plan(shape, _even(bench.num_blocks, shape.pipeline))))
+        bench.fall_back(shapes)
         return bench.best_plan()
     return bench.best_plan()
 
@@ -82,6 +79,8 @@ def _offer(bench: Bench, found: DagPlan, shape: Shape) -> None:
     """The plan as found; and, because not every runtime mixes within a stage, with all of a stage recomputed or none."""
     parts, first = [], 0
     microbatches = shape.shards // max(stage.data for stage in found.stages)
+    if bench.problem.constraints.microbatches not in (None, microbatches):
+        return
     rows = bench.problem.graph.batch_size // microbatches
     for stage in found.stages:
         if rows < stage.data:
@@ -111,7 +110,3 @@ def _unequal(bench: Bench, shapes: Sequence[Shape]) -> None:
         found = piper_dag(dag, _machine(bench, bench.world_size, first, transient_bytes), all_devices=True)
         if found is not None and first.shards % max(stage.data for stage in found.stages) == 0:
             _offer(bench, found, first)
-
-
-def _even(num_blocks: int, num_stages: int) -> list[int]:
-    return [num_blocks * (s + 1) // num_stages for s in range(num_stages)]

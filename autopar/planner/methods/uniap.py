@@ -48,32 +48,40 @@ def uniap(problem: Problem, progress: bool = True, limit_s: float | None = None)
         groups: dict[tuple[int, int], list[Shape]] = {}
         for shape in bench.shapes():
             groups.setdefault((shape.pipeline, shape.microbatches), []).append(shape)
-        for shapes in groups.values():
-            if bench.spent:
+
+        def left_s() -> float:
+            spent_s = time.monotonic() - start_s
+            return PROGRAM_LIMIT_S if limit_s is None else max(1.0, min(PROGRAM_LIMIT_S, (limit_s - spent_s) / 2))
+
+        # one mesh in all stages first: these programs are small
+        least_s: dict[tuple[int, int], float] = {}
+        for key, shapes in groups.items():
+            for mesh in dict.fromkeys(_Way(shape, "none").mesh for shape in shapes):
+                if bench.spent:
+                    break
+                found_s = _solve(bench, [s for s in shapes if _Way(s, "none").mesh == mesh], left_s())
+                least_s[key] = min(least_s.get(key, math.inf), found_s)
+        for key in sorted(least_s, key=lambda key: least_s[key]):
+            if bench.spent or not bench.unequal:
                 break
-            left_s = PROGRAM_LIMIT_S if limit_s is None else limit_s - (time.monotonic() - start_s)
-            _solve(bench, shapes, min(PROGRAM_LIMIT_S, max(1.0, left_s)))
-        if bench.best is None:
-            for shape in bench.shapes():
-                cuts = [bench.num_blocks * (s + 1) // shape.pipeline for s in range(shape.pipeline)]
-                bench.offer(bench.relieved(bench.equal_plan(shape, cuts)))
+            if key[0] > 1 and len(groups[key]) > 1:
+                _solve(bench, groups[key], left_s())
+        bench.fall_back(bench.shapes())
         return bench.best_plan()
     return bench.best_plan()
 
 
-def _solve(bench: Bench, shapes: Sequence[Shape], limit_s: float) -> None:
+def _solve(bench: Bench, shapes: Sequence[Shape], limit_s: float) -> float:
+    """Solve one program and offer its plan; the program's own objective, infinite where there is no solution."""
     problem, first = bench.problem, shapes[0]
     ways = [_Way(shape, choice) for shape in shapes for choice in problem.recompute_choices]
     edges = cluster_blocks(bench, first)
-    # without unequal stages the program falls apart into one per mesh, which are solved one by one
-    meshes = (
-        [ways] if bench.unequal else [[w for w in ways if w.mesh == m] for m in dict.fromkeys(w.mesh for w in ways)]
-    )
-    for some in meshes:
-        costs = chain_costs(bench, some, edges, first.pipeline)
-        found = solve_program(costs, first.pipeline, first.microbatches, problem.memory_limit_bytes, limit_s)
-        if found is not None:
-            _offer(bench, some, edges, found)
+    costs = chain_costs(bench, ways, edges, first.pipeline)
+    found = solve_program(costs, first.pipeline, first.microbatches, problem.memory_limit_bytes, limit_s)
+    if found is None:
+        return math.inf
+    _offer(bench, ways, edges, found)
+    return found.total_s
 
 
 def chain_costs(bench: Bench, ways: Sequence[_Way], edges: Sequence[int], num_stages: int) -> ChainCosts:

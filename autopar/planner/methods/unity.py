@@ -65,7 +65,7 @@ def _search(bench: Bench, shapes: Sequence[Shape]) -> None:
     heap: list[tuple[float, int, tuple[str, ...]]] = [(least_s, 0, ())]
     while heap and len(seen) < MAX_GRAPHS and not bench.spent:
         cost_s, _, done = heapq.heappop(heap)
-        if cost_s > ALPHA * least_s:
+        if cost_s > ALPHA * least_s or cost_s == math.inf:
             break
         for more in find_rewrites(rewritten(bench.problem.graph, done)):
             if bench.spent or len(seen) >= MAX_GRAPHS:

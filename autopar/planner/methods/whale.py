@@ -52,12 +52,7 @@ def whale(
             # the whole axis for splits, or hosts replicated around it
             if "split" in given.values() or shape.tensor == 1 or problem.constraints.tensor:
                 bench.offer(_plan(bench, shape, given))
-                if bench.best is None:
-                    bench.offer(bench.relieved(_plan(bench, shape, given)))
-        if bench.best is None:
-            for shape in bench.shapes():
-                cuts = [bench.num_blocks * (s + 1) // shape.pipeline for s in range(shape.pipeline)]
-                bench.offer(bench.relieved(bench.equal_plan(shape, cuts)))
+                bench.fall_back(bench.shapes())
         return bench.best_plan()
     return bench.best_plan()
 
