@@ -38,6 +38,7 @@ class Constants:
         collective that hides behind compute; the rest is what the transfer costs the compute beside it.
     update_overlap: share of ZeRO 1's and 2's gather of updated parameters that hides.
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
+    slices_at_rest: with ZeRO 1 and 2, whether parameters at rest are slices too, and a step gathers what it computes with.
     selective_kept: share of products whose results selective recomputation keeps (torchtitan: every other one).
     microbatch_s, step_s: host time per microbatch, and per step: data loading, logging, zeroing of gradients.
     optimizer_passes: reads and writes of a float32 parameter by the optimizer step; AdamW needs 7.
@@ -76,6 +77,7 @@ class Constants:
     tensor_overlap: float = 0.0
     update_overlap: float = 0.0
     scatter_each: bool = False
+    slices_at_rest: bool = False
     selective_kept: float = 1.0
     microbatch_s: float = 0.0
     step_s: float = 0.0
@@ -124,9 +126,11 @@ HARDWARE: Mapping[str, Mapping[str, float]] = {
 }  # fmt: skip
 
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
-    "": {},
     # autopar's own runtime: eager torch, fully_shard.
-    "torch": {"launch_s": 10e-6, "backward_launch_s": 8e-6, "context_bytes": 2e9},
+    "": {"scatter_each": True, "slices_at_rest": True},
+    "torch": {
+        "launch_s": 10e-6, "backward_launch_s": 8e-6, "scatter_each": True, "slices_at_rest": True, "context_bytes": 2e9,
+    },
     "torch-compile": {
         "launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.5, "scatter_each": True, "selective_kept": 0.5,
         "context_bytes": 2e9,
