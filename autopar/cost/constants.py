@@ -39,6 +39,7 @@ class Constants:
     update_overlap: share of ZeRO 1's and 2's gather of updated parameters that hides.
     fused_loss: whether the cross entropy reads narrow logits as they are and writes their gradient in their place.
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
+    slices_at_rest: with ZeRO 1 and 2, whether parameters at rest are slices too, and a step gathers what it computes with.
     selective_kept: share of products whose results selective recomputation keeps (torchtitan: every other one).
     microbatch_s, step_s: host time per microbatch, and per step: data loading, logging, zeroing of gradients.
     optimizer_passes: reads and writes of a float32 parameter by the optimizer step; AdamW needs 7.
@@ -78,6 +79,7 @@ class Constants:
     update_overlap: float = 0.0
     fused_loss: bool = False
     scatter_each: bool = False
+    slices_at_rest: bool = False
     selective_kept: float = 1.0
     microbatch_s: float = 0.0
     step_s: float = 0.0
@@ -119,11 +121,11 @@ HARDWARE: Mapping[str, Mapping[str, float]] = {
 }  # fmt: skip
 
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
-    "": {},
     # autopar's own runtime: eager torch, fully_shard.
+    "": {"scatter_each": True, "slices_at_rest": True},
     "torch": {
         "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.05, "product_scale": 0.97, "attention_scale": 0.87,
-        "gather_overlap": 0.96, "context_bytes": 2e9,
+        "gather_overlap": 0.96, "scatter_each": True, "slices_at_rest": True, "context_bytes": 2e9,
     },
     "torch-compile": {
         "launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.65, "product_scale": 1.02, "attention_scale": 0.55,
