@@ -22,6 +22,8 @@ _SCHEDULES = {
     "zb-h1": "gradients of inputs go before gradients of weights, which fill the waits (zero bubble, ZB-H1)",
     "zb-v": "each set of ranks runs one on the way up and one on the way down, and gradients of weights fill the waits "
     "(zero bubble, ZB-V)",
+    "pipedream": "batches go on without a flush, each backward with the weights of its forward (PipeDream)",
+    "2bw": "batches go on without a flush, on two versions of the weights (PipeDream-2BW)",
 }
 _ZERO = (
     "every data rank holds all parameters, gradients and optimizer state of its stage",

@@ -98,6 +98,14 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def replace_local(parameter: torch.nn.Parameter, local: torch.Tensor) -> None:
+    """Let the parameter's own shard lie in the memory of `local`, which is like it; the parameter stays the same object."""
+    if isinstance(parameter, DTensor):
+        parameter._local_tensor = local
+    else:
+        parameter.data = local
+
+
 def stored_at(file: str, start_byte: int, num_bytes: int) -> _StorageInfo:
     """Where torch.distributed.checkpoint's file reader finds one piece of a tensor."""
     return _StorageInfo(file, start_byte, num_bytes)
