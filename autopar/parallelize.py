@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +80,11 @@ class Model(ParallelModule):
         """The loss of the batch; see `ParallelModule`."""
         self.seeds.next_step()
         return super().forward(*args, **kwargs)
+
+    def stream(self, batches: Iterable[Any], optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+        """Train without flushes; see `ParallelModule.stream`."""
+        self.seeds.next_step()
+        return super().stream(batches, optimizer)
 
     def _stream(self, device: torch.device) -> Callable[[str], AbstractContextManager[Any]]:
         return lambda key: self.seeds.stream(key, device)

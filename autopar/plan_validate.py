@@ -156,6 +156,8 @@ def _check_schedule(plan: Plan, graph: Graph) -> None:
                     f"{at}.{name} is {getattr(stage, name)}, but plan.stages[{other}].{name}, on the same ranks, is "
                     f"{getattr(plan.stages[other], name)}; the stages of one set of ranks have one mesh"
                 )
+    if not schedule.flushes:
+        _check_stream(plan, graph)
     for name in graph.shared_parameters:
         users = [s for s, stage in enumerate(plan.stages) if _uses(graph, stage, name)]
         for s in users:
@@ -167,6 +169,34 @@ def _check_schedule(plan: Plan, graph: Graph) -> None:
                         f"is {getattr(plan.stages[other], field)}, and both use {graph.tensors[name].fqn} on the same "
                         "ranks; make the two equal"
                     )
+
+
+def _check_stream(plan: Plan, graph: Graph) -> None:
+    """What weights in versions allow."""
+    try:
+        schedule_named(plan.schedule).check_microbatches(plan.pipeline, plan.microbatches)
+    except ValueError as error:
+        raise ValueError(f"plan.microbatches: {error}") from None
+    for s, stage in enumerate(plan.stages):
+        if stage.zero:
+            raise ValueError(
+                f"plan.stages[{s}].zero is {stage.zero}, but schedule {plan.schedule!r} keeps whole versions of the weights; "
+                "set zero to 0"
+            )
+    for field, value, legal in (("precision", plan.precision, "float32"), ("offload", plan.offload, False)):
+        if value != legal:
+            raise ValueError(
+                f"plan.{field} is {value!r}, but schedule {plan.schedule!r} computes with the versions of the weights as "
+                f"they lie at rest; set {field} to {legal!r}, or choose a schedule with steps"
+            )
+    for name in graph.shared_parameters:
+        users = [s for s, stage in enumerate(plan.stages) if _uses(graph, stage, name)]
+        if len(users) > 1:
+            raise ValueError(
+                f"plan.schedule is {plan.schedule!r}, but stages {', '.join(map(str, users))} share "
+                f"{graph.tensors[name].fqn}, and each stage has its own version of it; choose a schedule with steps, or cut "
+                "the stages so that one has all its uses"
+            )
 
 
 def _uses(graph: Graph, stage: Stage, parameter: str) -> bool:

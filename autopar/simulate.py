@@ -11,6 +11,9 @@ Ignored: a slowdown of compute while transfers run (a StageCost may include it),
 differences between the ranks of one group, and the wait of tied stages for each other's gradients (reduce_model_s is
 charged on each where its own gradients are whole).
 
+A stream without flushes: an update takes its reduction, which nothing hides, and the optimizer; `simulate` shows one
+batch's time of the steady state.
+
 schedule/step_time.py answers for the step time alone, without events and much faster.
 """
 
@@ -36,6 +39,9 @@ from autopar.schedule.instructions import (
     Program,
     Prologue,
     ReduceGradients,
+    RestoreWeights,
+    StashWeights,
+    Update,
 )
 from autopar.schedule.orders import schedule_named
 from autopar.schedule.step_time import unhidden_reduce_s
@@ -58,7 +64,7 @@ def simulate(
     training: bool = True,
     all_ranks: bool = False,
 ) -> Timeline:
-    """The predicted Timeline of one step of `plan`.
+    """The predicted Timeline of one step of `plan`, or of one batch amid a stream where its schedule has no flush.
 
     model: the cost model to ask, by default `CostModel(graph, cluster)`; pass one to use what was learned.
     all_ranks: events for every rank. By default each group's first rank stands for all; `peak_memory_bytes` always
@@ -66,7 +72,10 @@ def simulate(
     """
     model = model or CostModel(plan.graph_of(graph), cluster)
     costs = [model.stage(plan, index) for index in range(len(plan.stages))]
-    return simulate_program(program_for(plan, training), costs, plan.groups, all_ranks=all_ranks)
+    line = simulate_program(program_for(plan, training), costs, plan.groups, all_ranks=all_ranks)
+    if training and not schedule_named(plan.schedule).flushes:
+        return _steady_batch(line, plan.pipeline)
+    return line
 
 
 def simulate_program(
@@ -161,7 +170,25 @@ def _durations(cost: StageCost) -> dict[type, float]:
         BackwardInput: cost.backward_input_s,
         BackwardWeight: cost.backward_weight_s,
         Prologue: cost.prologue_s,
+        StashWeights: 0.0,
+        RestoreWeights: 0.0,
+        Update: cost.reduce_s + cost.reduce_model_s + cost.optimizer_s,
     }
+
+
+def _steady_batch(line: Timeline, num_groups: int) -> Timeline:
+    """Of a stream's Timeline, as long a piece from its middle as a batch takes there on average."""
+    first_rank = min(event.rank for event in line.events)
+    ends_s = [e.end_s for e in line.by_rank()[first_rank] if e.kind == "U"]
+    count = 4 * num_groups
+    start_s = ends_s[len(ends_s) // 2 - count // 2]
+    batch_s = (ends_s[len(ends_s) // 2 + count // 2] - start_s) / count
+    events = []
+    for event in line.events:
+        begin, end = max(event.start_s - start_s, 0.0), min(event.end_s - start_s, batch_s)
+        if begin < end:
+            events.append(Event(event.rank, event.token, begin, end, event.bytes))
+    return Timeline(tuple(events), batch_s, line.peak_memory_bytes)
 
 
 def at_rest_bytes(cost: StageCost) -> int:
@@ -175,7 +202,8 @@ def program_peak_bytes(row: Sequence[Instruction], costs: StageCost | Mapping[in
     costs: of the stages in the list, by stage, or of the only one.
     A forward's activations count from its start to the end of its backward; in evaluation they are part of
     `forward_peak_bytes` alone. Of a split backward, `deferred_bytes` stay from the end of its input half to the end of its
-    weight half. Gradients come into being during a stage's first backward of the step, which lets go of activations in
+    weight half. In a stream, further versions of the weights stay from the update that replaces them to the first one after
+    their last use. Gradients come into being during a stage's first backward of the step, which lets go of activations in
     return; so it counts with the fuller of its two ends. Where they are reduced over data they have buffers, which stay
     from step to step. Ignored: temporary tensors of the optimizer.
     """
@@ -184,9 +212,16 @@ def program_peak_bytes(row: Sequence[Instruction], costs: StageCost | Mapping[in
     unborn = {s for s, cost in by_stage.items() if not (training and cost.reduce_s > 0)}
     live = sum(at_rest_bytes(cost) - (cost.gradient_bytes if s in unborn else 0) for s, cost in by_stage.items())
     peak = live
-    for instruction in row:
+    versions: dict[int, set[int]] = {}
+    last_use = {(i.stage, i.version): index for index, i in enumerate(row) if isinstance(i, RestoreWeights)}
+    for index, instruction in enumerate(row):
         stage = instruction.stage
         cost = by_stage[stage]
+        if isinstance(instruction, Update):
+            old = versions.get(stage, set())
+            versions[stage] = {v for v in old | {instruction.batch} if last_use.get((stage, v), -1) > index}
+            live += cost.parameter_bytes * (len(versions[stage]) - len(old))
+            peak = max(peak, live)
         if isinstance(instruction, Forward):
             live += training * cost.activation_bytes
             peak = max(peak, live + cost.unsharded_bytes + cost.forward_peak_bytes)

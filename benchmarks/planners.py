@@ -93,7 +93,7 @@ def llama(hidden: int, mlp: int, layers: int, heads: int, key_heads: int, rows: 
 def t5(width: int, mlp: int, layers: int, heads: int, rows: int, length: int = 512) -> Graph:
     return _language_model(
         "t5", rows, length, d_model=width, d_ff=mlp, num_layers=layers, num_heads=heads, d_kv=width // heads,
-        dropout_rate=0.0, vocab_size=32128,
+        dropout_rate=0.0, vocab_size=32128, decoder_start_token_id=0,
     )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -66,13 +66,24 @@ class Replicated(DataParallel):
 
 
 class FullySharded(DataParallel):
-    """fully_shard on each layer, then on the rest."""
+    """fully_shard on each layer, then on the rest.
 
-    def __init__(self, module: LanguageModel, learning_rate: float, device: torch.device) -> None:
+    keep: keep parameters gathered from forward to backward (ZeRO 2). half: compute in bfloat16, reduce in float32.
+    """
+
+    def __init__(
+        self,
+        module: LanguageModel,
+        learning_rate: float,
+        device: torch.device,
+        keep: bool = False,
+        half: bool = False,
+    ) -> None:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
         for layer in module.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(module, mesh=mesh)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=not keep, mp_policy=policy)
+        fully_shard(module, mesh=mesh, reshard_after_forward=not keep, mp_policy=policy)
         if device.type == "cpu":
             # gloo has no averaging reduction: sum, and let fully_shard divide.
             for part in (*module.layers, module):
@@ -110,41 +121,57 @@ class TensorParallel(Eager):
 class _Piece(nn.Module):
     """A run of layers, which may be empty, with the embedding before it or the head after it."""
 
-    def __init__(self, module: LanguageModel, layers: range, is_first: bool) -> None:
+    def __init__(self, module: LanguageModel, layers: range, is_first: bool, is_last: bool) -> None:
         super().__init__()
         self.config = module.config
         self.layers = nn.ModuleList(module.layers[i] for i in layers)
         self.embedding = module.embedding if is_first else None
-        self.norm, self.head = (None, None) if is_first else (module.norm, module.head)
+        self.norm, self.head = (module.norm, module.head) if is_last else (None, None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.embedding is not None:
             x = self.embedding(x)
-        cosines, sines = rotary_table(self.config, torch.arange(x.shape[1], device=x.device))
+        table = rotary_table(self.config, torch.arange(x.shape[1], device=x.device))
+        cosines, sines = (part.to(x.dtype) for part in table)
         for layer in self.layers:
             x = layer(x, cosines, sines)
         return x if self.head is None else self.head(self.norm(x))
 
 
 class Pipeline:
-    """Schedule1F1B over two stages; `first_layers` layers, and the embedding, are the first."""
+    """torch.distributed.pipelining over one rank per set of stages.
+
+    layers: of every stage, in order; embedding and head go with the ends. owners: the rank of every stage. schedule: by
+        our name for it.
+    """
+
+    SCHEDULES = {"interleaved": ScheduleInterleaved1F1B, "zb-v": ScheduleZBVZeroBubble}
 
     def __init__(
-        self, module: LanguageModel, learning_rate: float, device: torch.device, microbatches: int, first_layers: int
+        self,
+        module: LanguageModel,
+        learning_rate: float,
+        device: torch.device,
+        microbatches: int,
+        layers: list[range],
+        owners: list[int],
+        schedule: str = "1f1b",
     ) -> None:
-        self.is_first = dist.get_rank() == 0
-        layers = range(first_layers) if self.is_first else range(first_layers, len(module.layers))
-        self.piece = _Piece(module, layers, self.is_first)
-        self.optimizer = torch.optim.AdamW(self.piece.parameters(), lr=learning_rate)
-        stage = PipelineStage(self.piece, dist.get_rank(), 2, device)
-        self.schedule = Schedule1F1B(stage, microbatches, loss_fn=_mean_cross_entropy)
+        last = len(layers) - 1
+        own = [s for s, owner in enumerate(owners) if owner == dist.get_rank()]
+        self.is_first, self.is_last = 0 in own, last in own
+        self.pieces = [_Piece(module, layers[s], s == 0, s == last) for s in own]
+        self.optimizer = torch.optim.AdamW([p for piece in self.pieces for p in piece.parameters()], lr=learning_rate)
+        stages = [PipelineStage(p, s, len(layers), device) for p, s in zip(self.pieces, own, strict=True)]
+        if schedule == "1f1b":
+            self.schedule = Schedule1F1B(stages[0], microbatches, loss_fn=_mean_cross_entropy)
+        else:
+            self.schedule = self.SCHEDULES[schedule](stages, microbatches, loss_fn=_mean_cross_entropy)
 
     def step(self, tokens: Tensor, targets: Tensor) -> Tensor:
         losses: list[Tensor] = []
-        if self.is_first:
-            self.schedule.step(tokens)
-        else:
-            self.schedule.step(target=targets, losses=losses)
+        inputs = (tokens,) if self.is_first else ()
+        self.schedule.step(*inputs, **({"target": targets, "losses": losses} if self.is_last else {}))
         self.optimizer.step()
         self.optimizer.zero_grad()
         return torch.stack(losses).mean().detach() if losses else torch.zeros((), device=tokens.device)

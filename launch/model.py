@@ -128,7 +128,9 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """tokens, targets: B S integers. Returns logits, B S V, or, with targets, their mean cross entropy in nats."""
         x = self.embedding(tokens)
-        cosines, sines = rotary_table(self.config, torch.arange(tokens.shape[1], device=tokens.device))
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        # Made in float32 for its long positions, used in whatever the model computes in.
+        cosines, sines = (table.to(x.dtype) for table in rotary_table(self.config, positions))
         for layer in self.layers:
             x = layer(x, cosines, sines)
         logits = self.head(self.norm(x))

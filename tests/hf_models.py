@@ -216,10 +216,10 @@ def small_config(name: str) -> tuple[type[nn.Module], Any]:
 
     whole, overrides = CONFIG_MAPPING[name], OVERRIDES.get(name, {})
     cls = MODEL_FOR_CAUSAL_LM_MAPPING[whole]
-    if issubclass(whole, cls.config_class):
-        return cls, _small(whole, overrides)
     # The language model of a model of several parts takes the config of its own part.
-    part = next(k for k, sub in whole.sub_configs.items() if sub is cls.config_class)
+    part = next((key for key, sub in whole.sub_configs.items() if sub is cls.config_class), None)
+    if part is None or issubclass(whole, cls.config_class):
+        return cls, _small(whole, overrides)
     return cls, _small(cls.config_class, overrides.get(part, {}))
 
 

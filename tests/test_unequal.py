@@ -79,7 +79,7 @@ def test_loss_and_gradients(pool, name: str, plans: list[dict[str, Any]]) -> Non
 def normed(plan: dict[str, Any]) -> tuple[tuple[float, float, float], float]:
     """Batch norm, whose statistics are those of all rows; errors of a step, and of the running mean after it."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    module = nn.Sequential(nn.Linear(16, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
     example = (torch.randn(8, 16), torch.randint(0, 4, (8,)))
     loss = nn.functional.cross_entropy
     graph = autopar.capture(module, example, loss)

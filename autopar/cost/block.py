@@ -176,6 +176,8 @@ class Pricer:
             forward, backward = kernels(self._call(op, strategies, shards))
             # A special algorithm may do more than its share: a causal attention split over queries fills its square.
             more = math.prod(strategy.work * strategy.degree for strategy in strategies if strategy.degree > 1)
+            # The kernels take a part of the groups for a part of the rows; with an exchange all rows of the part are here.
+            more *= math.prod(s.degree for s in strategies if s.special == "exchanged_groups")
             if more != 1:
                 forward, backward = (
                     [replace(kernel, amount=kernel.amount * more) for kernel in part] for part in (forward, backward)
@@ -287,6 +289,7 @@ class Pricer:
             op.name in self.storages.copies,
             tuple(len(self.graph.consumers[name]) for name in op.inputs),
             self.constants.products_in,
+            self.constants.fused_loss,
         )
 
 

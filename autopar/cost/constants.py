@@ -37,7 +37,9 @@ class Constants:
     overlap, gather_overlap, tensor_overlap: share of a gradient reduction, of a ZeRO gather and of a model-axis
         collective that hides behind compute; the rest is what the transfer costs the compute beside it.
     update_overlap: share of ZeRO 1's and 2's gather of updated parameters that hides.
+    fused_loss: whether the cross entropy reads narrow logits as they are and writes their gradient in their place.
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
+    slices_at_rest: with ZeRO 1 and 2, whether parameters at rest are slices too, and a step gathers what it computes with.
     selective_kept: share of products whose results selective recomputation keeps (torchtitan: every other one).
     microbatch_s, step_s: host time per microbatch, and per step: data loading, logging, zeroing of gradients.
     optimizer_passes: reads and writes of a float32 parameter by the optimizer step; AdamW needs 7.
@@ -75,7 +77,9 @@ class Constants:
     gather_overlap: float = 1.0
     tensor_overlap: float = 0.0
     update_overlap: float = 0.0
+    fused_loss: bool = False
     scatter_each: bool = False
+    slices_at_rest: bool = False
     selective_kept: float = 1.0
     microbatch_s: float = 0.0
     step_s: float = 0.0
@@ -90,67 +94,65 @@ class Constants:
     context_bytes: float = 0.0
 
 
-# Kinds are matched by the beginning of their name.
+_A100 = {
+    "multiprocessors": 108, "matmul_share": 0.72, "unaligned_share": 0.57, "half_aligned_share": 0.66,
+    "attention_share": 0.69, "attention_backward_share": 0.5, "attention_half_length": 275, "stream_share": 0.92,
+    "link_share": 0.86, "network_share": 0.85,
+}  # fmt: skip
+_H100 = {
+    "multiprocessors": 132, "matmul_share": 0.6, "half_aligned_share": 0.8, "attention_share": 0.47,
+    "attention_backward_share": 0.24, "attention_half_length": 360, "link_share": 0.95,
+}  # fmt: skip
+
+# Kinds are matched by the beginning of their name. Multiprocessors: NVIDIA's data sheets.
 HARDWARE: Mapping[str, Mapping[str, float]] = {
     "v100": {
-        "multiprocessors": 80, "matmul_share": 0.72, "half_aligned_share": 0.75, "stream_share": 0.8, "link_share": 0.92,
+        "multiprocessors": 80, "matmul_share": 0.7, "half_aligned_share": 0.75, "stream_share": 0.8, "link_share": 0.89,
     },
-    "a100": {
-        "multiprocessors": 108, "matmul_share": 0.76, "unaligned_share": 0.58, "half_aligned_share": 0.72,
-        "attention_share": 0.69, "attention_backward_share": 0.5, "attention_half_length": 285, "stream_share": 0.89,
-        "link_share": 0.9, "network_share": 0.9,
-    },
-    "a800": {
-        "multiprocessors": 108, "matmul_share": 0.76, "unaligned_share": 0.58, "half_aligned_share": 0.72,
-        "attention_share": 0.69, "attention_backward_share": 0.5, "attention_half_length": 285, "stream_share": 0.89,
-        "link_share": 0.9, "network_share": 0.9,
-    },
-    "h100": {
-        "multiprocessors": 132, "matmul_share": 0.62, "half_aligned_share": 0.8,
-        "attention_share": 0.47, "attention_backward_share": 0.26, "link_share": 0.98,
-    },
+    "a100": _A100,
+    "a800": _A100,
+    "h100": _H100,
     "h100hbm2e": {
-        "multiprocessors": 132, "matmul_share": 0.62, "half_aligned_share": 0.8,
-        "attention_share": 0.5, "attention_backward_share": 0.32,
+        "multiprocessors": 132, "matmul_share": 0.69, "half_aligned_share": 0.8, "attention_share": 0.5,
+        "attention_backward_share": 0.26, "attention_half_length": 310, "stream_share": 0.83, "link_share": 0.94,
     },
-    "h800": {
-        "multiprocessors": 132, "matmul_share": 0.62, "half_aligned_share": 0.8,
-        "attention_share": 0.47, "attention_backward_share": 0.26, "link_share": 0.98,
-    },
-    "h200": {
-        "multiprocessors": 132, "matmul_share": 0.62, "half_aligned_share": 0.8,
-        "attention_share": 0.47, "attention_backward_share": 0.26, "link_share": 0.98,
-    },
+    "h800": _H100,
+    "h200": _H100,
 }  # fmt: skip
 
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
-    "": {},
     # autopar's own runtime: eager torch, fully_shard.
-    "torch": {"launch_s": 10e-6, "backward_launch_s": 8e-6, "context_bytes": 2e9},
+    "": {"scatter_each": True, "slices_at_rest": True},
+    "torch": {
+        "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.05, "product_scale": 0.97, "attention_scale": 0.87,
+        "gather_overlap": 0.96, "scatter_each": True, "slices_at_rest": True, "context_bytes": 2e9,
+    },
     "torch-compile": {
-        "launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.5, "scatter_each": True, "selective_kept": 0.5,
-        "context_bytes": 2e9,
+        "launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.65, "product_scale": 1.02, "attention_scale": 0.55,
+        "gather_overlap": 1.23, "scatter_each": True, "selective_kept": 0.5, "context_bytes": 2e9,
     },
     "composer": {
-        "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 0.9, "attention_scale": 0.68, "gather_overlap": 0.92,
-        "scatter_each": True, "context_bytes": 2e9,
+        "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 0.95, "product_scale": 1.02, "attention_scale": 0.68,
+        "gather_overlap": 0.85, "fused_loss": True, "scatter_each": True, "context_bytes": 2e9,
     },
     "internevo": {
-        "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 1.1, "scatter_each": True, "context_bytes": 15e9,
-        "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
+        "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 1.14, "overlap": 0.96, "scatter_each": True,
+        "context_bytes": 15e9, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0,
+        "narrow_copy": False,
     },
     "megatron": {
-        "launch_s": 10e-6, "backward_launch_s": 8e-6, "overlap": 0.0,
+        "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 0.88, "product_scale": 1.03, "overlap": 0.0,
         "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
     "megatron-deepspeed": {
-        "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "product_scale": 1.1, "overlap": 0.0,
-        "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 16.0, "narrow_copy": False,
-        "context_bytes": 4e9, "allocator_share": 0.1,
+        "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "fusion": 0.83, "product_scale": 1.07, "overlap": 0.0,
+        "optimizer_passes": 7.1, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 16.0,
+        "narrow_copy": False, "context_bytes": 4e9, "allocator_share": 0.15,
     },
     "alpa": {
-        "launch_s": 5e-6, "backward_launch_s": 5e-6, "overlap": 0.0, "fusion": 0.8, "context_bytes": 5e8,
-        "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
+        "launch_s": 5e-6, "backward_launch_s": 5e-6, "overlap": 0.0, "fusion": 0.92, "product_scale": 0.98,
+        "context_bytes": 5e8, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0,
+        "narrow_copy": False,
     },
 }  # fmt: skip
 

@@ -40,7 +40,7 @@ class Call:
     """An op with local shapes, in the order of its inputs and outputs.
 
     copies: a view op that cannot alias its input. shared_uses: per input, how many consumers add to its gradient.
-    products_in: dtype that linear layers cast their operands to, "" for none.
+    products_in: dtype that linear layers cast their operands to, "" for none. fused_loss: as in `Constants`.
     """
 
     op: Op
@@ -51,6 +51,7 @@ class Call:
     copies: bool
     shared_uses: tuple[int, ...]
     products_in: str = ""
+    fused_loss: bool = False
 
     @property
     def product_dtype(self) -> str:
@@ -172,6 +173,28 @@ def _addmm(call: Call) -> tuple[Kernels, Kernels]:
     out, inner = call.out_shapes[0], call.shapes[1][-1]
     shape = (1, out[0], out[1], inner) if len(out) == 2 else ()
     return _products(call, 2.0 * math.prod(out) * inner, shape=shape)
+
+
+def _routed(call: Call) -> tuple[Kernels, Kernels]:
+    """Grouped products of rows, which are gathered from the tokens and put back. Groups are taken to be equally full."""
+    num_operands, num_weights, num_groups = len(call.op.args[2]), len(call.op.args[3]), call.op.args[7]
+    first = 2 + num_operands
+    weights = [(i, call.shapes[i]) for i in range(first, first + num_weights)]
+    rows = call.out_shapes[0][0] * weights[0][1][0] / num_groups
+    products = [(i, shape) for i, shape in weights if len(shape) == 3]
+    itemsize = call.outputs[0].dtype.itemsize
+    forward, backward = [], []
+    for i, (groups, inner, out) in products:
+        flops = 2.0 * rows * inner * out
+        moved = rows * (inner + out) * itemsize + call.bytes(i)
+        shape = (groups, max(1, round(rows / groups)), out, inner)
+        forward.append(Kernel("matmul", flops, flops, call.dtype, moved_bytes=moved, shape=shape))
+        for turned in ((groups, shape[1], inner, out), (groups, inner, out, shape[1])):
+            backward.append(Kernel("matmul", flops, flops, call.dtype, adjoint=True, moved_bytes=moved, shape=turned))
+    travelled = 2 * rows * math.prod(call.shapes[0][1:]) * itemsize
+    forward.append(_bytes("gather", travelled + 2 * call.out_bytes()))
+    backward.append(_bytes("gather", travelled + 2 * call.out_bytes(), adjoint=True))
+    return forward, backward
 
 
 def _einsum(call: Call) -> tuple[Kernels, Kernels]:
@@ -314,6 +337,8 @@ def _dropout(call: Call) -> tuple[Kernels, Kernels]:
 def _loss(call: Call) -> tuple[Kernels, Kernels]:
     """On logits of a narrower type it computes in float32, and makes a copy in that first."""
     size = call.bytes(0)
+    if call.tensors[0].dtype.itemsize < 4 and call.fused_loss:
+        return [_bytes("loss", size)], [_bytes("loss", 2 * size, adjoint=True)]
     if call.tensors[0].dtype.itemsize < 4:
         wide = math.prod(call.shapes[0]) * 4
         forward = [_bytes("copy", size + wide), _bytes("loss", 2 * wide)]
@@ -331,6 +356,7 @@ _CLASSES: dict[Callable[[Call], tuple[Kernels, Kernels]], tuple[str, ...]] = {
     _matmul: ("matmul", "mm", "bmm", "mv", "dot"),
     _addmm: ("addmm", "baddbmm"),
     _einsum: ("einsum",),
+    _routed: ("routed_rows",),
     _convolution: ("conv1d", "conv2d", "conv3d", "convolution"),
     _attention: ("scaled_dot_product_attention",),
     _copy: ("clone", "cat", "stack", "roll", "constant_pad_nd", "pad", "repeat", "flip", "tril", "triu"),

@@ -70,6 +70,7 @@ class BlockView:
     storages: Storages
     input_placements: tuple[Places, ...]
     parameter_placements: tuple[Places, ...]
+    fused_loss: bool = False
 
     def size(self, tensor: str, places: Places) -> int:
         return self.local.held_bytes(tensor, places, self.degrees)
@@ -120,6 +121,11 @@ def _is_side(graph: Graph, name: str) -> bool:
     return producer is not None and producer.name in graph.side_ops
 
 
+def is_loss(op: Op) -> bool:
+    """A cross entropy on logits."""
+    return base_name(op.target) in ("cross_entropy_sum", "cross_entropy_loss")
+
+
 def scratch_bytes(op: Op, sizes: Sequence[int], out_bytes: int, logit_bytes: int = 4) -> tuple[int, int]:
     """(forward, backward) bytes that an op needs besides its inputs, outputs and what it saves.
 
@@ -128,7 +134,7 @@ def scratch_bytes(op: Op, sizes: Sequence[int], out_bytes: int, logit_bytes: int
     and a root's take an intermediate result; convolution libraries copy input and result into layouts of their own.
     """
     name = base_name(op.target)
-    if name in ("cross_entropy_sum", "cross_entropy_loss"):
+    if is_loss(op):
         wide = sizes[0] * 4 // logit_bytes
         return (wide, 2 * wide) if logit_bytes < 4 else (0, sizes[0])
     if name in ("conv1d", "conv2d", "conv3d", "convolution"):
@@ -226,7 +232,9 @@ class _Walk:
                 )
                 self.put_off += sum(self.sizes[keys[name]] for name in op.outputs)
             self.expensive.update((keys[name], self.sizes[keys[name]]) for name in op.outputs)
-        for name in op.saves:
+        # A fused loss keeps nothing but the logits, and their gradient takes their place.
+        in_place = self.view.fused_loss and is_loss(op) and self.view.local.tensors[op.inputs[0]].dtype.itemsize < 4
+        for name in () if in_place else op.saves:
             key = keys.get(name)
             if key is not None and self.view.graph.tensors[key[0]].role not in ("parameter", "input", "buffer"):
                 self.saved[key] = self.sizes[key]
@@ -234,7 +242,7 @@ class _Walk:
         if op.outputs:
             out = op.outputs[0]
             mine = self.view.size(out, out_places[0])
-            if op.saved_extra_bytes:
+            if op.saved_extra_bytes and not in_place:
                 # What autograd keeps besides goes with the largest tensor of the op, such as a loss's logits.
                 largest = max(
                     (*zip(op.inputs, in_places, strict=True), *zip(op.outputs, out_places, strict=True)),
@@ -244,7 +252,7 @@ class _Walk:
                 self.extra[index] = int(op.saved_extra_bytes * share)
             sizes = [self.view.size(n, p) for n, p in zip(op.inputs, in_places, strict=True)]
             width = self.view.local.tensors[op.inputs[0]].dtype.itemsize if op.inputs else 4
-            self.scratch[index] = scratch_bytes(op, sizes, mine, width)
+            self.scratch[index] = (0, 0) if in_place else scratch_bytes(op, sizes, mine, width)
 
     def forward_peak(self, saving: bool) -> int:
         live = {(name, ""): self.sizes[name, ""] for name in self.view.block.inputs if (name, "") not in self.saved}

@@ -295,7 +295,10 @@ class CostModel:
             edges = [layout_places(layouts, field) for field in ("inputs", "parameters")]
             edges = [[absolute(places, degrees) for places in edge] for edge in edges]
         local = pricer.local(setting.shards)
-        view = BlockView(self.graph, block, steps, local, degrees, pricer.storages, tuple(edges[0]), tuple(edges[1]))
+        view = BlockView(
+            self.graph, block, steps, local, degrees, pricer.storages, tuple(edges[0]), tuple(edges[1]),
+            self.constants.fused_loss,
+        )  # fmt: skip
         rest = dict(zip(block.parameters, edges[1], strict=True))
         memory = block_memory(view, setting.accumulate)
         return steps, memory, self._summed_bytes(steps, rest, lambda name: local.held_bytes(name, rest[name], degrees))

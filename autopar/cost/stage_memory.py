@@ -88,6 +88,8 @@ def stage_memory(
         if plan.offload:
             # On the device there are the copies that blocks compute with, and what their gradients are summed in.
             resting[0] += size if stage.zero < 3 else 0.0
+        elif stage.zero in (1, 2) and constants.slices_at_rest:
+            resting[0] += elements * rest.parameter / group + size
         else:
             resting[0] += elements * (rest.parameter / cuts[2] + (rest.narrow_copy if stage.zero < 3 else 0.0))
         if name in trainable:

@@ -22,6 +22,8 @@ _SCHEDULES = {
     "zb-h1": "gradients of inputs go before gradients of weights, which fill the waits (zero bubble, ZB-H1)",
     "zb-v": "each set of ranks runs one on the way up and one on the way down, and gradients of weights fill the waits "
     "(zero bubble, ZB-V)",
+    "pipedream": "batches go on without a flush, each backward with the weights of its forward (PipeDream)",
+    "2bw": "batches go on without a flush, on two versions of the weights (PipeDream-2BW)",
 }
 _ZERO = (
     "every data rank holds all parameters, gradients and optimizer state of its stage",
@@ -207,9 +209,19 @@ def ops_in_words(graph: Graph, block: Block, layout: Layout, shards: int) -> lis
     return lines
 
 
+_EXPERTS = {
+    "n": "tokens split, all experts on every rank",
+    "e": "experts split, results summed (expert parallel)",
+    "n+e": "experts and tokens split, tokens exchanged by all-to-all (expert parallel)",
+    "i": "each expert split (tensor parallel)",
+}
+
+
 def _common_name(op: Op, strategy: Strategy, parameters: list[str]) -> str:
     """What the literature calls this choice; "" where it has no name and no parameter."""
     kind = op.target.split(".")[1]
+    if op.target == "autopar.routed_rows":
+        return _EXPERTS.get(strategy.key.partition("@")[0], "whole on every rank")
     if strategy.special:
         return f"as {strategy.special.replace('_', ' ')}"
     wanted = dict(zip(op.inputs, strategy.inputs, strict=True))

@@ -155,6 +155,8 @@ class _Reader:
         )
         if not isinstance(query, Split):
             return "replicated"
+        if query.dim == rank - 2 and isinstance(key, Split):
+            return "context-parallel: keys and values passed around, ring attention"
         if query.dim == rank - 2:
             return "context-parallel: queries local, keys and values gathered"
         if query.dim < rank - 3:

@@ -20,6 +20,7 @@ _KINDS = {
     "SG": "send gradient",
     "D": "reduce gradients",
     "O": "optimizer",
+    "U": "update",
 }
 # A predicted send lasts as long as its link is busy, a measured one until it is under way: their error means nothing.
 _NOT_COMPARABLE = frozenset({"SA", "SG"})

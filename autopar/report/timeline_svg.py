@@ -24,6 +24,7 @@ KINDS = {
     "W": ("#9cc79a", "backward of weights"),
     "D": ("#d9843b", "reduce gradients"),
     "O": ("#7a7f87", "optimizer"),
+    "U": ("#7a7f87", "update"),
 }
 _SENDS = {"SA": ("#4d86c6", "send activation"), "SG": ("#62a467", "send gradient")}
 

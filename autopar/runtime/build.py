@@ -16,6 +16,7 @@ from ..ops import mutated_inputs
 from ..plan import Plan, Stage
 from ..schedule.build import program_for
 from ..schedule.instructions import Instruction
+from ..schedule.orders import schedule_named
 from ..sharding.axes import Places
 from ..sharding.placement import REPLICATED
 from .compiled import Backend, Functions, compile_blocks
@@ -30,13 +31,15 @@ from .shards import Shards
 from .stage import CompiledStage, compile_stage, handovers, placed
 from .storage import ParameterSpec, StageAxes, Storage
 from .transport import Transport
+from .versions import Versions
 
 
 @dataclass(frozen=True, eq=False)
 class Runtime:
     """One rank's part of a plan, ready to run. training_actions and evaluation_actions: its rows of the programs.
 
-    compiled: the stages that the rank runs, by index. specs: their parameters, each once.
+    compiled: the stages that the rank runs, by index. specs: their parameters, each once. losses: all ranks, where losses
+    are summed in the background.
     """
 
     plan: Plan
@@ -48,6 +51,7 @@ class Runtime:
     specs: tuple[ParameterSpec, ...]
     training_actions: tuple[Instruction, ...]
     evaluation_actions: tuple[Instruction, ...]
+    losses: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> CompiledStage:
@@ -125,7 +129,7 @@ def build_runtime(
     `device`, by tensor name. random(key): a context in which random ops draw from the stream of that key.
     compile_with: torch.compile's backend for the blocks; None: they run as they are.
     """
-    rank = dist.get_rank()
+    rank, schedule = dist.get_rank(), schedule_named(plan.schedule)
     groups = build_groups(plan)
     by_stage = parameter_specs(graph, plan)
     compiled: dict[int, CompiledStage] = {}
@@ -151,11 +155,13 @@ def build_runtime(
         lines = mesh.lines if len(stage.axes) > 1 else {}
         axes = StageAxes(mesh.data, mesh.tensor, mesh.all_of_stage, rank, device, lines, mesh.hybrid)
         names = {i: tuple(graph.tensors[t].fqn for t, _ in b.parameters) for i, b in enumerate(compiled[s].blocks)}
-        storage: Storage = (
-            Shards(specs[s], names, values, axes, level=stage.zero, **options)
-            if stage.zero
-            else Replicas(specs[s], names, values, axes, **options)
-        )
+        storage: Storage
+        if schedule.delay is not None:
+            storage = Versions(specs[s], names, values, axes, keeps=schedule.delay)
+        elif stage.zero:
+            storage = Shards(specs[s], names, values, axes, level=stage.zero, **options)
+        else:
+            storage = Replicas(specs[s], names, values, axes, **options)
         for i in names:
             storage.bind(i, block_function)
         return storage
@@ -186,6 +192,7 @@ def build_runtime(
         specs=tuple(union.values()),
         training_actions=program_for(plan).actions[group],
         evaluation_actions=program_for(plan, training=False).actions[group],
+        losses=None if schedule.flushes else dist.new_group(),
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +25,11 @@ from ..schedule.instructions import (
     ReceiveActivation,
     ReceiveGradient,
     ReduceGradients,
+    RestoreWeights,
     SendActivation,
     SendGradient,
+    StashWeights,
+    Update,
 )
 from .deferred import Owed
 from .groups import Groups, Mesh
@@ -37,6 +42,7 @@ from .stage import CompiledBlock, CompiledStage
 from .storage import Storage
 from .ties import sum_tied
 from .transport import Transport
+from .versions import Versions
 
 Place = tuple[int, int]
 """(stage, microbatch)"""
@@ -53,13 +59,15 @@ class StagePart:
 
 @dataclass(eq=False)
 class _Step:
-    """Tensors alive in one run of a program."""
+    """Tensors alive in one run of a program. rows, whole, loss: by batch; a step has batch 0, a stream has many."""
 
-    batch: Mapping[str, Tensor]
+    rows: dict[int, Mapping[str, Tensor]]
     training: bool
     split: bool
     backwards_left: Counter[int]
-    whole: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    random: Callable[[int, str], AbstractContextManager[Any]]
+    optimizer: torch.optim.Optimizer | None = None
+    whole: dict[Place, tuple[Tensor, ...]] = field(default_factory=dict)
     found: dict[str, list[Tensor]] = field(default_factory=dict)
     arrived: dict[Place, list[Tensor]] = field(default_factory=dict)
     inputs: dict[Place, list[Tensor]] = field(default_factory=dict)
@@ -67,7 +75,7 @@ class _Step:
     returned: dict[Place, list[Tensor]] = field(default_factory=dict)
     gradients: dict[Place, list[Tensor]] = field(default_factory=dict)
     owed: dict[Place, Owed] = field(default_factory=dict)
-    loss: Tensor | None = None
+    loss: dict[int, Tensor] = field(default_factory=dict)
     scale: Tensor | None = None
     reduced: set[int] = field(default_factory=set)
     parameter_gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -96,6 +104,7 @@ class Executor:
     tied_dtypes: Mapping[str, torch.dtype]
 
     def __post_init__(self) -> None:
+        self.current: Instruction | None = None
         self._handlers: dict[type, Callable[[_Step, Any], int]] = {
             Prologue: self._prologue,
             Forward: self._forward,
@@ -107,6 +116,9 @@ class Executor:
             SendGradient: self._send_gradient,
             ReceiveGradient: self._receive_gradient,
             ReduceGradients: self._reduce,
+            StashWeights: self._stash,
+            RestoreWeights: self._restore,
+            Update: self._update,
         }
 
     def run(
@@ -122,8 +134,7 @@ class Executor:
         split = any(isinstance(a, BackwardInput) for a in actions)
         last_halves = BackwardWeight if split else Backward
         left = Counter(a.stage for a in actions if isinstance(a, last_halves))
-        step = _Step(batch, training, split, left, scale=scale)
-        self.current: Instruction | None = None
+        step = _Step({0: batch}, training, split, left, lambda _, key: self.random(key), scale=scale)
         self.storage.begin()
         differentiable = bool(step.backwards_left)
         if differentiable:
@@ -134,14 +145,65 @@ class Executor:
                 part.storage.begin_evaluation()
         self.transport.begin(actions)
         for action in actions:
-            self.current = action
-            self.recorder.run(str(action), self._handlers[type(action)], step, action)
+            self._execute(step, action)
         self.transport.finish()
         if not differentiable:
             for part in self.parts.values():
                 part.storage.end_evaluation()
         self.current = None
-        return step.loss, step.parameter_gradients
+        return step.loss.get(0), step.parameter_gradients
+
+    def stream(
+        self,
+        actions: Iterable[Instruction],
+        batches: Callable[[int], Mapping[str, Tensor] | None],
+        optimizer: torch.optim.Optimizer,
+        training: bool,
+    ) -> Iterator[tuple[Instruction, Tensor | None]]:
+        """Execute `actions` of a stream one by one; after each, the instruction, and after an update this rank's summand
+        of its batch's loss.
+
+        batches(n): the rows of batch n, None where there is none; asked for n in order, and again while it is in use.
+        """
+        (stage,) = self.parts
+        step = _Step({}, training, False, Counter(), lambda n, key: self.random(f"{key}/batch{n}"), optimizer)
+
+        def microbatches_there() -> Iterator[int]:
+            for m in itertools.count():
+                if batches(m // self.microbatches) is None:
+                    return
+                yield m
+
+        last = len(self.groups.plan.stages) - 1
+        ahead = {
+            ReceiveActivation: (ReceiveActivation(stage, m, stage - 1) for m in microbatches_there() if stage > 0),
+            ReceiveGradient: (ReceiveGradient(stage, m, stage + 1) for m in microbatches_there() if stage < last),
+        }
+        self._versions(stage).begin()
+        started = False
+        for action in actions:
+            if not started:
+                self.transport.begin_with(ahead)
+                started = True
+            if isinstance(action, Prologue):
+                rows = batches(action.batch)
+                assert rows is not None, action
+                step.rows[action.batch] = rows
+            with torch.enable_grad():
+                self._execute(step, action)
+            summand = None
+            if isinstance(action, Update):
+                del step.rows[action.batch]
+                step.whole.pop((stage, action.batch), None)
+                summand = step.loss.pop(action.batch, None)
+            yield action, summand
+        self._versions(stage).begin()
+        self.transport.finish()
+        self.current = None
+
+    def _execute(self, step: _Step, action: Instruction) -> None:
+        self.current = action
+        self.recorder.run(str(action), self._handlers[type(action)], step, action)
 
     def _prologue(self, step: _Step, action: Prologue) -> int:
         part = self.parts[action.stage]
@@ -154,7 +216,7 @@ class Executor:
                 compiled.prologue_function(
                     self._chunk(step, part, m), self._read(step, part, compiled.prologue_batch, m), ()
                 )
-                for m in range(self.microbatches)
+                for m in range(action.batch * self.microbatches, (action.batch + 1) * self.microbatches)
             ]
             for values, pending in zip(zip(*parts, strict=True), compiled.pending, strict=True):
                 value = values[0]
@@ -162,13 +224,14 @@ class Executor:
                     value = torch.stack(values).sum(0)
                     value = data.all_reduce(value) if data.size > 1 else value
                 whole.append(value)
-        step.whole[action.stage] = tuple(whole)
+        step.whole[action.stage, action.batch] = tuple(whole)
         return _size_bytes(whole)
 
     def _forward(self, step: _Step, action: Forward) -> int:
         part, place = self.parts[action.stage], (action.stage, action.microbatch)
         compiled, chunk = part.compiled, self._chunk(step, part, action.microbatch)
-        whole = step.whole.get(action.stage, ())
+        batch = action.microbatch // self.microbatches
+        whole = step.whole.get((action.stage, batch), ())
         with torch.no_grad():
             made = compiled.side_function(chunk, self._read(step, part, compiled.side_batch, action.microbatch), whole)
         sides = dict(zip(compiled.sides, made, strict=True))
@@ -192,7 +255,8 @@ class Executor:
             loss = values[self.graph.loss]
             # A sum over microbatches and ranks needs more bits than one microbatch's share.
             share = loss.detach().to(loss_dtype(loss.dtype), copy=True)
-            step.loss = share if step.loss is None else step.loss + share
+            before = step.loss.get(batch)
+            step.loss[batch] = share if before is None else before + share
             leaving = [loss if step.scale is None else loss * step.scale]
         else:
             leaving = [values[t] for t in compiled.sends]
@@ -251,22 +315,42 @@ class Executor:
             return 0
         return sum_tied(step.parameter_gradients, self.tied, self.tied_dtypes, self.groups.rank, self.recorder.device)
 
+    def _stash(self, step: _Step, action: StashWeights) -> int:
+        self._versions(action.stage).stash(action.version)
+        return 0
+
+    def _restore(self, step: _Step, action: RestoreWeights) -> int:
+        self._versions(action.stage).restore(action.version)
+        return 0
+
+    def _update(self, step: _Step, action: Update) -> int:
+        assert step.optimizer is not None
+        return self._versions(action.stage).update(step.optimizer)
+
+    def _versions(self, stage: int) -> Versions:
+        storage = self.parts[stage].storage
+        assert isinstance(storage, Versions), storage
+        return storage
+
     def _chunk(self, step: _Step, part: StagePart, microbatch: int) -> Chunk:
         """Which part of the batch this rank computes: the batch is cut in time first, then over data."""
-        rows = part.compiled.rows
-        return Chunk(rows.first(microbatch), rows.units, self.random, rows.length, part.mesh.data, step.found)
+        rows, (batch, place) = part.compiled.rows, divmod(microbatch, self.microbatches)
+        return Chunk(
+            rows.first(place), rows.units, partial(step.random, batch), rows.length, part.mesh.data, step.found
+        )
 
     def _read(self, step: _Step, part: StagePart, names: Sequence[str], microbatch: int) -> list[Tensor]:
         """This rank's rows of one microbatch of the batch inputs, buffers and constants, by name."""
         found = []
+        batch, place = divmod(microbatch, self.microbatches)
         for name in names:
             if name in self.state:
                 found.append(self.state[name])
                 continue
-            tensor = step.batch[name]
+            tensor = step.rows[batch][name]
             if part.compiled.batch_splits[name]:
                 rows = tensor.shape[0] // self.microbatches
-                tensor = tensor.narrow(0, microbatch * rows, rows)
+                tensor = tensor.narrow(0, place * rows, rows)
             found.append(tensor)
         return found
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from ..graph import Graph
 from ..plan import Plan
 from ..schedule.instructions import Instruction
+from ..schedule.orders import schedule_named
 from ..timeline import Timeline
 from .build import Runtime, updated_buffers
 from .executor import loss_dtype
@@ -22,6 +25,7 @@ from .failure import publish, stop_everyone
 from .loss_scale import LossScale
 from .measure import Measurement
 from .storage import deliver
+from .stream import Feed, agree_on_end, run_stream
 from .watchdog import TIMEOUT_S, Watchdog, ring
 
 
@@ -75,6 +79,11 @@ class ParallelModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         runtime = self.runtime
+        if torch.is_grad_enabled() and not schedule_named(self.plan.schedule).flushes:
+            raise ValueError(
+                f"plan.schedule is {self.plan.schedule!r}, which updates the weights as gradients come: train with "
+                "`for loss in model.stream(batches, optimizer)`; a call under torch.no_grad() evaluates"
+            )
         try:
             batch = self._rows(args, kwargs)
         except ValueError as error:
@@ -94,6 +103,51 @@ class ParallelModule(nn.Module):
             after = None if scale is None else partial(self._loss_scale.after, found=found)
             loss = _Deliver.apply(self._anchor, loss, runtime.storage.parameters, gradients, after)
         return Output(loss=loss) if self.graph.loss_path else loss
+
+    def stream(self, batches: Iterable[Any], optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+        """Train on batch after batch without waiting for the pipeline to empty (plan.schedule "pipedream" or "2bw").
+
+        Yields the loss of each batch, whole and in order, some batches after the optimizer has used it: `optimizer` steps
+        inside, on each stage as soon as a batch's gradients are there, so the loop calls neither backward nor step.
+        batches: each like the example: a tensor, a tuple of positional or a dict of keyword arguments; the same on every
+        rank, or each rank's rows. Leaving the loop ends the batches that have been begun. All ranks call it alike.
+        ValueError for a schedule with steps, or a batch unlike the example.
+        """
+        if schedule_named(self.plan.schedule).flushes:
+            raise ValueError(
+                f"plan.schedule is {self.plan.schedule!r}, which has steps: call the model and loss.backward(); stream wants "
+                "'pipedream' or '2bw'"
+            )
+        return self._losses(Feed(map(self._rows_of, batches)), optimizer)
+
+    def _losses(self, feed: Feed, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+        losses = run_stream(self.runtime, feed, optimizer, self.training, self._summand)
+        try:
+            while True:
+                with self._streaming():
+                    loss = next(losses, None)
+                if loss is None:
+                    return
+                yield loss
+        except GeneratorExit:
+            with self._streaming():
+                agree_on_end(feed, self.device)
+                deque(losses, maxlen=0)
+
+    @contextmanager
+    def _streaming(self) -> Iterator[None]:
+        try:
+            with self.watchdog.step():
+                yield
+        except Exception as error:
+            self.runtime.abandon()
+            raise _explained(error, self.runtime) from error
+
+    def _rows_of(self, batch: Any) -> dict[str, Tensor]:
+        """This data rank's rows of one batch of a stream."""
+        if isinstance(batch, Mapping):
+            return self._rows((), dict(batch))
+        return self._rows(tuple(batch) if isinstance(batch, tuple | list) else (batch,), {})
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -164,15 +218,17 @@ class ParallelModule(nn.Module):
             rows[name] = value.to(self.device, non_blocking=True)
         return rows
 
-    def _whole_loss(self, summand: Tensor | None, found: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The loss on every rank: each replica of the last stage holds a summand, its tensor ranks the same one.
-
-        found: a flag to be added up over the ranks on the way, if any.
-        """
+    def _summand(self, summand: Tensor | None) -> Tensor:
+        """What this rank adds to the loss: each replica of the last stage holds a summand, its tensor ranks the same one."""
         groups = self.runtime.groups
         if summand is None or groups.tensor.rank != 0:
             dtype = loss_dtype(self.graph.tensors[self.graph.loss].dtype)
             summand = torch.zeros((), dtype=dtype, device=self.device)
+        return summand
+
+    def _whole_loss(self, summand: Tensor | None, found: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The loss on every rank. found: a flag to be added up over the ranks on the way, if any."""
+        summand = self._summand(summand)
         if self.plan.world_size > 1:
             together = summand if found is None else torch.stack([summand, found.to(summand.dtype)])
             dist.all_reduce(together)

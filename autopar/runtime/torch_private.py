@@ -58,9 +58,15 @@ def default_store() -> dist.Store | None:
 
 
 def own_connection() -> dist.Store | None:
-    """The default store over a connection of its own, for another thread: one client serves one call at a time."""
+    """The default store over a connection of its own, for another thread: one client serves one call at a time.
+
+    None without a store, and for one that cannot be shared.
+    """
     store = default_store()
-    return None if store is None else store.clone()
+    try:
+        return None if store is None else store.clone()
+    except RuntimeError:
+        return None
 
 
 def abort_process_groups() -> None:
@@ -92,6 +98,14 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
+def replace_local(parameter: torch.nn.Parameter, local: torch.Tensor) -> None:
+    """Let the parameter's own shard lie in the memory of `local`, which is like it; the parameter stays the same object."""
+    if isinstance(parameter, DTensor):
+        parameter._local_tensor = local
+    else:
+        parameter.data = local
+
+
 def stored_at(file: str, start_byte: int, num_bytes: int) -> _StorageInfo:
     """Where torch.distributed.checkpoint's file reader finds one piece of a tensor."""
     return _StorageInfo(file, start_byte, num_bytes)
@@ -100,3 +114,19 @@ def stored_at(file: str, start_byte: int, num_bytes: int) -> _StorageInfo:
 def place_of(stored: _StorageInfo) -> tuple[str, int, int]:
     """The file, first byte and number of bytes of a piece that torch.distributed.checkpoint has written."""
     return stored.relative_path, stored.offset, stored.length
+
+
+def join_pretended_world(rank: int, world_size: int) -> None:
+    """Become one rank of a world whose other ranks do not exist: collectives return at once and exchange nothing.
+
+    What this rank computes and holds is as in the real world, its values are not. Python objects that it would be sent
+    are its own.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def gather(objects: list[object], own: object, group: dist.ProcessGroup | None = None) -> None:
+        objects[:] = [own] * len(objects)
+
+    dist.broadcast_object_list = lambda objects, src=0, group=None: None
+    dist.all_gather_object = gather
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)

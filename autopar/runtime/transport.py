@@ -63,9 +63,14 @@ class Transport:
 
     def begin(self, actions: Sequence[Instruction]) -> None:
         """Start a program: post the first receive of each direction."""
+        kinds = (ReceiveActivation, ReceiveGradient)
+        self.begin_with({kind: iter([a for a in actions if isinstance(a, kind)]) for kind in kinds})
+
+    def begin_with(self, receives: Mapping[type, Iterator[Receive]]) -> None:
+        """Start a program of which only the receives are given, each kind in order; asked one ahead of its use."""
         assert not self._posted and not self._sends
-        for kind in (ReceiveActivation, ReceiveGradient):
-            self._ahead[kind] = iter([a for a in actions if isinstance(a, kind)])
+        for kind, coming in receives.items():
+            self._ahead[kind] = coming
             self._post_next(kind)
 
     def send(self, action: Send, tensors: Sequence[Tensor]) -> int:

@@ -92,6 +92,7 @@ class Watchdog:
         """Watch what runs inside."""
         if self._thread is None and dist.get_world_size() > 1:
             self._store = own_connection()
+        if self._thread is None and self._store is not None:
             self._thread = threading.Thread(target=self._watch, name="autopar-watchdog", daemon=True)
             self._thread.start()
         self._seen = (object(), time.monotonic())

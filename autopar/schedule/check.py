@@ -14,6 +14,9 @@
    promised.
 6. Prologue before any forward of its stage, ReduceGradients after every backward of its stage, each once; one
    OptimizerStep per group after all of these, under the lowest of its stages.
+7. In a stream (which Updates tell): a Prologue in front of every batch, an Update after its last backward and before the
+   next batch's first, and no ReduceGradients or OptimizerStep. A forward follows its StashWeights, whose version has come
+   into being; a backward follows its RestoreWeights, of the same version.
 
 What it does not check: times and bytes (the simulator's), and what happens inside an instruction.
 """
@@ -35,8 +38,11 @@ from .instructions import (
     ReceiveActivation,
     ReceiveGradient,
     ReduceGradients,
+    RestoreWeights,
     SendActivation,
     SendGradient,
+    StashWeights,
+    Update,
 )
 from .steps import RECEIVES as _RECEIVES
 from .steps import SENDS as _SENDS
@@ -44,7 +50,17 @@ from .steps import Position, execution_steps, grid
 
 # What gives the gradients of a stage's inputs; W is checked beside.
 _BACKWARDS = (Backward, BackwardInput)
-_TRAINING = (*_BACKWARDS, BackwardWeight, SendGradient, ReceiveGradient, ReduceGradients, OptimizerStep)
+_WEIGHTS = (StashWeights, RestoreWeights)
+_TRAINING = (
+    *_BACKWARDS,
+    BackwardWeight,
+    SendGradient,
+    ReceiveGradient,
+    ReduceGradients,
+    OptimizerStep,
+    Update,
+    *_WEIGHTS,
+)
 _ONCE = (Prologue, ReduceGradients, OptimizerStep)
 _NEIGHBOUR = {SendActivation: 1, ReceiveActivation: -1, SendGradient: -1, ReceiveGradient: 1}
 
@@ -75,12 +91,18 @@ def check(program: Program, max_in_flight: Bound = None, max_deferred: Bound = N
     if microbatches == 0:
         raise ScheduleError("the program has no forward", program, ())
     training = bool(present & set(_TRAINING))
+    batches = 1 + max((i.batch for row in program.actions for i in row if isinstance(i, Update)), default=-1)
+    if batches and microbatches % batches:
+        raise ScheduleError(f"{microbatches} microbatches are not {batches} equal batches", program, ())
     rules = _Rules(
         program,
         microbatches,
         lowered=bool(present & {*_SENDS, *_RECEIVES}) or (complete and len(program.actions) > 1),
         training=training,
-        required=tuple(k for k in _ONCE if (complete or k in present) and (training or k is Prologue)),
+        required=tuple(
+            k for k in _ONCE if (complete or k in present) and (k is Prologue or (training and not batches))
+        ),
+        batches=batches,
     )
     for group in range(len(program.actions)):
         bounds = [b if b is None or isinstance(b, int) else b[group] for b in (max_in_flight, max_deferred)]
@@ -113,13 +135,20 @@ def _check_places(program: Program) -> None:
 
 @dataclass(frozen=True)
 class _Rules:
-    """What all rows have in common. lowered: transfers are there; required: kinds that must stand once."""
+    """What all rows have in common. lowered: transfers are there; required: kinds that must stand once; batches: of a
+    stream, 0 in a step."""
 
     program: Program
     microbatches: int
     lowered: bool
     training: bool
     required: tuple[type, ...]
+    batches: int
+
+    @property
+    def batch_size(self) -> int:
+        """Microbatches of one batch."""
+        return self.microbatches // max(1, self.batches)
 
     def before(self, kind: type, stage: int) -> tuple[tuple[tuple[type, ...], int], ...]:
         """What must stand before an instruction, for the same microbatch: (any of these kinds, on which stage)."""
@@ -129,10 +158,13 @@ class _Rules:
             return ((_BACKWARDS, stage),)
         if kind is BackwardWeight:
             return (((BackwardInput,), stage),)
+        if kind is RestoreWeights:
+            return (((StashWeights,), stage),)
+        stash, restore = ((((k,), stage),) if self.batches else () for k in _WEIGHTS)
         if kind is Forward:
-            return self._arrival(stage, stage - 1, (Forward,), ReceiveActivation)
+            return (*stash, *self._arrival(stage, stage - 1, (Forward,), ReceiveActivation))
         if kind in _BACKWARDS:
-            return (((Forward,), stage), *self._arrival(stage, stage + 1, _BACKWARDS, ReceiveGradient))
+            return (((Forward,), stage), *restore, *self._arrival(stage, stage + 1, _BACKWARDS, ReceiveGradient))
         return ()
 
     def _arrival(self, stage: int, peer: int, made_by: tuple[type, ...], received_by: type):
@@ -154,7 +186,7 @@ class _Rules:
             ReceiveActivation: before,
             SendGradient: self.training and before,
             ReceiveGradient: self.training and after,
-        }
+        } | dict.fromkeys(_WEIGHTS, bool(self.batches))
 
 
 class _RowCheck:
@@ -164,15 +196,25 @@ class _RowCheck:
         self.rules, self.group = rules, group
         self.row = rules.program.actions[group]
         self.stages = rules.program.stages_of(group)
-        kinds = (*_NEIGHBOUR, Forward, *_BACKWARDS, BackwardWeight)
+        kinds = (*_NEIGHBOUR, Forward, *_BACKWARDS, BackwardWeight, *_WEIGHTS)
         self.seen: dict[tuple[type, int], set[int]] = {(k, s): set() for k in kinds for s in self.stages}
         self.once: set[tuple[type, int]] = set()
+        self.prologues: set[tuple[int, int]] = set()
+        self.updates = dict.fromkeys(self.stages, 0)
+        self.versions: dict[tuple[int, int], int] = {}
+        self.furthest: dict[int, int] = {}
         self.before = {key: rules.before(*key) for key in self.seen}
         self.in_flight = self.deferred = 0
 
     def run(self, max_in_flight: int | None, max_deferred: int | None) -> None:
         for index, instruction in enumerate(self.row):
             kind, stage = type(instruction), instruction.stage
+            if kind is Prologue:
+                self._prologue(instruction, index)
+                continue
+            if kind is Update:
+                self._update(instruction, index)
+                continue
             if kind in _ONCE:
                 self._once(instruction, index)
                 continue
@@ -184,7 +226,10 @@ class _RowCheck:
                     missing = _token(needed[0], where, microbatch)
                     raise self._fault(f"{instruction} uses what {missing} has not produced yet", index)
             seen.add(microbatch)
+            if kind in _WEIGHTS:
+                self._version(instruction, index)
             if kind is Forward:
+                self.furthest[stage] = max(microbatch, self.furthest.get(stage, -1))
                 self.in_flight += 1
                 self._bounded(self.in_flight, max_in_flight if self.rules.training else None, "in flight", index)
             elif kind in _BACKWARDS:
@@ -197,12 +242,38 @@ class _RowCheck:
         for stage in self.stages:
             self._complete(stage)
 
+    def _prologue(self, instruction: Prologue, index: int) -> None:
+        stage, batch = instruction.stage, instruction.batch
+        if (stage, batch) in self.prologues:
+            raise self._fault(f"{instruction} stands twice", index)
+        if batch >= max(1, self.rules.batches):
+            raise self._fault(f"{instruction} belongs to nothing that is computed", index)
+        if self.furthest.get(stage, -1) >= batch * self.rules.batch_size:
+            raise self._fault(f"{instruction} stands after a forward", index)
+        self.prologues.add((stage, batch))
+
+    def _update(self, instruction: Update, index: int) -> None:
+        stage, batch = instruction.stage, instruction.batch
+        if batch != self.updates[stage]:
+            raise self._fault(f"{instruction} stands where update {self.updates[stage]} is due", index)
+        backwards = len(self.seen[Backward, stage])
+        if backwards != (batch + 1) * self.rules.batch_size:
+            raise self._fault(f"{instruction} stands after {backwards} backwards, not between two batches", index)
+        self.updates[stage] += 1
+
+    def _version(self, instruction: StashWeights | RestoreWeights, index: int) -> None:
+        place = (instruction.stage, instruction.microbatch)
+        if isinstance(instruction, StashWeights):
+            if instruction.version > self.updates[instruction.stage]:
+                raise self._fault(f"{instruction} names weights that have not come into being", index)
+            self.versions[place] = instruction.version
+        elif instruction.version != self.versions[place]:
+            raise self._fault(f"{instruction} restores other weights than those of {self.versions[place]}", index)
+
     def _once(self, instruction: Instruction, index: int) -> None:
         kind, stage = type(instruction), instruction.stage
         if (kind, stage) in self.once:
             raise self._fault(f"{instruction} stands twice", index)
-        if kind is Prologue and self.seen[Forward, stage]:
-            raise self._fault(f"{instruction} stands after a forward", index)
         if kind is ReduceGradients and not self._backward_is_over(stage):
             raise self._fault(f"{instruction} stands before the last backward", index)
         if kind is OptimizerStep:
@@ -232,8 +303,14 @@ class _RowCheck:
         self._all_there(BackwardWeight, stage, self.seen[BackwardWeight, stage], sorted(halves))
         for kind in self.rules.required:
             where = self.stages[0] if kind is OptimizerStep else stage
-            if (kind, where) not in self.once:
+            if kind is Prologue:
+                for batch in range(max(1, self.rules.batches)):
+                    if (stage, batch) not in self.prologues:
+                        raise self._fault(f"{Prologue(stage, batch)} is missing", len(self.row))
+            elif (kind, where) not in self.once:
                 raise self._fault(f"{kind(where)} is missing", len(self.row))
+        if self.updates[stage] != self.rules.batches:
+            raise self._fault(f"{Update(stage, self.updates[stage])} is missing", len(self.row))
 
     def _all_there(self, kind: type, stage: int, seen: Collection[int], wanted: Sequence[int]) -> None:
         for microbatch in wanted:
@@ -254,6 +331,8 @@ def _is(instruction: Instruction, kind: type, microbatch: int) -> bool:
 
 
 def _token(kind: type, stage: int, microbatch: int) -> str:
+    if kind in _WEIGHTS:
+        return str(kind(stage, microbatch, 0)).partition("@")[0]
     away = _NEIGHBOUR.get(kind)
     return str(kind(stage, microbatch) if away is None else kind(stage, microbatch, stage + away))
 

@@ -2,7 +2,8 @@
 
 Tokens are <stage><kind><microbatch>, after torch.distributed.pipelining's notation: `2F0` is the forward of microbatch
 0 on stage 2. Communication names its peer stage: `0SA1>1` sends the activations of microbatch 1 from stage 0 to stage
-1, `1RA1<0` receives them there; SG and RG are the gradients that travel back.
+1, `1RA1<0` receives them there; SG and RG are the gradients that travel back. `0WS5@3` and `0WR5@3` say that microbatch
+5 uses weights of version 3.
 """
 
 from __future__ import annotations
@@ -100,12 +101,16 @@ class ReceiveGradient:
 
 @dataclass(frozen=True, slots=True)
 class Prologue:
-    """Batch-wide values that need every microbatch at once (the loss's token count), reduced over data."""
+    """Batch-wide values that need every microbatch at once (the loss's token count), reduced over data.
+
+    batch: which of a stream, 0 where there is one.
+    """
 
     stage: int
+    batch: int = 0
 
     def __str__(self) -> str:
-        return f"{self.stage}P"
+        return f"{self.stage}P{self.batch or ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +136,41 @@ class OptimizerStep:
         return f"{self.stage}O"
 
 
+@dataclass(frozen=True, slots=True)
+class StashWeights:
+    """The forward that follows uses weights of this version, which stay until the microbatch's backward."""
+
+    stage: int
+    microbatch: int
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}WS{self.microbatch}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreWeights:
+    """The backward that follows uses the weights of this version, those of the microbatch's forward."""
+
+    stage: int
+    microbatch: int
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}WR{self.microbatch}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A batch's gradients, reduced, into the optimizer: version `batch` of the weights becomes version `batch` + 1."""
+
+    stage: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}U{self.batch}"
+
+
 Instruction = (
     Forward
     | Backward
@@ -143,12 +183,17 @@ Instruction = (
     | Prologue
     | ReduceGradients
     | OptimizerStep
+    | StashWeights
+    | RestoreWeights
+    | Update
 )
 
 _COMPUTE = {"F": Forward, "B": Backward, "I": BackwardInput, "W": BackwardWeight}
 _TRANSFER = {"SA": SendActivation, "RA": ReceiveActivation, "SG": SendGradient, "RG": ReceiveGradient}
-_ONCE = {"P": Prologue, "D": ReduceGradients, "O": OptimizerStep}
-_TOKEN = re.compile(r"(\d+)([A-Z]{1,2})(\d+)?(?:[<>](\d+))?")
+_WEIGHTS = {"WS": StashWeights, "WR": RestoreWeights}
+_BATCH = {"P": Prologue, "U": Update}
+_ONCE = {"D": ReduceGradients, "O": OptimizerStep}
+_TOKEN = re.compile(r"(\d+)([A-Z]{1,2})(\d+)?(?:[<>@](\d+))?")
 
 
 def parse_instruction(token: str) -> Instruction:
@@ -159,8 +204,10 @@ def parse_instruction(token: str) -> Instruction:
         found: Instruction | None = None
         if kind in _COMPUTE and microbatch:
             found = _COMPUTE[kind](int(stage), int(microbatch))
-        elif kind in _TRANSFER and microbatch and peer:
-            found = _TRANSFER[kind](int(stage), int(microbatch), int(peer))
+        elif kind in _TRANSFER | _WEIGHTS and microbatch and peer:
+            found = (_TRANSFER | _WEIGHTS)[kind](int(stage), int(microbatch), int(peer))
+        elif kind in _BATCH:
+            found = _BATCH[kind](int(stage), int(microbatch or 0))
         elif kind in _ONCE:
             found = _ONCE[kind](int(stage))
         if found is not None and str(found) == token:

@@ -17,6 +17,8 @@ input half of it) has not run yet, over the stages of a group.
 | zb-h1       | Qi et al. 2023, Zero Bubble, section 3.1              | g                 | min(P - g, M)         |
 | zb-v        | Qi et al. 2024, Controllable Memory, section 4;       | g, 2P - 1 - g     | 2P, less for M < 2P-1 |
 |             | ZB-V of Qi et al. 2023, section 6                     |                   |                       |
+| pipedream   | without a flush, see pipedream.py                     | g                 | P - g                 |
+| 2bw         | without a flush, see pipedream.py                     | g                 | P - g                 |
 | forward     | evaluation: no backward                               | as trained        | 0                     |
 """
 
@@ -49,6 +51,8 @@ class Schedule:
     in_flight: the most forwards of the group's stages that wait for their backward, or for the input half of it.
     deferred: the most input halves that wait for their weight half.
     virtual: stages per group; 0 means any number.
+    delay: None where a step ends before the weights change; else batches go on without an end, and each uses the latest
+        weights (0) or those before them (1).
     turns: whether the second half of the stages runs through the groups backwards (a V), instead of from the first again.
     """
 
@@ -59,6 +63,12 @@ class Schedule:
     deferred: Count = lambda group, num_groups, microbatches, virtual=1: 0
     virtual: int = 1
     turns: bool = False
+    delay: int | None = None
+
+    @property
+    def flushes(self) -> bool:
+        """Whether a step ends with all of its microbatches done, before the weights change."""
+        return self.delay is None
 
     @property
     def splits_backward(self) -> bool:
@@ -69,6 +79,19 @@ class Schedule:
         """The group that runs a stage."""
         lap, place = divmod(stage, num_groups)
         return num_groups - 1 - place if self.turns and lap % 2 else place
+
+    def check_microbatches(self, num_groups: int, microbatches: int) -> None:
+        """ValueError where the schedule wants another number of microbatches in a batch."""
+        if self.delay == 0 and microbatches != 1:
+            raise ValueError(
+                f"schedule {self.name!r} updates the weights after every microbatch, so a batch is one: set microbatches to 1 "
+                f"(not {microbatches}) and pass smaller batches"
+            )
+        if self.delay and microbatches < num_groups:
+            raise ValueError(
+                f"schedule {self.name!r} needs at least as many microbatches as stages, {num_groups}, not {microbatches}: "
+                "with fewer, two versions of the weights are not enough"
+            )
 
     def check_stages(self, num_groups: int, num_stages: int) -> None:
         """ValueError unless so many stages can be laid over so many groups."""
@@ -139,6 +162,8 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
                 virtual=2,
                 turns=True,
             ),
+            Schedule("pipedream", one_forward_one_backward, _depth, forward_only, delay=0),
+            Schedule("2bw", one_forward_one_backward, _depth, forward_only, delay=1),
         )
     }
 )

@@ -8,7 +8,7 @@ receive is posted, provided that each direction between two stages is a channel 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from .check import check
 from .instructions import (
@@ -32,30 +32,31 @@ def add_transfers(program: Program) -> Program:
 
     Two stages of one group hand over to each other without any.
     """
-    home = program.home
+    return _checked(tuple(tuple(with_transfers(row, program.home)) for row in program.actions))
+
+
+def with_transfers(row: Iterable[Instruction], home: Mapping[int, int]) -> Iterator[Instruction]:
+    """One group's instructions with its transfers, one by one. home: the group of each stage."""
 
     def away(stage: int, peer: int) -> bool:
         return peer in home and home[peer] != home[stage]
 
-    def lower(row: tuple[Instruction, ...]) -> Iterator[Instruction]:
-        for instruction in row:
-            match instruction:
-                case Forward(stage, microbatch):
-                    if away(stage, stage - 1):
-                        yield ReceiveActivation(stage, microbatch, stage - 1)
-                    yield instruction
-                    if away(stage, stage + 1):
-                        yield SendActivation(stage, microbatch, stage + 1)
-                case Backward(stage, microbatch) | BackwardInput(stage, microbatch):
-                    if away(stage, stage + 1):
-                        yield ReceiveGradient(stage, microbatch, stage + 1)
-                    yield instruction
-                    if away(stage, stage - 1):
-                        yield SendGradient(stage, microbatch, stage - 1)
-                case _:
-                    yield instruction
-
-    return _checked(tuple(tuple(lower(row)) for row in program.actions))
+    for instruction in row:
+        match instruction:
+            case Forward(stage, microbatch):
+                if away(stage, stage - 1):
+                    yield ReceiveActivation(stage, microbatch, stage - 1)
+                yield instruction
+                if away(stage, stage + 1):
+                    yield SendActivation(stage, microbatch, stage + 1)
+            case Backward(stage, microbatch) | BackwardInput(stage, microbatch):
+                if away(stage, stage + 1):
+                    yield ReceiveGradient(stage, microbatch, stage + 1)
+                yield instruction
+                if away(stage, stage - 1):
+                    yield SendGradient(stage, microbatch, stage - 1)
+            case _:
+                yield instruction
 
 
 def add_prologue(program: Program) -> Program:
