@@ -8,7 +8,7 @@ import random
 import pytest
 from layout_cases import PLACEMENTS, all_layouts, random_case, repeated_case
 
-from autopar.planner import layout_chain
+from autopar.planner import layout_chain, layout_elimination
 from autopar.planner.layout_chain import chain_frontier, chain_layouts, chain_table
 from autopar.planner.layout_options import layout_options
 from autopar.planner.layout_price import price_layout
@@ -210,3 +210,23 @@ def test_table_agrees_with_single_chains():
         assert solution.boundaries[0] == entry and solution.boundaries[-1] == exit
         assert solution.objective_s == chain_layouts(options, 0, 2, entry, exit).objective_s
     assert min(s.objective_s for s in table.values()) == chain_layouts(options, 0, 2).objective_s
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-9])
+def test_elimination_equals_programs(monkeypatch, weight):
+    """Blocks too wide for tables are solved as programs, pair by pair of states: the answers are the same."""
+    for seed in range(10):
+        graph, costs = random_case(seed, num_ops=5, num_blocks=3, forbid=0.1)
+        tables = layout_options(graph, 2, costs)
+        with monkeypatch.context() as patch:
+            patch.setattr(layout_elimination, "MAX_TABLE", 0)
+            programs = layout_options(graph, 2, costs)
+            found = []
+            for options in (tables, programs):
+                try:
+                    found.append(chain_layouts(options, 0, 3, memory_weight=weight).objective_s)
+                except ValueError:
+                    found.append(float("inf"))
+        assert found[0] == pytest.approx(found[1], rel=1e-6), seed
+        shared = dict.fromkeys(graph.shared_parameters, REPLICATED)
+        assert programs.table(0, shared, weight) is None

@@ -141,7 +141,9 @@ class AxisPrices:
     def op_s(self, op: Op, strategy: Strategy) -> Seconds2:
         known, key = self.answers.ops, (op.name, strategy.key)
         if key not in known:
-            known[key] = self._model.op_s(op, strategy, shards=self.shape.shards)
+            known[key] = self._model.op_s(
+                op, strategy, shards=self.shape.shards, precision=self.problem.graph.precision
+            )
         return self._twice(known[key])
 
     def conversion_s(self, tensor: str, have: Placement, want: Placement) -> Seconds2:
@@ -150,7 +152,9 @@ class AxisPrices:
         known, key = self.answers.conversions, (self._class(tensor), have, want)
         if key not in known:
             ranks = self.shape.ranks(0)[: self.shape.tensor]
-            known[key] = self._model.conversion_s(tensor, have, want, shards=self.shape.shards, ranks=ranks)
+            known[key] = self._model.conversion_s(
+                tensor, have, want, shards=self.shape.shards, ranks=ranks, precision=self.problem.graph.precision
+            )
         forward_s, backward_s = known[key]
         is_parameter = key[0][0] == "parameter"
         if is_parameter and conversion(have, want).backward == "all_reduce":

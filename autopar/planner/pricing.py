@@ -47,6 +47,7 @@ def assemble(problem: Problem, shape: Shape, chain: Chain, pieces: Sequence[Piec
             for s, piece in enumerate(pieces)
         ),
         layouts=chain.unique,
+        precision=problem.graph.precision,
     )  # fmt: skip
 
 
