@@ -176,7 +176,7 @@ def test_program_for_a_plan() -> None:
     [
         ((0, 1, "1f1b"), "pipeline=0"),
         ((2, 0, "1f1b"), "microbatches=0"),
-        ((2, 2, "zigzag"), "one of 1f1b, gpipe, interleaved, zb-h1, zb-v"),
+        ((2, 2, "zigzag"), "one of 1f1b, 2bw, gpipe, interleaved, pipedream, zb-h1, zb-v"),
     ],
 )
 def test_bad_arguments_say_what_was_expected(arguments, message: str) -> None:

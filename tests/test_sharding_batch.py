@@ -244,7 +244,6 @@ class NoRows(nn.Module):
 @pytest.mark.parametrize(
     ("built", "target", "words"),
     [
-        (lambda: (Normed(), (torch.randn(ROWS, 4, 8, 8), _ids(ROWS, limit=8)), F.cross_entropy), "batch_norm", "batch"),
         (lambda: (Contrastive(), torch.randn(ROWS, 16)), "matmul", "rows of the batch"),
         (lambda: (RootMeanSquare(), torch.randn(ROWS, 16)), "sqrt", "not linear"),
         (lambda: (NoRows(), torch.randn(ROWS, 16)), "sum", "not a sum over rows"),
@@ -259,6 +258,13 @@ def test_where_rows_meet_the_op_is_named(built, target, words):
     assert strategies(graph, op, 2)
     with pytest.raises(ValueError, match=conflict.op):
         strategies(graph, op, 2, shards=2)
+
+
+def test_batch_norm_meets_over_data_and_not_in_time():
+    graph = capture(Normed(), (torch.randn(ROWS, 4, 8, 8), _ids(ROWS, limit=8)), F.cross_entropy)
+    layout = batch_layout(graph, 2)
+    assert layout.conflict is None and layout.time_conflict is layout.meets
+    assert graph.op[layout.meets.op].target == "aten.batch_norm.default" and "whole batch" in str(layout.meets)
 
 
 def test_channels_of_a_batch_norm_may_be_split():

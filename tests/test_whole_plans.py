@@ -38,7 +38,9 @@ def random_plan(graph: Graph, seed: int) -> Plan:
     draw = random.Random(seed)
     microbatches = draw.choice([1, 2, 4])
     rows = BATCH // microbatches
-    schedule = draw.choice([name for name, one in SCHEDULES.items() if (one.virtual or 2) <= len(graph.blocks)])
+    schedule = draw.choice(
+        [name for name, one in SCHEDULES.items() if one.flushes and (one.virtual or 2) <= len(graph.blocks)]
+    )
     most = min(4, len(graph.blocks) // (SCHEDULES[schedule].virtual or 2))
     meshes = [
         (draw.choice([d for d in (1, 1, 2, 3) if d <= rows]), draw.choice([1, 1, 2, 2, 4, (2, 2)]))

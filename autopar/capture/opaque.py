@@ -118,7 +118,7 @@ def _stand_in(
         slots = slot(args), tuple((k, slot(v)) for k, v in kwargs.items())
         state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         inputs = [(tuple(t.shape), t.dtype, t.requires_grad) for t in tensors]
-        real_state = {name: originals[f"{fqn}.{name}" if fqn else name].to(fake.dtype) for name, fake in state.items()}
+        real_state = {name: (originals[f"{fqn}.{name}" if fqn else name], fake.dtype) for name, fake in state.items()}
         ran = _in_clean_thread(lambda: _run_real(module, forward, slots, inputs, real_state))
         if isinstance(ran, Exception):
             raise Untraceable(
@@ -135,15 +135,22 @@ def _stand_in(
     return call
 
 
-def _run_real(module: torch.nn.Module, forward: Callable, slots: Any, inputs: Any, state: Mapping[str, torch.Tensor]):
-    """Run the module eagerly on zeros: output shapes, how to rebuild its output, and what autograd saves."""
+def _run_real(
+    module: torch.nn.Module,
+    forward: Callable,
+    slots: Any,
+    inputs: Any,
+    state: Mapping[str, tuple[torch.Tensor, torch.dtype]],
+):
+    """Run the module eagerly on zeros, with each tensor of its state in the dtype given: output shapes, how to rebuild its
+    output, and what autograd saves."""
     stand_in = module.__dict__["forward"]
     module.forward = forward
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
             tensors = [torch.zeros(shape, dtype=dtype).requires_grad_(grad) for shape, dtype, grad in inputs]
-            values = {name: _materialised(t) for name, t in state.items()}
+            values = {name: _materialised(t, dtype) for name, (t, dtype) in state.items()}
 
             def fill(value: Any) -> Any:
                 if isinstance(value, Slot):
@@ -167,13 +174,13 @@ def _run_real(module: torch.nn.Module, forward: Callable, slots: Any, inputs: An
         module.forward = stand_in
 
 
-def _materialised(tensor: torch.Tensor) -> torch.Tensor:
+def _materialised(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if not tensor.is_meta:
-        copy = tensor.detach().cpu().clone()
+        copy = tensor.detach().to("cpu", dtype, copy=True)
     elif tensor.is_floating_point():
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype).normal_(std=0.01)
+        copy = torch.empty(tensor.shape, dtype=dtype).normal_(std=0.01)
     else:
-        copy = torch.zeros(tensor.shape, dtype=tensor.dtype)
+        copy = torch.zeros(tensor.shape, dtype=dtype)
     return copy.requires_grad_(tensor.requires_grad)
 
 
