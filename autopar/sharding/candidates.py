@@ -11,6 +11,7 @@ tensors at corresponding places are one class.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from .rule import Rule, carries, name_of, split_of
 
 Option = tuple[str, int]  # a named dim and the outer count of its split
 Splits = tuple[Split | None, ...]  # how each tensor of the op is cut, None where it is not
+Key = tuple[str, Option]  # an option of an op
+Place = tuple[str, Split | None]  # a class of tensors, cut so
 
 
 @dataclass(frozen=True)
@@ -106,36 +109,52 @@ class _Spread:
                 self.queue.append((cls, split))
 
     def prune(self) -> None:
-        """Drop splits in blocks that no producer makes or no consumer takes, until nothing changes."""
-        alive = {(name, option) for name, found in self.options.items() for option in found}
+        """Drop splits in blocks that no producer makes or no consumer takes, until nothing changes.
+
+        What remains is the largest set in which every option has a maker of what arrives and a taker of what leaves; an
+        option is looked at again only when the last maker or taker of one of its splits is gone.
+        """
+        ends: dict[Key, tuple[list[Place], list[Place]]] = {}
+        makers: Counter[Place] = Counter()
+        takers: Counter[Place] = Counter()
+        waiting: dict[Place, list[Key]] = {}
+        for name, op in self.ops.items():
+            count = len(op.inputs)
+            for option, splits in self.options[name].items():
+                places = list(zip(self.classes[name], splits, strict=True))
+                ends[name, option] = [p for p in places[:count] if p[1]], [p for p in places[count:] if p[1]]
+                takers.update(ends[name, option][0])
+                makers.update(ends[name, option][1])
+                for place in places:
+                    if place[1]:
+                        waiting.setdefault(place, []).append((name, option))
         produced = {c for name, op in self.ops.items() for c in self.classes[name][len(op.inputs) :]}
         consumed = {c for name, op in self.ops.items() for c in self.classes[name][: len(op.inputs)]}
-        while True:
-            makes: set[tuple[str, Split]] = set()
-            takes: set[tuple[str, Split]] = set()
-            for name, option in alive:
-                count = len(self.ops[name].inputs)
-                for i, (cls, split) in enumerate(zip(self.classes[name], self.options[name][option], strict=True)):
-                    if split:
-                        (takes if i < count else makes).add((cls, split))
-            dead = set()
-            for name, option in alive:
-                count = len(self.ops[name].inputs)
-                pairs = list(zip(self.classes[name], self.options[name][option], strict=True))
-                arriving = [p for p in pairs[:count] if p[1] and p[0] in produced]
-                leaving = [p for p in pairs[count:] if p[1] and p[0] in consumed]
-                if (arriving and not any(p in makes for p in arriving)) or (
-                    leaving and not any(p in takes for p in leaving)
-                ):
-                    dead.add((name, option))
-            if not dead:
-                break
-            alive -= dead
+
+        def leads_nowhere(key: Key) -> bool:
+            arriving = [p for p in ends[key][0] if p[0] in produced]
+            leaving = [p for p in ends[key][1] if p[0] in consumed]
+            return bool(arriving and not any(makers[p] for p in arriving)) or bool(
+                leaving and not any(takers[p] for p in leaving)
+            )
+
+        queue = list(ends)
+        dead: set[Key] = set()
+        while queue:
+            key = queue.pop()
+            if key in dead or not leads_nowhere(key):
+                continue
+            dead.add(key)
+            for numbers, places in ((takers, ends[key][0]), (makers, ends[key][1])):
+                for place in places:
+                    numbers[place] -= 1
+                    if not numbers[place]:
+                        queue += waiting[place]
         for name, found in self.options.items():
             self.options[name] = {
                 option: splits
                 for option, splits in found.items()
-                if (name, option) in alive or all(s is None or s.blocks == 1 for s in splits)
+                if (name, option) not in dead or all(s is None or s.blocks == 1 for s in splits)
             }
 
 
