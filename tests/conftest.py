@@ -14,9 +14,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("in-process", "processes"),
         help="only the tests that stay in pytest's process, or only those that start others (default: all)",
     )
+    parser.addoption("--slow", action="store_true", help="with --tier: those marked slow too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: left out of the tiers unless --slow is given")
     config.addinivalue_line("markers", "processes: starts processes of its own; tests that use `pool` have it implied")
 
 
@@ -27,7 +29,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     tier = config.getoption("--tier")
     if tier is None:
         return
-    kept = [item for item in items if (item.get_closest_marker("processes") is not None) == (tier == "processes")]
+    with_slow = config.getoption("--slow")
+    kept = [
+        item
+        for item in items
+        if (item.get_closest_marker("processes") is not None) == (tier == "processes")
+        and (with_slow or item.get_closest_marker("slow") is None)
+    ]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every test, cheapest first; arguments go to pytest. Tests that start processes run one at a time, the others in two.
+# Every test but the slow ones (--slow: those too), cheapest first; arguments go to pytest. Tests that start processes run one at a time, the others in two.
 set -uo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"

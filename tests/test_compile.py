@@ -14,6 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import autopar
 from autopar.cluster.spec import Cluster
 
+pytestmark = pytest.mark.slow
+
 
 def compiled_step(plan: dict[str, Any], layers: int) -> tuple[float, float, int, int, int]:
     """(loss error, gradient error, compilations in the first two steps, in the third, kinds of blocks)."""

@@ -28,6 +28,9 @@ PLANS = [
 ]
 
 
+QUICK = ("build_bert", "build_resnet", "build_habits")
+
+
 @functools.cache
 def graph_of(name: str) -> Graph:
     return autopar.capture(*getattr(more_models, name)())
@@ -81,8 +84,14 @@ def two_steps(name: str, plans: list[dict[str, Any]]) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize("name", [builder.__name__ for builder in more_models.BUILDERS])
-@pytest.mark.parametrize("world_size", [2, 4])
+CASES = [
+    pytest.param(name, world_size, marks=[] if world_size == 2 and name in QUICK else pytest.mark.slow)
+    for world_size in (2, 4)
+    for name in (builder.__name__ for builder in more_models.BUILDERS)
+]
+
+
+@pytest.mark.parametrize(("name", "world_size"), CASES)
 def test_losses_gradients_and_buffers(pool, name: str, world_size: int) -> None:
     plans = [p for p in PLANS if p["data"] * p["tensor"] * p["pipeline"] == world_size]
     for rank, found in enumerate(pool.run(two_steps, name, plans, world_size=world_size, timeout_s=240)):

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 # Two ranks, one stage each; in the third step the one with the opaque module does something bad in its forward.
 SCRIPT = """
 import os, signal, sys, time
@@ -61,7 +63,9 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("how", list(SAID))
+@pytest.mark.parametrize(
+    "how", [how if how in ("hangs", "dies") else pytest.param(how, marks=pytest.mark.slow) for how in SAID]
+)
 def test_every_rank_stops_and_the_guilty_one_is_named(tmp_path: Path, how: str) -> None:
     timeout_s = 4.0
     ranks = [
