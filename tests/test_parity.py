@@ -147,7 +147,10 @@ def test_zero_levels(pool, name: str) -> None:
 SCHEDULES = [("interleaved", 2), ("interleaved", 4), ("zb-h1", 1), ("zb-h1", 4), ("zb-v", 2), ("zb-v", 8)]
 
 
-@pytest.mark.parametrize("name", ["build_llama", "build_gpt2", "build_tied_lm", "build_mlp"])
+@pytest.mark.parametrize(
+    "name",
+    ["build_mlp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("build_llama", "build_gpt2", "build_tied_lm"))],
+)
 @pytest.mark.parametrize("data,tensor", [(1, 1), (2, 1), (1, 2)])
 def test_schedules(pool, name: str, data: int, tensor: int) -> None:
     """Recompute and ZeRO take turns; a data rank has at least one row of a microbatch."""

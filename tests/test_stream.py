@@ -280,8 +280,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("stop", [None, 3])
-@pytest.mark.parametrize("index", range(len(CASES)))
+@pytest.mark.parametrize("stop", [None, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "index", [i if i in (0, 3) else pytest.param(i, marks=pytest.mark.slow) for i in range(len(CASES))]
+)
 def test_training_is_that_of_delayed_gradients(pool, index: int, stop: int | None) -> None:
     options = dict(CASES[index])
     name = options.pop("name")

@@ -44,7 +44,9 @@ def read(folder: str, name: str, plan: dict[str, Any], seed: int) -> tuple[float
         return call(model, example).item(), before
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [n if n == "build_tied_lm" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 @pytest.mark.parametrize("plan", PLANS, ids=["one", "zero", "mixed"])
 def test_files_are_the_state_dict(pool, tmp_path: Path, name: str, plan: dict[str, Any]) -> None:
     pool.run(write, str(tmp_path), name, plan, 20_000, world_size=world_of(plan))
