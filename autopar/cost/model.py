@@ -206,9 +206,12 @@ class CostModel:
     def breakdown(self, plan: Plan, index: int) -> Breakdown:
         """Where the seconds of one microbatch of stage `index` go; what is computed again is in the backward's."""
         stage = plan.stages[index]
+        return self._breakdown(plan, stage, self._runs(plan, stage))
+
+    def _breakdown(self, plan: Plan, stage: Stage, runs: Sequence[_Run]) -> Breakdown:
         compute: Table = {}
         collectives: Table = {}
-        for run in self._runs(plan, stage):
+        for run in runs:
             parts = run.price.passes(run.recompute)
             for table, part in ((compute, parts[0]), (collectives, parts[1])):
                 for name, (forward_s, backward_s) in part.items():
@@ -233,7 +236,7 @@ class CostModel:
     def _stage(self, plan: Plan, index: int) -> StageCost:
         stage = plan.stages[index]
         runs = self._runs(plan, stage)
-        breakdown = self.breakdown(plan, index)
+        breakdown = self._breakdown(plan, stage, runs)
         tables = (*breakdown.compute.values(), *breakdown.collectives.values())
         forward_s, backward_s = sum(f for f, _ in tables), sum(b for _, b in tables)
         pricer = self._pricer(plan.precision)

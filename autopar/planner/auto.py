@@ -98,6 +98,8 @@ class _Auto:
                 self._push(replace(entry))
         elif entry.bound_s == math.inf or self._is_hopeless(entry.shape):
             self.tight.append(self._too_large(entry.shape))
+        elif not entry.refined and (closer_s := self.floors.time_s(entry.shape)) > entry.bound_s * (1 + TOLERANCE):
+            self._push(replace(entry, bound_s=closer_s))  # more is known by now than when it was pushed
         elif not entry.refined:
             self._push(replace(entry, bound_s=max(entry.bound_s, self.floors.refined_s(entry.shape)), refined=True))
         else:

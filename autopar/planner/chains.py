@@ -1,5 +1,10 @@
 """The layouts that a shape may use: the efficient (time, memory) chains over all blocks of the model.
 
+On few devices every shape has its own. On more (`Problem.is_large`) shapes share theirs that are alike in what weighs
+layouts against each other: a microbatch is then priced as the whole batch at once, where prices depend least on latency,
+or, where it is a single row, as one row; and what lies at rest is weighed against what microbatches keep to a factor of 16.
+The search prices what it returns for its own shape, with layouts found for that shape too (`own`).
+
 One chain spans the whole model, so that stages agree at their boundaries wherever the pipeline is cut. Its prices are
 the cost model's, for one rank of the tensor axis: compute and conversions of a microbatch, and, spread over the
 microbatches of a step, the gradient reductions and the optimizer that follow from the bytes at rest. Memory counts as
@@ -10,8 +15,9 @@ alone, and have the rest of their programs in common.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ..cost.collectives import collective_s
@@ -35,6 +41,38 @@ from .problem import Chain, Problem, Shape
 MAX_CHAINS = 3
 
 
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """What layouts are found for: some microbatches on one of `tensor` ranks.
+
+    data, zero: as in a shape; they decide on the reduction of gradients. anchor: into how many parts the batch is cut
+    where a microbatch is priced. microbatches: how many of the shape's are priced together so. per_step: their part of
+    what happens once per step. rest: bytes at rest count so often beside those of a microbatch.
+    """
+
+    tensor: int
+    data: int
+    zero: int
+    anchor: int
+    microbatches: float
+    per_step: float
+    rest: float
+
+    @classmethod
+    def of(cls, shape: Shape) -> Regime:
+        """Of one shape, microbatch by microbatch."""
+        rest = 1 / in_flight_of(shape)
+        return cls(shape.tensor, shape.data, shape.zero, shape.shards, 1.0, 1 / shape.microbatches, rest)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(range(self.tensor))
+
+    @property
+    def data_ranks(self) -> tuple[int, ...]:
+        return tuple(range(0, self.data * self.tensor, self.tensor))
+
+
 class LayoutChains:
     """The chains of each shape, made when first asked for."""
 
@@ -42,38 +80,30 @@ class LayoutChains:
         self._options: dict[tuple, LayoutOptions] = {}
         self._basis: dict[tuple, LayoutOptions] = {}
         self._fastest: dict[tuple, ChainSolution] = {}
+        self._frontiers: dict[tuple, tuple[ChainSolution, ...]] = {}
+        self._made: dict[tuple[Layout, ...], Chain] = {}
+        self._alike: dict[tuple[int, int, int], bool] = {}
         self._orders: dict[Hashable, Order] = {}
         self._answers: dict[tuple[int, int], Answers] = {}
 
     def of(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
         """Distinct chains for `shape`, the fastest first; the empty chain where there is no tensor axis."""
-        if shape.tensor == 1:
-            yield Chain()
-            return
-        seen: set[tuple[Layout, ...]] = set()
-        for solution in self._solutions(problem, shape):
-            if solution.layouts not in seen:
-                seen.add(solution.layouts)
-                yield Chain.of(solution.layouts)
+        return self._chains(problem, self._regime(problem, shape))
 
-    def _solutions(self, problem: Problem, shape: Shape) -> Iterator[ChainSolution]:
-        """The fastest chain, and, if more are asked for, the frontiers of both recompute choices."""
-        choices, num_blocks = problem.recompute_choices, len(problem.graph.blocks)
-        # Speed alone does not depend on how many microbatches are in flight, nor so on the schedule.
-        key = (shape.data, shape.tensor, shape.microbatches, shape.zero, choices[0])
-        if key not in self._fastest:
-            self._fastest[key] = chain_layouts(self._options_of(problem, shape, choices[0]), 0, num_blocks)
-        yield self._fastest[key]
-        for recompute in choices:
-            options = self._options_of(problem, shape, recompute)
-            yield from chain_frontier(options, 0, num_blocks, num_points=MAX_CHAINS)
+    def own(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
+        """As `of`, found for this very shape also where the problem is large."""
+        return self._chains(problem, Regime.of(shape))
 
     def smallest(self, problem: Problem, shape: Shape) -> Chain:
         """The chain that keeps least, with the most recomputation."""
         if shape.tensor == 1:
             return Chain()
-        options = self._options_of(problem, shape, problem.recompute_choices[-1])
-        return Chain.of(smallest_chain(options, 0, len(problem.graph.blocks)).layouts)
+        regime = self._regime(problem, shape)
+        key = (regime, "smallest")
+        if key not in self._fastest:
+            options = self._options_of(problem, regime, problem.recompute_choices[-1])
+            self._fastest[key] = smallest_chain(options, 0, len(problem.graph.blocks))
+        return self._chain(self._fastest[key])
 
     def pass_s(self, problem: Problem, tensor: int, shards: int) -> list[float]:
         """Per block, forward and backward on `tensor` ranks of one of `shards` shares of the batch.
@@ -82,25 +112,96 @@ class LayoutChains:
         """
         return self._basis_of(problem, tensor, shards, "none").least_s()
 
+    def _chains(self, problem: Problem, regime: Regime) -> Iterator[Chain]:
+        if regime.tensor == 1:
+            yield Chain()
+            return
+        seen: set[tuple[Layout, ...]] = set()
+        for solution in self._solutions(problem, regime):
+            if solution.layouts not in seen:
+                seen.add(solution.layouts)
+                yield self._chain(solution)
+
+    def _chain(self, solution: ChainSolution) -> Chain:
+        """The same object for the same layouts, so that what is priced for one shape serves others."""
+        if solution.layouts not in self._made:
+            self._made[solution.layouts] = Chain.of(solution.layouts)
+        return self._made[solution.layouts]
+
+    def _solutions(self, problem: Problem, regime: Regime) -> Iterator[ChainSolution]:
+        """The fastest chain, and, if more are asked for, the frontiers of both recompute choices."""
+        choices, num_blocks = problem.recompute_choices, len(problem.graph.blocks)
+        # Speed alone does not depend on how many microbatches are in flight, nor so on the schedule.
+        key = (replace(regime, rest=0.0), choices[0])
+        if key not in self._fastest:
+            self._fastest[key] = chain_layouts(self._options_of(problem, *key), 0, num_blocks)
+        yield self._fastest[key]
+        for recompute in dict.fromkeys((choices[0], choices[-1])):
+            key = (regime, recompute)
+            if key not in self._frontiers:
+                options = self._options_of(problem, regime, recompute)
+                self._frontiers[key] = chain_frontier(options, 0, num_blocks, num_points=MAX_CHAINS)
+            yield from self._frontiers[key]
+
+    def _regime(self, problem: Problem, shape: Shape) -> Regime:
+        if not problem.is_large or shape.tensor == 1:
+            return Regime.of(shape)
+        rows = problem.graph.batch_size
+        anchor = 1 if rows // shape.shards > 1 else rows
+        if not self._offers_alike(problem, shape.tensor, anchor, shape.shards):
+            return Regime.of(shape)
+        data, sharded = _coarse(shape.data), shape.zero == 3
+        # Where ZeRO shards parameters they are gathered for each microbatch.
+        count = _coarse(shape.microbatches) if sharded else 1
+        rest = _coarse(max(1, shape.shards // in_flight_of(shape) // (shape.data if shape.zero else 1)))
+        held = rest * data if sharded else rest
+        return Regime(shape.tensor, data, 3 * sharded, anchor, data * count / anchor, data / anchor, held / anchor)
+
+    def _offers_alike(self, problem: Problem, tensor: int, anchor: int, shards: int) -> bool:
+        """Whether all ways to split the ops where the batch is cut into `anchor` parts are there where it is `shards`."""
+        key = (tensor, anchor, shards)
+        if key not in self._alike:
+            there, here = (
+                AxisPrices(problem, Regime(tensor, 1, 0, n, 1.0, 0.0, 0.0), False, self._answers_of(tensor, n))
+                for n in (anchor, shards)
+            )
+            self._alike[key] = all(
+                mine is theirs or set(map(id, theirs)) <= set(map(id, mine))
+                for op in problem.distinct_ops
+                for mine, theirs in ((here.strategies(op), there.strategies(op)),)
+            )
+        return self._alike[key]
+
     def _basis_of(self, problem: Problem, tensor: int, shards: int, recompute: str) -> LayoutOptions:
         """The programs without what happens once per step."""
         key = (tensor, shards, recompute)
         if key not in self._basis:
-            shape = Shape(1, 1, tensor, shards, "1f1b", 0)
-            prices = PassPrices(problem, shape, recompute == "full", self._answers_of(shape))
+            regime = Regime(tensor, 1, 0, shards, 1.0, 0.0, 0.0)
+            prices = PassPrices(problem, regime, recompute == "full", self._answers_of(tensor, shards))
             self._basis[key] = layout_options(problem.graph, tensor, prices, self._orders)
         return self._basis[key]
 
-    def _options_of(self, problem: Problem, shape: Shape, recompute: str) -> LayoutOptions:
-        prices = AxisPrices(problem, shape, recompute == "full", self._answers_of(shape))
-        key = (shape.data, shape.tensor, shape.microbatches, shape.zero, recompute, prices.in_flight)
+    def _options_of(self, problem: Problem, regime: Regime, recompute: str) -> LayoutOptions:
+        key = (regime, recompute)
         if key not in self._options:
-            basis = self._basis_of(problem, shape.tensor, shape.shards, recompute)
-            self._options[key] = layout_options(problem.graph, shape.tensor, prices, self._orders, basis)
+            answers = self._answers_of(regime.tensor, regime.anchor)
+            prices = AxisPrices(problem, regime, recompute == "full", answers)
+            basis = self._basis_of(problem, regime.tensor, regime.anchor, recompute)
+            self._options[key] = layout_options(problem.graph, regime.tensor, prices, self._orders, basis)
         return self._options[key]
 
-    def _answers_of(self, shape: Shape) -> Answers:
-        return self._answers.setdefault((shape.tensor, shape.shards), Answers())
+    def _answers_of(self, tensor: int, shards: int) -> Answers:
+        return self._answers.setdefault((tensor, shards), Answers())
+
+
+def in_flight_of(shape: Shape) -> int:
+    """Microbatches that the first stage holds at most."""
+    return schedule_named(shape.schedule).in_flight(0, shape.pipeline, shape.microbatches)
+
+
+def _coarse(value: int) -> int:
+    """The power of 16 at or below."""
+    return 16 ** int(math.log(value, 16) + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -118,16 +219,19 @@ class Answers:
 
 @dataclass(frozen=True)
 class AxisPrices:
-    """`LayoutCosts` of the tensor axis of one shape, by the problem's cost model; bytes per microbatch in flight."""
+    """`LayoutCosts` of the tensor axis of the shapes of one regime, by the problem's cost model.
+
+    Seconds and bytes of as many microbatches as are one `anchor`-th of the batch on a data rank.
+    """
 
     problem: Problem
-    shape: Shape
+    regime: Regime
     recompute: bool
     answers: Answers = field(default_factory=Answers)
 
     def strategies(self, op: Op) -> tuple[Strategy, ...]:
         """Those that do not cut the batch: that is the data axis's part, and a shape says how much of it there is."""
-        found = strategies(self.problem.graph, op, self.shape.tensor, self.shape.shards)
+        found = strategies(self.problem.graph, op, self.regime.tensor, self.regime.anchor)
         # Ops at one position of isomorphic blocks have one tuple of strategies, which the graph's analysis keeps.
         kept = self.answers.strategies
         if id(found) not in kept:
@@ -142,7 +246,7 @@ class AxisPrices:
         known, key = self.answers.ops, (op.name, strategy.key)
         if key not in known:
             known[key] = self._model.op_s(
-                op, strategy, shards=self.shape.shards, precision=self.problem.graph.precision
+                op, strategy, shards=self.regime.anchor, precision=self.problem.graph.precision
             )
         return self._twice(known[key])
 
@@ -151,14 +255,18 @@ class AxisPrices:
             return (0.0, 0.0)
         known, key = self.answers.conversions, (self._class(tensor), have, want)
         if key not in known:
-            ranks = self.shape.ranks(0)[: self.shape.tensor]
             known[key] = self._model.conversion_s(
-                tensor, have, want, shards=self.shape.shards, ranks=ranks, precision=self.problem.graph.precision
+                tensor,
+                have,
+                want,
+                shards=self.regime.anchor,
+                ranks=self.regime.ranks,
+                precision=self.problem.graph.precision,
             )
         forward_s, backward_s = known[key]
         is_parameter = key[0][0] == "parameter"
         if is_parameter and conversion(have, want).backward == "all_reduce":
-            backward_s /= self.shape.microbatches
+            backward_s *= self.regime.per_step
         return self._twice((forward_s, backward_s))
 
     def _class(self, name: str) -> tuple:
@@ -174,47 +282,49 @@ class AxisPrices:
     def rest_s(self, parameter: str, placement: Placement) -> float:
         if not self.problem.graph.tensors[parameter].requires_grad:
             return 0.0
-        cluster, data = self.problem.cluster, self.shape.data
-        size = self._local.size_bytes(parameter, placement, self.shape.tensor)
-        held = size / data if self.shape.zero == 3 else size
+        cluster, data, zero = self.problem.cluster, self.regime.data, self.regime.zero
+        size = self._local.size_bytes(parameter, placement, self.regime.tensor)
+        held = size / data if zero else size
         step_s = optimizer_s(cluster.device, {held: 1}, self._model.corrections, self._model.constants)
         each_s = 0.0
         if data > 1:
-            ranks = self.shape.ranks(0)[:: self.shape.tensor]
+            ranks = self.regime.data_ranks
             seen = 1 - cluster.link(ranks).overlap
             corrections = self._model.corrections
             # Buckets and blocks share the latency among many parameters.
             latency_s = collective_s(cluster, "all_reduce", 0.0, ranks, corrections)
-            if self.shape.zero == 3:
+            if zero == 3:
                 gather_s = collective_s(cluster, "all_gather", size, ranks, corrections)
                 each_s = 2 * seen * (gather_s - collective_s(cluster, "all_gather", 0.0, ranks, corrections))
                 scatter_s = collective_s(cluster, "reduce_scatter", size, ranks, corrections)
                 step_s += seen * (scatter_s - collective_s(cluster, "reduce_scatter", 0.0, ranks, corrections))
             else:
                 step_s += seen * (collective_s(cluster, "all_reduce", size, ranks, corrections) - latency_s)
-        return each_s + step_s / self.shape.microbatches
+        return self.regime.microbatches * each_s + step_s * self.regime.per_step
 
     def rest_bytes(self, parameter: str, placement: Placement) -> float:
-        tensor = self.problem.graph.tensors[parameter]
-        size = self._local.size_bytes(parameter, placement, self.shape.tensor)
+        tensor, data, zero = self.problem.graph.tensors[parameter], self.regime.data, self.regime.zero
+        size = self._local.size_bytes(parameter, placement, self.regime.tensor)
+        # Parameter, gradient, optimizer state: from these levels on ZeRO shards each.
+        parts = [(size, 3)]
         if tensor.requires_grad:
-            size = 2 * size + OPTIMIZER_BYTES_PER_ELEMENT * size // tensor.dtype.itemsize
-        return size / (self.shape.data if self.shape.zero == 3 else 1) / self.in_flight
+            parts += [(size, 2), (OPTIMIZER_BYTES_PER_ELEMENT * size // tensor.dtype.itemsize, 1)]
+        return self.regime.rest * sum(part / (data if zero >= level else 1) for part, level in parts)
 
     def saved_bytes(self, tensor: str, placement: Placement) -> float:
         if self.recompute:
             return 0.0
-        return self._local.size_bytes(tensor, placement, self.shape.tensor)
+        return self._local.size_bytes(tensor, placement, self.regime.tensor)
 
     def saved_extra_bytes(self, op: Op, strategy: Strategy) -> float:
         if self.recompute:
             return 0.0
-        return op.saved_extra_bytes * strategy.work / self.shape.shards
+        return op.saved_extra_bytes * strategy.work / self.regime.anchor
 
     def input_bytes(self, tensor: str, placement: Placement) -> float:
         if not self.recompute:
             return 0.0
-        return self._local.size_bytes(tensor, placement, self.shape.tensor)
+        return self._local.size_bytes(tensor, placement, self.regime.tensor)
 
     def _twice(self, seconds: Seconds2) -> Seconds2:
         """Recomputation runs the forward again in front of the backward."""
@@ -227,7 +337,7 @@ class AxisPrices:
 
     @cached_property
     def _local(self) -> LocalShapes:
-        shards = self.shape.shards
+        shards = self.regime.anchor
         placements = batch_layout(self.problem.graph, shards).placements if shards > 1 else {}
         return LocalShapes(self.problem.graph, shards, placements)
 
@@ -239,10 +349,6 @@ class AxisPrices:
         if parts is None or self.problem.batch_conflict:
             return {}
         return batch_layout(self.problem.graph, parts).placements
-
-    @cached_property
-    def in_flight(self) -> int:
-        return schedule_named(self.shape.schedule).in_flight(0, self.shape.pipeline, self.shape.microbatches)
 
 
 class PassPrices(AxisPrices):

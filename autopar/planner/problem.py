@@ -15,7 +15,7 @@ from typing import Protocol
 
 from ..cluster.spec import Cluster
 from ..cost.types import StageCost
-from ..graph import Graph
+from ..graph import Graph, Op
 from ..plan import Layout, Plan, Recompute
 from ..plan_validate import nearest_divisors
 from ..sharding.batch import BatchLayout, batch_layout
@@ -25,6 +25,8 @@ from ..sharding.strategies import strategies
 # buffers, fragmentation of the allocator. An assumption; memory_limit_bytes= overrules it.
 RESERVE_SHARE = 0.1
 # The searches' bounds are proved for these; other schedules run by a plan that names them.
+# On no more each shape gets layouts of its own, and the search is exact over them.
+FEW_DEVICES = 8
 SEARCHED_SCHEDULES = ("1f1b", "gpipe")
 
 
@@ -203,7 +205,7 @@ class Problem:
     def _shapes(self) -> Iterator[Shape]:
         pinned = self.constraints
         for pipeline, data, tensor in self._triples():
-            if tensor > 1 and not self.splits(tensor, data):
+            if tensor > 1 and not self.splits(tensor, 1 if self.is_large else data):
                 continue
             for microbatches in self._microbatches(data):
                 for zero in (0, 3) if data > 1 else (0,):
@@ -252,20 +254,22 @@ class Problem:
     def _splits(self) -> dict[tuple[int, int], bool]:
         return {}
 
+    @property
+    def is_large(self) -> bool:
+        """Whether there are too many shapes for each to have layouts of its own."""
+        return self.cluster.world_size > FEW_DEVICES
+
     @cached_property
-    def _distinct_parameter_ops(self):
-        """One op per block kind and position, of those that take a parameter."""
-        kinds: set[int] = set()
-        ops = []
-        for block in self.graph.blocks:
-            if block.kind not in kinds:
-                kinds.add(block.kind)
-                ops += [
-                    op
-                    for op in self.graph.block_ops(block)
-                    if any(self.graph.tensors[name].role == "parameter" for name in op.inputs)
-                ]
-        return tuple(ops)
+    def distinct_ops(self) -> tuple[Op, ...]:
+        """One op per block kind and position."""
+        kinds = {block.kind: block for block in reversed(self.graph.blocks)}
+        return tuple(op for block in kinds.values() for op in self.graph.block_ops(block))
+
+    @cached_property
+    def _distinct_parameter_ops(self) -> tuple[Op, ...]:
+        """Of these the ones that take a parameter."""
+        roles = self.graph.tensors
+        return tuple(op for op in self.distinct_ops if any(roles[name].role == "parameter" for name in op.inputs))
 
     def _check_batch(self) -> None:
         pinned, rows = self.constraints, self.graph.batch_size
