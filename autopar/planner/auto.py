@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from tqdm import tqdm
 
 from ..plan import Plan
+from .broad import broad
 from .candidates import MAX_CANDIDATES, TooLarge, Tried, conclude, nothing_fits
 from .floors import Floors
 from .pricing import StagePrices
@@ -50,6 +51,8 @@ class _Entry:
 
 def auto(problem: Problem, progress: bool = True) -> Plan:
     """The plan of least simulated step time that fits; ValueError, with the smallest plan found, when none does."""
+    if problem.is_large:
+        return broad(problem, progress)
     return _Auto(problem, progress).run()
 
 
@@ -98,8 +101,6 @@ class _Auto:
                 self._push(replace(entry))
         elif entry.bound_s == math.inf or self._is_hopeless(entry.shape):
             self.tight.append(self._too_large(entry.shape))
-        elif not entry.refined and (closer_s := self.floors.time_s(entry.shape)) > entry.bound_s * (1 + TOLERANCE):
-            self._push(replace(entry, bound_s=closer_s))  # more is known by now than when it was pushed
         elif not entry.refined:
             self._push(replace(entry, bound_s=max(entry.bound_s, self.floors.refined_s(entry.shape)), refined=True))
         else:

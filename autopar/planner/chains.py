@@ -1,10 +1,5 @@
 """The layouts that a shape may use: the efficient (time, memory) chains over all blocks of the model.
 
-On few devices every shape has its own. On more (`Problem.is_large`) shapes share theirs that are alike in what weighs
-layouts against each other: a microbatch is then priced as the whole batch at once, where prices depend least on latency,
-or, where it is a single row, as one row; and what lies at rest is weighed against what microbatches keep to a factor of 16.
-The search prices what it returns for its own shape, with layouts found for that shape too (`own`).
-
 One chain spans the whole model, so that stages agree at their boundaries wherever the pipeline is cut. Its prices are
 the cost model's, for one rank of the tensor axis: compute and conversions of a microbatch, and, spread over the
 microbatches of a step, the gradient reductions and the optimizer that follow from the bytes at rest. Memory counts as
@@ -15,8 +10,7 @@ alone, and have the rest of their programs in common.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -43,26 +37,23 @@ MAX_CHAINS = 3
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """What layouts are found for: some microbatches on one of `tensor` ranks.
+    """What layouts are found for: a microbatch on one of `tensor` ranks.
 
-    data, zero: as in a shape; they decide on the reduction of gradients. anchor: into how many parts the batch is cut
-    where a microbatch is priced. microbatches: how many of the shape's are priced together so. per_step: their part of
-    what happens once per step. rest: bytes at rest count so often beside those of a microbatch.
+    data, zero: as in a shape; they decide on the reduction of gradients. shards: into how many parts the batch is cut.
+    per_step: a microbatch's part of what happens once per step. rest: its part of the bytes at rest.
     """
 
     tensor: int
     data: int
     zero: int
-    anchor: int
-    microbatches: float
+    shards: int
     per_step: float
     rest: float
 
     @classmethod
     def of(cls, shape: Shape) -> Regime:
-        """Of one shape, microbatch by microbatch."""
-        rest = 1 / in_flight_of(shape)
-        return cls(shape.tensor, shape.data, shape.zero, shape.shards, 1.0, 1 / shape.microbatches, rest)
+        held = schedule_named(shape.schedule).in_flight(0, shape.pipeline, shape.microbatches)
+        return cls(shape.tensor, shape.data, shape.zero, shape.shards, 1 / shape.microbatches, 1 / held)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -82,28 +73,41 @@ class LayoutChains:
         self._fastest: dict[tuple, ChainSolution] = {}
         self._frontiers: dict[tuple, tuple[ChainSolution, ...]] = {}
         self._made: dict[tuple[Layout, ...], Chain] = {}
-        self._alike: dict[tuple[int, int, int], bool] = {}
+        self._serving: dict[tuple[int, int, int], bool] = {}
         self._orders: dict[Hashable, Order] = {}
         self._answers: dict[tuple[int, int], Answers] = {}
 
     def of(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
         """Distinct chains for `shape`, the fastest first; the empty chain where there is no tensor axis."""
-        return self._chains(problem, self._regime(problem, shape))
+        regime = Regime.of(shape)
+        if regime.tensor == 1:
+            yield Chain()
+            return
+        yield from self._distinct(self._solutions(problem, regime))
 
-    def own(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
-        """As `of`, found for this very shape also where the problem is large."""
-        return self._chains(problem, Regime.of(shape))
+    def serve(self, problem: Problem, tensor: int, anchor: int, shards: int) -> bool:
+        """Whether chains that were found where the batch is cut into `anchor` parts can run where it is `shards`."""
+        if tensor == 1 or anchor == shards:
+            return True
+        key = (tensor, anchor, shards)
+        if key not in self._serving:
+            there, here = (
+                AxisPrices(problem, Regime(tensor, 1, 0, n, 0.0, 0.0), False, self._answers_of(tensor, n))
+                for n in (anchor, shards)
+            )
+            self._serving[key] = all(
+                mine is theirs or set(map(id, theirs)) <= set(map(id, mine))
+                for op in problem.distinct_ops
+                for mine, theirs in ((here.strategies(op), there.strategies(op)),)
+            )
+        return self._serving[key]
 
     def smallest(self, problem: Problem, shape: Shape) -> Chain:
         """The chain that keeps least, with the most recomputation."""
         if shape.tensor == 1:
             return Chain()
-        regime = self._regime(problem, shape)
-        key = (regime, "smallest")
-        if key not in self._fastest:
-            options = self._options_of(problem, regime, problem.recompute_choices[-1])
-            self._fastest[key] = smallest_chain(options, 0, len(problem.graph.blocks))
-        return self._chain(self._fastest[key])
+        options = self._options_of(problem, Regime.of(shape), problem.recompute_choices[-1])
+        return self._chain(smallest_chain(options, 0, len(problem.graph.blocks)))
 
     def pass_s(self, problem: Problem, tensor: int, shards: int) -> list[float]:
         """Per block, forward and backward on `tensor` ranks of one of `shards` shares of the batch.
@@ -112,12 +116,9 @@ class LayoutChains:
         """
         return self._basis_of(problem, tensor, shards, "none").least_s()
 
-    def _chains(self, problem: Problem, regime: Regime) -> Iterator[Chain]:
-        if regime.tensor == 1:
-            yield Chain()
-            return
+    def _distinct(self, solutions: Iterable[ChainSolution]) -> Iterator[Chain]:
         seen: set[tuple[Layout, ...]] = set()
-        for solution in self._solutions(problem, regime):
+        for solution in solutions:
             if solution.layouts not in seen:
                 seen.add(solution.layouts)
                 yield self._chain(solution)
@@ -143,40 +144,11 @@ class LayoutChains:
                 self._frontiers[key] = chain_frontier(options, 0, num_blocks, num_points=MAX_CHAINS)
             yield from self._frontiers[key]
 
-    def _regime(self, problem: Problem, shape: Shape) -> Regime:
-        if not problem.is_large or shape.tensor == 1:
-            return Regime.of(shape)
-        rows = problem.graph.batch_size
-        anchor = 1 if rows // shape.shards > 1 else rows
-        if not self._offers_alike(problem, shape.tensor, anchor, shape.shards):
-            return Regime.of(shape)
-        data, sharded = _coarse(shape.data), shape.zero == 3
-        # Where ZeRO shards parameters they are gathered for each microbatch.
-        count = _coarse(shape.microbatches) if sharded else 1
-        rest = _coarse(max(1, shape.shards // in_flight_of(shape) // (shape.data if shape.zero else 1)))
-        held = rest * data if sharded else rest
-        return Regime(shape.tensor, data, 3 * sharded, anchor, data * count / anchor, data / anchor, held / anchor)
-
-    def _offers_alike(self, problem: Problem, tensor: int, anchor: int, shards: int) -> bool:
-        """Whether all ways to split the ops where the batch is cut into `anchor` parts are there where it is `shards`."""
-        key = (tensor, anchor, shards)
-        if key not in self._alike:
-            there, here = (
-                AxisPrices(problem, Regime(tensor, 1, 0, n, 1.0, 0.0, 0.0), False, self._answers_of(tensor, n))
-                for n in (anchor, shards)
-            )
-            self._alike[key] = all(
-                mine is theirs or set(map(id, theirs)) <= set(map(id, mine))
-                for op in problem.distinct_ops
-                for mine, theirs in ((here.strategies(op), there.strategies(op)),)
-            )
-        return self._alike[key]
-
     def _basis_of(self, problem: Problem, tensor: int, shards: int, recompute: str) -> LayoutOptions:
         """The programs without what happens once per step."""
         key = (tensor, shards, recompute)
         if key not in self._basis:
-            regime = Regime(tensor, 1, 0, shards, 1.0, 0.0, 0.0)
+            regime = Regime(tensor, 1, 0, shards, 0.0, 0.0)
             prices = PassPrices(problem, regime, recompute == "full", self._answers_of(tensor, shards))
             self._basis[key] = layout_options(problem.graph, tensor, prices, self._orders)
         return self._basis[key]
@@ -184,24 +156,14 @@ class LayoutChains:
     def _options_of(self, problem: Problem, regime: Regime, recompute: str) -> LayoutOptions:
         key = (regime, recompute)
         if key not in self._options:
-            answers = self._answers_of(regime.tensor, regime.anchor)
+            answers = self._answers_of(regime.tensor, regime.shards)
             prices = AxisPrices(problem, regime, recompute == "full", answers)
-            basis = self._basis_of(problem, regime.tensor, regime.anchor, recompute)
+            basis = self._basis_of(problem, regime.tensor, regime.shards, recompute)
             self._options[key] = layout_options(problem.graph, regime.tensor, prices, self._orders, basis)
         return self._options[key]
 
     def _answers_of(self, tensor: int, shards: int) -> Answers:
         return self._answers.setdefault((tensor, shards), Answers())
-
-
-def in_flight_of(shape: Shape) -> int:
-    """Microbatches that the first stage holds at most."""
-    return schedule_named(shape.schedule).in_flight(0, shape.pipeline, shape.microbatches)
-
-
-def _coarse(value: int) -> int:
-    """The power of 16 at or below."""
-    return 16 ** int(math.log(value, 16) + 1e-9)
 
 
 @dataclass(frozen=True)
@@ -219,10 +181,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class AxisPrices:
-    """`LayoutCosts` of the tensor axis of the shapes of one regime, by the problem's cost model.
-
-    Seconds and bytes of as many microbatches as are one `anchor`-th of the batch on a data rank.
-    """
+    """`LayoutCosts` of the tensor axis under one regime, by the problem's cost model; bytes per microbatch in flight."""
 
     problem: Problem
     regime: Regime
@@ -231,7 +190,7 @@ class AxisPrices:
 
     def strategies(self, op: Op) -> tuple[Strategy, ...]:
         """Those that do not cut the batch: that is the data axis's part, and a shape says how much of it there is."""
-        found = strategies(self.problem.graph, op, self.regime.tensor, self.regime.anchor)
+        found = strategies(self.problem.graph, op, self.regime.tensor, self.regime.shards)
         # Ops at one position of isomorphic blocks have one tuple of strategies, which the graph's analysis keeps.
         kept = self.answers.strategies
         if id(found) not in kept:
@@ -246,7 +205,7 @@ class AxisPrices:
         known, key = self.answers.ops, (op.name, strategy.key)
         if key not in known:
             known[key] = self._model.op_s(
-                op, strategy, shards=self.regime.anchor, precision=self.problem.graph.precision
+                op, strategy, shards=self.regime.shards, precision=self.problem.graph.precision
             )
         return self._twice(known[key])
 
@@ -259,7 +218,7 @@ class AxisPrices:
                 tensor,
                 have,
                 want,
-                shards=self.regime.anchor,
+                shards=self.regime.shards,
                 ranks=self.regime.ranks,
                 precision=self.problem.graph.precision,
             )
@@ -300,7 +259,7 @@ class AxisPrices:
                 step_s += seen * (scatter_s - collective_s(cluster, "reduce_scatter", 0.0, ranks, corrections))
             else:
                 step_s += seen * (collective_s(cluster, "all_reduce", size, ranks, corrections) - latency_s)
-        return self.regime.microbatches * each_s + step_s * self.regime.per_step
+        return each_s + step_s * self.regime.per_step
 
     def rest_bytes(self, parameter: str, placement: Placement) -> float:
         tensor, data, zero = self.problem.graph.tensors[parameter], self.regime.data, self.regime.zero
@@ -319,7 +278,7 @@ class AxisPrices:
     def saved_extra_bytes(self, op: Op, strategy: Strategy) -> float:
         if self.recompute:
             return 0.0
-        return op.saved_extra_bytes * strategy.work / self.regime.anchor
+        return op.saved_extra_bytes * strategy.work / self.regime.shards
 
     def input_bytes(self, tensor: str, placement: Placement) -> float:
         if not self.recompute:
@@ -337,7 +296,7 @@ class AxisPrices:
 
     @cached_property
     def _local(self) -> LocalShapes:
-        shards = self.regime.anchor
+        shards = self.regime.shards
         placements = batch_layout(self.problem.graph, shards).placements if shards > 1 else {}
         return LocalShapes(self.problem.graph, shards, placements)
 

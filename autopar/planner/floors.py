@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 
@@ -50,20 +49,13 @@ MEMORY_SLACK = 0.95
 
 
 class Floors:
-    """Floors of the shapes of one problem.
-
-    On many devices (`Problem.is_large`) what a shape asks of the cost model is worked out from few answers: microbatches
-    as parts of the whole batch, which is then cut in no way, and what lies at rest per data degree and ZeRO level. The
-    least time of a tensor degree is asked for when a shape of it comes up; until then a smaller one stands in, because
-    more ranks never take less time together.
-    """
+    """Floors of the shapes of one problem."""
 
     def __init__(self, problem: Problem, prices: StagePrices) -> None:
         self.problem, self.prices = problem, prices
         self._passes: dict[tuple[int, int], np.ndarray] = {}
         self._again: dict[Shape, float] = {}
         self._fillings: dict[tuple, float] = {}
-        self._rests: dict[tuple, StageCost] = {}
         self._knapsacks: dict[tuple[int, int, int], list[tuple[float, float]]] = {}
 
     def time_s(self, shape: Shape) -> float:
@@ -72,9 +64,7 @@ class Floors:
 
     def refined_s(self, shape: Shape) -> float:
         """The same, closer, for the price of one layout solve per tensor degree and share of the batch."""
-        if self._is_large:
-            self._pass_s(shape.tensor, 1)
-        return max(self._spread_s(shape, 1 if self._is_large else shape.shards), self._filled_s(shape))
+        return max(self._spread_s(shape, shape.shards), self._filled_s(shape))
 
     def chain_s(self, shape: Shape, chain: Chain) -> float:
         """No plan of this shape with these layouts is faster; infinite if none fits in memory. For two stage costs."""
@@ -91,10 +81,10 @@ class Floors:
 
     def _spread_s(self, shape: Shape, shards: int) -> float:
         if shape not in self._again:
-            plain = self._plain(shape, self.problem.recompute_choices[0])
+            plain = self._whole(shape, self.problem.recompute_choices[0])
             excess_bytes = plain.activation_bytes - self._most_kept_bytes(shape, plain, shape.tensor)
             self._again[shape] = self._recomputed_s(shape, excess_bytes) if excess_bytes > 0 else 0.0
-        pass_s = self._known_pass_s(shape.tensor, shards).sum() * shards / shape.shards
+        pass_s = self._pass_s(shape.tensor, shards).sum() * shards / shape.shards
         most_s = pass_s + self._again[shape] / shape.tensor
         return most_s / (1 - (1 - 1 / shape.microbatches) ** shape.pipeline) + self._tail_s(shape)
 
@@ -102,10 +92,7 @@ class Floors:
         """Bound (1')."""
         key = (shape.pipeline, shape.tensor, shape.shards, shape.microbatches)
         if key not in self._fillings:
-            if self._is_large:
-                blocks_s = self._pass_s(shape.tensor, 1) / shape.shards
-            else:
-                blocks_s = self._pass_s(shape.tensor, shape.shards)
+            blocks_s = self._pass_s(shape.tensor, shape.shards)
             ends_s = np.concatenate([[0.0], np.cumsum(blocks_s)])
             low_s = ends_s[-1] * shape.microbatches / shape.pipeline
             high_s = ends_s[-1] * shape.microbatches
@@ -130,24 +117,16 @@ class Floors:
             self._passes[tensor, shards] = TIME_SLACK * np.array(seconds)
         return self._passes[tensor, shards]
 
-    def _known_pass_s(self, tensor: int, shards: int) -> np.ndarray:
-        """`_pass_s`; on many devices, that of the largest degree known so far which divides `tensor`, cut further."""
-        if not self._is_large or (tensor, shards) in self._passes:
-            return self._pass_s(tensor, shards)
-        near = max((t for t, s in self._passes if s == shards and tensor % t == 0), default=1)
-        return self._pass_s(near, shards) * near / tensor
-
     def _tail_s(self, shape: Shape) -> float:
         """What follows the last backward where all blocks are one stage."""
         if shape.pipeline > 1:
             return 0.0
-        whole = self._plain(shape, self.problem.recompute_choices[0])
+        whole = self._whole(shape, self.problem.recompute_choices[0])
         return TIME_SLACK * (max(0.0, whole.reduce_s - whole.reduce_overlap_s) + whole.optimizer_s) / shape.tensor
 
     def memory_bytes(self, shape: Shape, chain: Chain | None = None) -> float:
         """No plan of this shape (with these layouts) has a fullest rank with less."""
-        choice = self.problem.recompute_choices[-1]
-        least = self._whole(shape, choice, chain) if chain else self._plain(shape, choice)
+        least = self._whole(shape, self.problem.recompute_choices[-1], chain)
         held = self._in_flight(shape)
         rest_bytes, kept_bytes = self._rest_bytes(shape, least), least.activation_bytes
         passing_bytes = self._passing_bytes(shape, chain) if chain else 0.0
@@ -218,12 +197,6 @@ class Floors:
 
     def _knapsack(self, shape: Shape) -> list[tuple[float, float]]:
         """(bytes freed, forward seconds) of recomputing all blocks of each kind, the best value first."""
-        if self._is_large:
-            one = Shape(1, 1, 1, 1, "1f1b", 0)
-            return [(freed / shape.shards, forward_s / shape.shards) for freed, forward_s in self._weigh(one)]
-        return self._weigh(shape)
-
-    def _weigh(self, shape: Shape) -> list[tuple[float, float]]:
         key = (shape.data, shape.microbatches, shape.zero)
         if key not in self._knapsacks:
             found = []
@@ -246,28 +219,6 @@ class Floors:
         tensor = shape.tensor if chain else 1
         alone = Shape(stage + (index < last) + 1, shape.data, tensor, shape.microbatches, "1f1b", shape.zero)
         return self.prices.cost(alone, chain or Chain(), stage, Piece(index, index + blocks, recompute))
-
-    @property
-    def _is_large(self) -> bool:
-        return self.problem.is_large
-
-    def _plain(self, shape: Shape, recompute: str) -> StageCost:
-        """The whole model as one stage without a tensor axis; on many devices, no more than it costs."""
-        if not self._is_large:
-            return self._whole(shape, recompute)
-        whole = self._whole(Shape(1, 1, 1, 1, "1f1b", 0), recompute)
-        key = (shape.data, shape.zero, recompute)
-        if key not in self._rests:
-            rows = self.problem.graph.batch_size // shape.data
-            self._rests[key] = self._whole(Shape(1, shape.data, 1, rows, "1f1b", shape.zero), recompute)
-        rest = self._rests[key]
-        return replace(
-            rest,
-            forward_s=whole.forward_s / shape.shards,
-            backward_s=whole.backward_s / shape.shards,
-            reduce_overlap_s=rest.reduce_s,
-            activation_bytes=int(whole.activation_bytes / shape.shards),
-        )
 
     def _whole(self, shape: Shape, recompute: str, chain: Chain | None = None) -> StageCost:
         """The whole model as one stage: with these layouts, or without a tensor axis."""

@@ -236,8 +236,10 @@ class Problem:
     def _schedules(self, pipeline: int, microbatches: int) -> tuple[str, ...]:
         if self.constraints.schedule is not None:
             return (self.constraints.schedule,)
-        # With one stage or one microbatch GPipe does what 1F1B does and holds at least as many activations.
-        return ("1f1b", "gpipe") if pipeline > 1 and microbatches > 1 else ("1f1b",)
+        # With one stage or one microbatch GPipe does what 1F1B does and holds at least as many activations. On many devices
+        # it is left to the moves at the end, because all that it can save is the time of a few transfers.
+        is_worth_it = pipeline > 1 and microbatches > 1 and not self.is_large
+        return ("1f1b", "gpipe") if is_worth_it else ("1f1b",)
 
     def splits(self, tensor: int, data: int) -> bool:
         """Whether any op that uses a parameter can share its work out over `tensor` ranks beside `data` ranks."""
