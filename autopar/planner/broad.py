@@ -38,6 +38,8 @@ NUM_LEAN = 4
 # Pairs of a shape and a chain that are priced at most, and how far above the best plan an estimate may be to be priced.
 MAX_PRICED = 24
 MARGIN = 1.08
+# Estimates for one shape that differ by less than this share are of the same plan, near enough.
+SAME = 1e-3
 # Of the best shapes, how many have their cuts searched, in how many partial plans; and how many get layouts of their own.
 NUM_CUT, CUT_VISITS = 3, 60
 NUM_OWN, OWN_CHAINS = 2, 3
@@ -94,7 +96,7 @@ class _Broad:
         for shape in problem.shapes:
             by_degree.setdefault(shape.tensor, []).append(shape)
         self.degrees = {tensor: _Degree(ShapeArrays.of(shapes), []) for tensor, shapes in sorted(by_degree.items())}
-        self.plain = Outline(problem, self.prices, 1, Chain())
+        self.plain = Outline(problem, self.prices, 1, Chain(), 1)
         self.tried: list[tuple[Tried, StageSearch]] = []
         self.tight: list[TooLarge] = []
 
@@ -152,7 +154,7 @@ class _Broad:
         known = [outline.chain for outline, _ in degree.outlines]
         for chain in itertools.islice(self.problem.chains.of(self.problem, shape), NUM_LEAN if lean else 1):
             if chain not in known:
-                outline = self.plain if shape.tensor == 1 else Outline(self.problem, self.prices, shape.tensor, chain)
+                outline = Outline(self.problem, self.prices, shape.tensor, chain, shape.shards)
                 degree.outlines.append((outline, shape.shards))
         degree.looked.append((shape.shards, lean))
 
@@ -168,11 +170,17 @@ class _Broad:
         pairs = sorted(self._pairs(), key=lambda pair: pair.estimate_s)
         if not pairs:
             pairs = self._smallest()
-        for count, pair in enumerate(pairs):
+        count, seen = 0, set()
+        for pair in pairs:
             best_s = min((one.step_time_s for one, _ in self.tried), default=math.inf)
             if self.tried and (count >= MAX_PRICED or pair.estimate_s > MARGIN * best_s):
                 return
-            yield pair
+            # Chains that differ in next to nothing have next to the same estimate.
+            about = (pair.shape, round(math.log(pair.estimate_s) / SAME))
+            if about not in seen:
+                seen.add(about)
+                count += 1
+                yield pair
 
     def _smallest(self) -> list[_Pair]:
         """Where nothing is expected to fit: what needs least memory."""
