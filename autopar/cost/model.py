@@ -11,7 +11,7 @@ Assumed: the optimizer is AdamW. Ignored: differences between the ranks of a sta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from ..cluster.span import span
@@ -285,19 +285,19 @@ class CostModel:
         indices = list(zip(*stage.layouts, strict=True)) if stage.axes else [()] * len(blocks)
         prices: dict[tuple, _BlockPrice] = {}
         traits = self._traits
-        runs: list[_Run] = []
+        found: list[list] = []
         known: tuple = ()
         for block, layouts, recompute in zip(blocks, indices, stage.block_recompute, strict=True):
             trained, shares = traits[block.index]
-            key = (block.kind, layouts, trained)
-            if key == known and recompute == runs[-1].recompute and not shares and not runs[-1].shares_parameters:
-                runs[-1] = replace(runs[-1], count=runs[-1].count + 1)
+            key = (block.kind, layouts, trained, recompute)
+            if key == known and not shares and not found[-1][-1]:
+                found[-1][1] += 1
                 continue
-            if key not in prices:
-                prices[key] = self._block(block, tuple(plan.layouts[i] for i in layouts), setting, where)
-            runs.append(_Run(block, 1, prices[key], recompute, shares))
-            known = key
-        return runs
+            known, of_price = key, key[:-1]
+            if of_price not in prices:
+                prices[of_price] = self._block(block, tuple(plan.layouts[i] for i in layouts), setting, where)
+            found.append([block, 1, prices[of_price], recompute, shares])
+        return [_Run(*one) for one in found]
 
     @cached_property
     def _traits(self) -> list[tuple[tuple[bool, ...], bool]]:

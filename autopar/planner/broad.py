@@ -152,7 +152,9 @@ class _Broad:
         """Outline the chains found for a shape."""
         degree = self.degrees[shape.tensor]
         known = [outline.chain for outline, _ in degree.outlines]
-        for chain in itertools.islice(self.problem.chains.of(self.problem, shape), NUM_LEAN if lean else 1):
+        for chain in itertools.islice(
+            self.problem.chains.without_recompute(self.problem, shape), NUM_LEAN if lean else 1
+        ):
             if chain not in known:
                 outline = Outline(self.problem, self.prices, shape.tensor, chain, shape.shards)
                 degree.outlines.append((outline, shape.shards))

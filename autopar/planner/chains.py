@@ -10,7 +10,7 @@ alone, and have the rest of their programs in common.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -85,6 +85,13 @@ class LayoutChains:
             return
         yield from self._distinct(self._solutions(problem, regime))
 
+    def without_recompute(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
+        """Those of `of` that are found for blocks which compute nothing again, if they may."""
+        if shape.tensor == 1:
+            yield Chain()
+            return
+        yield from self._distinct(self._solutions(problem, Regime.of(shape), problem.recompute_choices[:1]))
+
     def serve(self, problem: Problem, tensor: int, anchor: int, shards: int) -> bool:
         """Whether chains that were found where the batch is cut into `anchor` parts can run where it is `shards`."""
         if tensor == 1 or anchor == shards:
@@ -129,15 +136,17 @@ class LayoutChains:
             self._made[solution.layouts] = Chain.of(solution.layouts)
         return self._made[solution.layouts]
 
-    def _solutions(self, problem: Problem, regime: Regime) -> Iterator[ChainSolution]:
-        """The fastest chain, and, if more are asked for, the frontiers of both recompute choices."""
-        choices, num_blocks = problem.recompute_choices, len(problem.graph.blocks)
+    def _solutions(self, problem: Problem, regime: Regime, choices: Sequence[str] = ()) -> Iterator[ChainSolution]:
+        """The fastest chain, and, if more are asked for, the frontiers of some recompute choices: by default of the least
+        and the most that is computed again."""
+        num_blocks = len(problem.graph.blocks)
+        choices = choices or (problem.recompute_choices[0], problem.recompute_choices[-1])
         # Speed alone does not depend on how many microbatches are in flight, nor so on the schedule.
         key = (replace(regime, rest=0.0), choices[0])
         if key not in self._fastest:
             self._fastest[key] = chain_layouts(self._options_of(problem, *key), 0, num_blocks)
         yield self._fastest[key]
-        for recompute in dict.fromkeys((choices[0], choices[-1])):
+        for recompute in dict.fromkeys(choices):
             key = (regime, recompute)
             if key not in self._frontiers:
                 options = self._options_of(problem, regime, recompute)
