@@ -43,6 +43,8 @@ SAME = 1e-3
 # Of the best shapes, how many have their cuts searched, in how many partial plans; and how many get layouts of their own.
 NUM_CUT, CUT_VISITS = 3, 60
 NUM_OWN, OWN_CHAINS = 2, 3
+# Tensor degrees that are asked at most what no layout of theirs beats, for the bound alone.
+NUM_PROVED = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,7 @@ class _Broad:
         self._own_layouts()
         tried = [one for one, _ in self.tried]
         best = min(tried, key=lambda one: one.step_time_s)
-        return conclude(self.problem, self.prices, best, tried, self.tight, self._bound_s())
+        return conclude(self.problem, self.prices, best, tried, self.tight, self._bound_s(best.step_time_s))
 
     # -- outlines
 
@@ -231,6 +233,37 @@ class _Broad:
                 if (shape, chain) not in priced:
                     self._price(shape, chain)
 
-    def _bound_s(self) -> float:
-        """No plan of the space is faster."""
-        return min(float(self.plain.bound(degree.some).min()) for degree in self.degrees.values())
+    def _bound_s(self, best_s: float) -> float:
+        """No plan of the space is faster.
+
+        What no layout beats is known for the degrees and microbatches that chains were looked for: a multiple of the
+        degree, and smaller microbatches, take no less of all ranks together. Degrees that hold the bound down are asked
+        for it with the largest microbatches of theirs that matter.
+        """
+        plain = self.plain
+        known = [(1, 1, plain.pass_s), (1, plain.rows, plain.rows * (plain.small.forward_s + plain.small.backward_s))]
+        for tensor, degree in self.degrees.items():
+            known += [self._least(tensor, shards) for shards in {shards for shards, _ in degree.looked}]
+        for _ in range(NUM_PROVED):
+            bounds = {tensor: self._bounds(tensor, known) for tensor in self.degrees}
+            tensor = min(bounds, key=lambda t: bounds[t].min())
+            near = (bounds[tensor] < best_s) & np.isfinite(bounds[tensor])
+            if tensor == 1 or not near.any():
+                break
+            one = self._least(tensor, int(self.degrees[tensor].some.shards[near].min()))
+            if one in known:
+                break
+            known.append(one)
+        return min(float(self._bounds(tensor, known).min()) for tensor in self.degrees)
+
+    def _least(self, tensor: int, shards: int) -> tuple[int, int, float]:
+        """(tensor, shards, what all ranks of a replica together take for the batch at least)."""
+        if tensor == 1:
+            return 1, 1, self.plain.pass_s
+        return tensor, shards, sum(self.problem.chains.pass_s(self.problem, tensor, shards)) * shards * tensor
+
+    def _bounds(self, tensor: int, known: list[tuple[int, int, float]]) -> np.ndarray:
+        """Of all shapes of a degree."""
+        some = self.degrees[tensor].some
+        serving = [np.where(some.shards >= shards, least_s, 0.0) for t, shards, least_s in known if tensor % t == 0]
+        return self.plain.bound(some, np.max(serving, axis=0))

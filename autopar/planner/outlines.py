@@ -244,9 +244,12 @@ class Outline:
         tail_s = optimizer_s / stages + np.maximum(0.0, reduce_s - HIDDEN * last_s) / stages
         return each_s * (self._fullest_of(some) * (count - 1) + stages) + tail_s
 
-    def bound(self, some: ShapeArrays) -> np.ndarray:
+    def bound(self, some: ShapeArrays, whole_s: np.ndarray) -> np.ndarray:
         """Of the outline without a model axis: no plan of these shapes takes fewer seconds, however it is laid out,
-        because no layout takes or keeps less than its share; infinite where none fits."""
+        because no layout keeps less than its share; infinite where none fits.
+
+        whole_s: what the batch takes at least, of all ranks of a replica together.
+        """
         assert self.tensor == self.shards == 1
         rests = self._rests_of(some)
         held, kept, least = self._memory(some, rests)
@@ -259,10 +262,11 @@ class Outline:
         )
         share = self._share_again(kept, least, room)
         part = TIME_SLACK / some.tensor
-        pass_s = part * (self.pass_s + share * self.large.forward_s)
+        pass_s = part * (whole_s + share * self.large.forward_s)
         spread_s = pass_s / some.shards / (1 - (1 - 1 / some.microbatches) ** some.pipeline)
         # Which blocks recompute is not known, so what the fullest stage takes is counted without.
         fullest_s = self._fullest_of(some) * part * self.pass_s / some.data / some.pipeline
+        fullest_s = np.maximum(fullest_s, part * whole_s / some.data / some.pipeline)
         return np.maximum(spread_s, np.where(np.isinf(share), math.inf, fullest_s))
 
     def least_bytes(self, some: ShapeArrays) -> np.ndarray:
