@@ -1,4 +1,4 @@
-"""Rules of normalisations and pooling."""
+"""Rules of normalisations."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def group_norm(call: Call) -> Rule:
 
 
 def batch_norm(call: Call) -> Rule:
-    """In training every channel's statistics run over the whole batch, so rows meet; in evaluation none do."""
+    """In training every channel's statistics run over the whole batch and all places, so rows meet; in evaluation none do."""
     shape = call.shape("input")
     channel: Dims = (("c",),)
     dims = tuple(("c",) if i == 1 else (f"d{i}",) for i in range(len(shape)))
@@ -54,13 +54,15 @@ def batch_norm(call: Call) -> Rule:
     blocked = {f"d{i}": reason for i in range(len(shape)) if i != 1} if training else {}
     running, specials = channel, {}
     if training and call.packet == "aten.batch_norm":
-        # The rows of data ranks reduce their statistics; running statistics are whole on every rank, and stay so.
-        del blocked["d0"]
-        specials["d0"] = Special("batch_norm", meets=reason)
+        # The statistics of parts of the batch or of space are reduced; running statistics are whole on every rank, and
+        # stay so. Forward: sums and a count, then squares; backward: two sums, in float32.
+        inner = Special("batch_norm", collective_bytes=4 * (4 * shape[1] + 1), composes=True)
+        specials |= {**dict.fromkeys(blocked, inner), "d0": Special("batch_norm", meets=reason)}
+        blocked.clear()
         if call.has("running_mean"):
             running = (("s",),)
             blocked["s"] = "running statistics are whole on every rank"
-            specials["c"] = Special("batch_norm", collective_bytes=8 * shape[1])
+            specials["c"] = Special("batch_norm", collective_bytes=8 * shape[1], composes=True)
     return call.rule(
         {
             "input": dims,
@@ -87,34 +89,6 @@ def instance_norm(call: Call) -> Rule:
     return call.rule(inputs, [dims], blocked=blocked, flops=8 * math.prod(shape))
 
 
-def pooling(call: Call, spatial: int) -> Rule:
-    """Leading dims (batch, channels) are independent; windows overlap in space."""
-    first = next(iter(call.positions()))
-    shape, out = call.shape(first), call.out
-    lead = len(shape) - spatial
-    ins = (*full(shape[:lead]), *((f"x{i}",) for i in range(spatial)))
-    outs = (*full(out[:lead]), *((f"y{i}",) for i in range(spatial)))
-    blocked = {f"{c}{i}": "windows of neighbouring places overlap" for i in range(spatial) for c in "xy"}
-    linear = () if "max" in call.packet else [[first]]
-    return call.rule({first: ins}, [outs] * len(call.outputs), blocked=blocked, linear=linear, flops=math.prod(shape))
-
-
-def _pool(spatial: int) -> RuleFunction:
-    return lambda call: pooling(call, spatial)
-
-
-_POOLS = ("max_pool{}d", "max_pool{}d_with_indices", "avg_pool{}d", "adaptive_avg_pool{}d", "adaptive_max_pool{}d")
-
-_UPSAMPLING = (
-    ("nearest1d", 1),
-    ("linear1d", 1),
-    ("nearest2d", 2),
-    ("bilinear2d", 2),
-    ("bicubic2d", 2),
-    ("nearest3d", 3),
-    ("trilinear3d", 3),
-)
-
 RULES: Mapping[str, RuleFunction] = MappingProxyType(
     {
         "aten.layer_norm": layer_norm,
@@ -122,8 +96,5 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         "aten.group_norm": group_norm,
         "aten.batch_norm": batch_norm,
         "aten.instance_norm": instance_norm,
-        **{f"aten.{name.format(n)}": _pool(n) for n in (1, 2, 3) for name in _POOLS},
-        "aten._adaptive_avg_pool2d": _pool(2),
-        **{f"aten.upsample_{name}": _pool(n) for name, n in _UPSAMPLING},
     }
 )
