@@ -26,7 +26,7 @@ class Special:
     output: placement of the outputs that lack the dim, where it is not PARTIAL (SHARED: where a
         gradient flows, else REPLICATED).
     work: factor on the share of the op's compute. collective_bytes: see `Strategy`. exchanged_bytes: the same of
-        tensors of which each rank exchanges its part only.
+        tensors of which each rank exchanges its part only. collectives: see `Strategy`.
     meets: why rows of the batch meet there, where the algorithm communicates over data and so cannot run in time; "" where
         it needs no more than its place.
     window: where neighbours' borders are fetched ("halo"), what of them; the dim then has a length of its own in each
@@ -39,6 +39,7 @@ class Special:
     work: float = 1.0
     collective_bytes: int = 0
     exchanged_bytes: int = 0
+    collectives: int = 1
     meets: str = ""
     window: Window | None = None
     row_bytes: int = 0
@@ -201,6 +202,7 @@ def split_strategy(rule: Rule, name: str, outer: int, degree: int, gradient: Seq
         work=min(1.0, (special.work if special else 1.0) / degree),
         special=special.name if special else "",
         collective_bytes=special.collective_bytes if special else 0,
+        collectives=special.collectives if special else 1,
         border_bytes=special.window.border(degree) * special.row_bytes if special and special.window else 0,
         degree=degree,
     )

@@ -56,7 +56,7 @@ def batch_norm(call: Call) -> Rule:
     if training and call.packet == "aten.batch_norm":
         # The statistics of parts of the batch or of space are reduced; running statistics are whole on every rank, and
         # stay so. Forward: sums and a count, then squares; backward: two sums, in float32.
-        inner = Special("batch_norm", collective_bytes=4 * (4 * shape[1] + 1), composes=True)
+        inner = Special("batch_norm", collective_bytes=4 * (4 * shape[1] + 1), collectives=3, composes=True)
         specials |= {**dict.fromkeys(blocked, inner), "d0": Special("batch_norm", meets=reason)}
         blocked.clear()
         if call.has("running_mean"):
