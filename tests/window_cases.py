@@ -84,6 +84,10 @@ def resizings() -> Iterator[Sample]:
 
 
 def norms() -> Iterator[Sample]:
+    for shape in ((2, 6, 6), (2, 6, 6, 12)):
+        yield "aten.group_norm.default", (rand(*shape), 3, rand(6), rand(6)), {}
+        yield "aten.group_norm.default", (rand(*shape), 2), {"eps": 1e-3}
+        yield "aten.instance_norm.default", (rand(*shape), rand(6), rand(6), None, None, True, 0.1, 1e-5, False), {}
     for shape, with_statistics, training in (
         ((4, 6, 6), True, True), ((4, 6, 6, 6), False, True), ((4, 6, 6, 6), True, True), ((4, 6, 6, 6), True, False)
     ):  # fmt: skip

@@ -107,6 +107,7 @@ class Recount:
         return output * (self.kernel / counts).view(-1, *(1,) * (output.dim() - dim - 1))
 
 
+@torch.compiler.disable
 def extend(tensor: Tensor, axis: Line, dim: int, window: Window, fill: Fill) -> Tensor:
     """This rank's part [.., size / n, ..] with everything along `dim` that its outputs need."""
     parts = window.parts(axis.size)

@@ -18,6 +18,7 @@ from ..ops import resolve
 from . import algorithms
 from .analysis import analysis
 from .call import Call, schema
+from .group_norm import GroupNorm, InstanceNorm
 from .local_window import Cut, groups, own_size, transposed_groups, windowed
 from .placement import Placement, Split
 from .ring import ring_attention
@@ -295,6 +296,14 @@ def _batch_norm(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
     return LocalCall(function, local.call.op.args, local.call.op.kwargs, axes)
 
 
+def _group_norm(local: Local, axes: tuple[Axes, ...], _: _Cuts) -> LocalCall:
+    return LocalCall(GroupNorm(len(axes)), *_arguments(local.call.op, _num_groups(local)), axes)
+
+
+def _instance_norm(local: Local, axes: tuple[Axes, ...], _: _Cuts) -> LocalCall:
+    return LocalCall(InstanceNorm(len(axes)), local.call.op.args, local.call.op.kwargs, axes)
+
+
 def _is_cut(local: Local, name: str) -> bool:
     rule = analysis(local.call.graph).rule(local.call.op)
     return any(
@@ -316,7 +325,9 @@ _SPECIALS: Mapping[str, Callable[[Local, tuple[Axes, ...], _Cuts], LocalCall]] =
     {
         "arange": _arange,
         "batch_norm": _batch_norm,
+        "group_norm": _group_norm,
         "halo": _halo,
+        "instance_norm": _instance_norm,
         "index_rows": _index_rows,
         "inverse_order": _as_is(algorithms.inverse_order),
         "ring_attention": _as_is(ring_attention),

@@ -29,17 +29,17 @@ def layer_norm(call: Call) -> Rule:
 
 
 def group_norm(call: Call) -> Rule:
-    """Channels are (groups, channels of a group): whole groups may be split."""
+    """Channels are (groups, channels of a group): whole groups may be split, and space, over which statistics are summed."""
     shape = call.shape("input")
     groups = call["num_groups"]
     inner = tuple((f"x{i}",) for i in range(len(shape) - 2))
     dims = (("b",), ("g", "c"), *inner)
-    reason = "a group's statistics run over it"
     return call.rule(
         {"input": dims, "weight": (("g", "c"),), "bias": (("g", "c"),)},
         [dims],
         sizes={"g": groups, "c": shape[1] // groups},
-        blocked={"c": reason, **{f"x{i}": reason for i in range(len(inner))}},
+        blocked={"c": "a group's statistics run over it"},
+        specials={f"x{i}": _summed("group_norm", shape[0] * groups) for i in range(len(inner))},
         flops=8 * math.prod(shape),
     )
 
@@ -78,15 +78,23 @@ def batch_norm(call: Call) -> Rule:
 
 
 def instance_norm(call: Call) -> Rule:
-    """Every row and channel by itself."""
+    """Every row and channel by itself; space may be split where no running statistics are kept."""
     shape = call.shape("input")
     channel: Dims = (("c",),)
     dims = (("b",), ("c",), *((f"x{i}",) for i in range(len(shape) - 2)))
-    blocked = {f"x{i}": "the statistics run over it" for i in range(len(shape) - 2)}
+    places = [f"x{i}" for i in range(len(shape) - 2)]
+    blocked, specials = {}, {name: _summed("instance_norm", shape[0] * shape[1]) for name in places}
     if call.has("running_mean"):
+        specials = {}
+        blocked = dict.fromkeys(places, "the statistics run over it")
         blocked["b"] = "running statistics average over the batch"
     inputs = {"input": dims, **dict.fromkeys(("weight", "bias", "running_mean", "running_var"), channel)}
-    return call.rule(inputs, [dims], blocked=blocked, flops=8 * math.prod(shape))
+    return call.rule(inputs, [dims], blocked=blocked, specials=specials, flops=8 * math.prod(shape))
+
+
+def _summed(name: str, count: int) -> Special:
+    """Sums and then squares of `count` groups are reduced in float32, and both ways."""
+    return Special(name, collective_bytes=16 * count, collectives=4, composes=True)
 
 
 RULES: Mapping[str, RuleFunction] = MappingProxyType(
