@@ -63,7 +63,7 @@ def test_the_fullest_stage_takes_what_the_evenest_cut_leaves_it(seed: int) -> No
 def test_estimates_are_near_and_bounds_below(graphs, name: str, preset: str) -> None:
     """Of every shape that fits, priced exactly under the layouts of the outline."""
     problem = real_problem(graphs[name], preset)
-    search = _Broad(problem, False)
+    search = _Broad(problem)
     while search._outline_more():
         pass
     errors = []
@@ -94,22 +94,22 @@ def test_plans_are_those_of_the_exact_search_or_better(graphs, seed: int) -> Non
     graph = graphs[draw.choice(sorted(graphs))]
     # On "cpu" the model's own bytes decide; on a GPU most of what so small a model needs is the driver's context.
     free = real_problem(graph, ("cpu", "cpu", "h100-80gb")[seed % 3])
-    roomy = broad(free, progress=False)
+    roomy = broad(free)
     for share in (1.0, draw.uniform(0.4, 0.9)):
         problem = limited(free, int(roomy.prediction.peak_memory_bytes * share) + 1)
         try:
-            exact = _Auto(problem, False).run()
+            exact = _Auto(problem).run()
         except ValueError:
             with pytest.raises(ValueError, match="the smallest found"):
-                broad(problem, progress=False)
+                broad(problem)
             continue
-        plan = broad(problem, progress=False)
+        plan = broad(problem)
         plan.validate(graph, problem.cluster)
         assert plan.prediction.step_time_s <= exact.prediction.step_time_s * 1.03
         line = simulate(graph, plan, problem.cluster, model=problem.costs)
         assert line.step_time_s == pytest.approx(plan.prediction.step_time_s, rel=1e-9)
         assert max(line.peak_memory_bytes.values()) == plan.prediction.peak_memory_bytes <= problem.memory_limit_bytes
-        search = _Broad(replace(problem, chains=LayoutChains()), False)
+        search = _Broad(replace(problem, chains=LayoutChains()))
         assert search.run() == plan
         assert search._bound_s(plan.prediction.step_time_s) <= exact.prediction.step_time_s
 
@@ -117,7 +117,7 @@ def test_plans_are_those_of_the_exact_search_or_better(graphs, seed: int) -> Non
 def test_what_does_not_fit_is_refused_with_the_smallest_plan(graphs) -> None:
     problem = limited(real_problem(graphs["llama"], "h100-80gb"), 1000)
     with pytest.raises(ValueError, match="fits in 1000 bytes .* the smallest found .* needs .* too many"):
-        broad(problem, progress=False)
+        broad(problem)
 
 
 def test_shapes_as_arrays_hold_what_schedules_say() -> None:

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
 from ..plan import Plan
 from .candidates import TooLarge, Tried, conclude, nothing_fits
@@ -85,14 +84,14 @@ class _Degree:
         )
 
 
-def broad(problem: Problem, progress: bool = True) -> Plan:
+def broad(problem: Problem) -> Plan:
     """The best plan found, with its bound; ValueError, with the smallest plan found, when none fits."""
-    return _Broad(problem, progress).run()
+    return _Broad(problem).run()
 
 
 class _Broad:
-    def __init__(self, problem: Problem, progress: bool) -> None:
-        self.problem, self._progress = problem, progress
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self._budget = problem, problem.budget
         self.prices = StagePrices(problem)
         by_degree: dict[int, list[Shape]] = {}
         for shape in problem.shapes:
@@ -103,23 +102,42 @@ class _Broad:
         self.tight: list[TooLarge] = []
 
     def run(self) -> Plan:
-        with tqdm(
-            total=MAX_OUTLINED + MAX_PRICED, desc="planning", delay=2, leave=False, disable=not self._progress
-        ) as bar:
+        try:
+            self._search()
+        except KeyboardInterrupt:
+            if not self.tried:
+                raise
+            self._budget.interrupted()
+        if not self.tried:
+            raise (
+                self._budget.no_plan("auto")
+                if self._budget.cut_short
+                else nothing_fits(self.problem, self.prices, self.tight)
+            )
+        tried = [one for one, _ in self.tried]
+        best = min(tried, key=lambda one: one.step_time_s)
+        if self._budget.cut_short:
+            self.tight.clear()  # what would only fill the table of candidates is left out
+        return conclude(self.problem, self.prices, best, tried, self.tight, self._bound_s(best.step_time_s))
+
+    def _search(self) -> None:
+        with self._budget.bar("planning", "step", MAX_OUTLINED + MAX_PRICED) as bar:
             for _ in range(MAX_OUTLINED):
-                if not self._outline_more():
+                if self._budget.expired() and self._has_outlines() or not self._outline_more():
                     break
                 bar.update()
             for pair in self._worth_pricing():
+                if self._budget.expired(has_plan=bool(self.tried)):
+                    return
                 self._price(pair.shape, self._chain_of(pair))
                 bar.update()
-        if not self.tried:
-            raise nothing_fits(self.problem, self.prices, self.tight)
-        self._search_cuts()
-        self._own_layouts()
-        tried = [one for one, _ in self.tried]
-        best = min(tried, key=lambda one: one.step_time_s)
-        return conclude(self.problem, self.prices, best, tried, self.tight, self._bound_s(best.step_time_s))
+        if self.tried:
+            self._search_cuts()
+            self._own_layouts()
+
+    def _has_outlines(self) -> bool:
+        """Whether something is expected to fit."""
+        return next(self._pairs(), None) is not None
 
     # -- outlines
 
@@ -215,7 +233,7 @@ class _Broad:
     def _search_cuts(self) -> None:
         best_s = min(one.step_time_s for one, _ in self.tried)
         for one, search in sorted(self.tried, key=lambda pair: pair[0].step_time_s)[:NUM_CUT]:
-            if search.root_bound_s >= best_s:
+            if search.root_bound_s >= best_s or self._budget.expired():
                 continue
             solution = search.solve(min(best_s, one.step_time_s), CUT_VISITS)
             if solution.pieces is not None:
@@ -230,7 +248,7 @@ class _Broad:
             if shape.tensor == 1:
                 continue
             for chain in itertools.islice(self.problem.chains.of(self.problem, shape), OWN_CHAINS):
-                if (shape, chain) not in priced:
+                if (shape, chain) not in priced and not self._budget.expired():
                     self._price(shape, chain)
 
     def _bound_s(self, best_s: float) -> float:
@@ -244,7 +262,7 @@ class _Broad:
         known = [(1, 1, plain.pass_s), (1, plain.rows, plain.rows * (plain.small.forward_s + plain.small.backward_s))]
         for tensor, degree in self.degrees.items():
             known += [self._least(tensor, shards) for shards in {shards for shards, _ in degree.looked}]
-        for _ in range(NUM_PROVED):
+        for _ in range(0 if self._budget.cut_short else NUM_PROVED):
             bounds = {tensor: self._bounds(tensor, known) for tensor in self.degrees}
             tensor = min(bounds, key=lambda t: bounds[t].min())
             near = (bounds[tensor] < best_s) & np.isfinite(bounds[tensor])

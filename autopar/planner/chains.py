@@ -10,8 +10,8 @@ alone, and have the rest of their programs in common.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..cost.collectives import collective_s
@@ -35,35 +35,6 @@ from .problem import Chain, Problem, Shape
 MAX_CHAINS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Regime:
-    """What layouts are found for: a microbatch on one of `tensor` ranks.
-
-    data, zero: as in a shape; they decide on the reduction of gradients. shards: into how many parts the batch is cut.
-    per_step: a microbatch's part of what happens once per step. rest: its part of the bytes at rest.
-    """
-
-    tensor: int
-    data: int
-    zero: int
-    shards: int
-    per_step: float
-    rest: float
-
-    @classmethod
-    def of(cls, shape: Shape) -> Regime:
-        held = schedule_named(shape.schedule).in_flight(0, shape.pipeline, shape.microbatches)
-        return cls(shape.tensor, shape.data, shape.zero, shape.shards, 1 / shape.microbatches, 1 / held)
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return tuple(range(self.tensor))
-
-    @property
-    def data_ranks(self) -> tuple[int, ...]:
-        return tuple(range(0, self.data * self.tensor, self.tensor))
-
-
 class LayoutChains:
     """The chains of each shape, made when first asked for."""
 
@@ -71,7 +42,7 @@ class LayoutChains:
         self._options: dict[tuple, LayoutOptions] = {}
         self._basis: dict[tuple, LayoutOptions] = {}
         self._fastest: dict[tuple, ChainSolution] = {}
-        self._frontiers: dict[tuple, tuple[ChainSolution, ...]] = {}
+        self._frontiers: dict[int, tuple[ChainSolution, ...]] = {}
         self._made: dict[tuple[Layout, ...], Chain] = {}
         self._serving: dict[tuple[int, int, int], bool] = {}
         self._orders: dict[Hashable, Order] = {}
@@ -79,28 +50,23 @@ class LayoutChains:
 
     def of(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
         """Distinct chains for `shape`, the fastest first; the empty chain where there is no tensor axis."""
-        regime = Regime.of(shape)
-        if regime.tensor == 1:
-            yield Chain()
-            return
-        yield from self._distinct(self._solutions(problem, regime))
+        yield from self._distinct(problem, shape, (problem.recompute_choices[0], problem.recompute_choices[-1]))
 
     def without_recompute(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
         """Those of `of` that are found for blocks which compute nothing again, if they may."""
-        if shape.tensor == 1:
-            yield Chain()
-            return
-        yield from self._distinct(self._solutions(problem, Regime.of(shape), problem.recompute_choices[:1]))
+        yield from self._distinct(problem, shape, problem.recompute_choices[:1])
 
-    def serve(self, problem: Problem, tensor: int, anchor: int, shards: int) -> bool:
-        """Whether chains that were found where the batch is cut into `anchor` parts can run where it is `shards`."""
-        if tensor == 1 or anchor == shards:
+    def serve(self, problem: Problem, tensor: int, shards: int, others: int) -> bool:
+        """Whether chains that were found where the batch is cut into `shards` parts can run where it is `others`."""
+        if tensor == 1 or shards == others:
             return True
-        key = (tensor, anchor, shards)
+        key = (tensor, shards, others)
         if key not in self._serving:
             there, here = (
-                AxisPrices(problem, Regime(tensor, 1, 0, n, 0.0, 0.0), False, self._answers_of(tensor, n))
-                for n in (anchor, shards)
+                AxisPrices(
+                    problem, Shape(1, 1, tensor, n, "1f1b", 0), False, self._answers.setdefault((tensor, n), Answers())
+                )
+                for n in (shards, others)
             )
             self._serving[key] = all(
                 mine is theirs or set(map(id, theirs)) <= set(map(id, mine))
@@ -109,23 +75,12 @@ class LayoutChains:
             )
         return self._serving[key]
 
-    def smallest(self, problem: Problem, shape: Shape) -> Chain:
-        """The chain that keeps least, with the most recomputation."""
+    def _distinct(self, problem: Problem, shape: Shape, choices: Sequence[str]) -> Iterator[Chain]:
         if shape.tensor == 1:
-            return Chain()
-        options = self._options_of(problem, Regime.of(shape), problem.recompute_choices[-1])
-        return self._chain(smallest_chain(options, 0, len(problem.graph.blocks)))
-
-    def pass_s(self, problem: Problem, tensor: int, shards: int) -> list[float]:
-        """Per block, forward and backward on `tensor` ranks of one of `shards` shares of the batch.
-
-        No layout is faster; what happens once per step apart.
-        """
-        return self._basis_of(problem, tensor, shards, "none").least_s()
-
-    def _distinct(self, solutions: Iterable[ChainSolution]) -> Iterator[Chain]:
+            yield Chain()
+            return
         seen: set[tuple[Layout, ...]] = set()
-        for solution in solutions:
+        for solution in self._solutions(problem, shape, choices):
             if solution.layouts not in seen:
                 seen.add(solution.layouts)
                 yield self._chain(solution)
@@ -136,43 +91,54 @@ class LayoutChains:
             self._made[solution.layouts] = Chain.of(solution.layouts)
         return self._made[solution.layouts]
 
-    def _solutions(self, problem: Problem, regime: Regime, choices: Sequence[str] = ()) -> Iterator[ChainSolution]:
-        """The fastest chain, and, if more are asked for, the frontiers of some recompute choices: by default of the least
-        and the most that is computed again."""
+    def _solutions(self, problem: Problem, shape: Shape, choices: Sequence[str]) -> Iterator[ChainSolution]:
+        """The fastest chain, and, if more are asked for, the frontiers of these recompute choices."""
         num_blocks = len(problem.graph.blocks)
-        choices = choices or (problem.recompute_choices[0], problem.recompute_choices[-1])
         # Speed alone does not depend on how many microbatches are in flight, nor so on the schedule.
-        key = (replace(regime, rest=0.0), choices[0])
+        key = (shape.data, shape.tensor, shape.microbatches, shape.zero, choices[0])
         if key not in self._fastest:
-            self._fastest[key] = chain_layouts(self._options_of(problem, *key), 0, num_blocks)
+            self._fastest[key] = chain_layouts(self._options_of(problem, shape, choices[0]), 0, num_blocks)
         yield self._fastest[key]
         for recompute in dict.fromkeys(choices):
-            key = (regime, recompute)
-            if key not in self._frontiers:
-                options = self._options_of(problem, regime, recompute)
-                self._frontiers[key] = chain_frontier(options, 0, num_blocks, num_points=MAX_CHAINS)
-            yield from self._frontiers[key]
+            options = self._options_of(problem, shape, recompute)
+            # Options live as long as this object.
+            if id(options) not in self._frontiers:
+                self._frontiers[id(options)] = chain_frontier(options, 0, num_blocks, num_points=MAX_CHAINS)
+            yield from self._frontiers[id(options)]
+
+    def smallest(self, problem: Problem, shape: Shape) -> Chain:
+        """The chain that keeps least, with the most recomputation."""
+        if shape.tensor == 1:
+            return Chain()
+        options = self._options_of(problem, shape, problem.recompute_choices[-1])
+        return self._chain(smallest_chain(options, 0, len(problem.graph.blocks)))
+
+    def pass_s(self, problem: Problem, tensor: int, shards: int) -> list[float]:
+        """Per block, forward and backward on `tensor` ranks of one of `shards` shares of the batch.
+
+        No layout is faster; what happens once per step apart.
+        """
+        return self._basis_of(problem, tensor, shards, "none").least_s()
 
     def _basis_of(self, problem: Problem, tensor: int, shards: int, recompute: str) -> LayoutOptions:
         """The programs without what happens once per step."""
         key = (tensor, shards, recompute)
         if key not in self._basis:
-            regime = Regime(tensor, 1, 0, shards, 0.0, 0.0)
-            prices = PassPrices(problem, regime, recompute == "full", self._answers_of(tensor, shards))
+            shape = Shape(1, 1, tensor, shards, "1f1b", 0)
+            prices = PassPrices(problem, shape, recompute == "full", self._answers_of(shape))
             self._basis[key] = layout_options(problem.graph, tensor, prices, self._orders)
         return self._basis[key]
 
-    def _options_of(self, problem: Problem, regime: Regime, recompute: str) -> LayoutOptions:
-        key = (regime, recompute)
+    def _options_of(self, problem: Problem, shape: Shape, recompute: str) -> LayoutOptions:
+        prices = AxisPrices(problem, shape, recompute == "full", self._answers_of(shape))
+        key = (shape.data, shape.tensor, shape.microbatches, shape.zero, recompute, prices.in_flight)
         if key not in self._options:
-            answers = self._answers_of(regime.tensor, regime.shards)
-            prices = AxisPrices(problem, regime, recompute == "full", answers)
-            basis = self._basis_of(problem, regime.tensor, regime.shards, recompute)
-            self._options[key] = layout_options(problem.graph, regime.tensor, prices, self._orders, basis)
+            basis = self._basis_of(problem, shape.tensor, shape.shards, recompute)
+            self._options[key] = layout_options(problem.graph, shape.tensor, prices, self._orders, basis)
         return self._options[key]
 
-    def _answers_of(self, tensor: int, shards: int) -> Answers:
-        return self._answers.setdefault((tensor, shards), Answers())
+    def _answers_of(self, shape: Shape) -> Answers:
+        return self._answers.setdefault((shape.tensor, shape.shards), Answers())
 
 
 @dataclass(frozen=True)
@@ -190,16 +156,16 @@ class Answers:
 
 @dataclass(frozen=True)
 class AxisPrices:
-    """`LayoutCosts` of the tensor axis under one regime, by the problem's cost model; bytes per microbatch in flight."""
+    """`LayoutCosts` of the tensor axis of one shape, by the problem's cost model; bytes per microbatch in flight."""
 
     problem: Problem
-    regime: Regime
+    shape: Shape
     recompute: bool
     answers: Answers = field(default_factory=Answers)
 
     def strategies(self, op: Op) -> tuple[Strategy, ...]:
         """Those that do not cut the batch: that is the data axis's part, and a shape says how much of it there is."""
-        found = strategies(self.problem.graph, op, self.regime.tensor, self.regime.shards)
+        found = strategies(self.problem.graph, op, self.shape.tensor, self.shape.shards)
         # Ops at one position of isomorphic blocks have one tuple of strategies, which the graph's analysis keeps.
         kept = self.answers.strategies
         if id(found) not in kept:
@@ -214,7 +180,7 @@ class AxisPrices:
         known, key = self.answers.ops, (op.name, strategy.key)
         if key not in known:
             known[key] = self._model.op_s(
-                op, strategy, shards=self.regime.shards, precision=self.problem.graph.precision
+                op, strategy, shards=self.shape.shards, precision=self.problem.graph.precision
             )
         return self._twice(known[key])
 
@@ -223,18 +189,14 @@ class AxisPrices:
             return (0.0, 0.0)
         known, key = self.answers.conversions, (self._class(tensor), have, want)
         if key not in known:
+            ranks = self.shape.ranks(0)[: self.shape.tensor]
             known[key] = self._model.conversion_s(
-                tensor,
-                have,
-                want,
-                shards=self.regime.shards,
-                ranks=self.regime.ranks,
-                precision=self.problem.graph.precision,
+                tensor, have, want, shards=self.shape.shards, ranks=ranks, precision=self.problem.graph.precision
             )
         forward_s, backward_s = known[key]
         is_parameter = key[0][0] == "parameter"
         if is_parameter and conversion(have, want).backward == "all_reduce":
-            backward_s *= self.regime.per_step
+            backward_s /= self.shape.microbatches
         return self._twice((forward_s, backward_s))
 
     def _class(self, name: str) -> tuple:
@@ -250,49 +212,49 @@ class AxisPrices:
     def rest_s(self, parameter: str, placement: Placement) -> float:
         if not self.problem.graph.tensors[parameter].requires_grad:
             return 0.0
-        cluster, data, zero = self.problem.cluster, self.regime.data, self.regime.zero
-        size = self._local.size_bytes(parameter, placement, self.regime.tensor)
-        held = size / data if zero else size
+        cluster, data = self.problem.cluster, self.shape.data
+        size = self._local.size_bytes(parameter, placement, self.shape.tensor)
+        held = size / data if self.shape.zero else size
         step_s = optimizer_s(cluster.device, {held: 1}, self._model.corrections, self._model.constants)
         each_s = 0.0
         if data > 1:
-            ranks = self.regime.data_ranks
+            ranks = self.shape.ranks(0)[:: self.shape.tensor]
             seen = 1 - cluster.link(ranks).overlap
             corrections = self._model.corrections
             # Buckets and blocks share the latency among many parameters.
             latency_s = collective_s(cluster, "all_reduce", 0.0, ranks, corrections)
-            if zero == 3:
+            if self.shape.zero == 3:
                 gather_s = collective_s(cluster, "all_gather", size, ranks, corrections)
                 each_s = 2 * seen * (gather_s - collective_s(cluster, "all_gather", 0.0, ranks, corrections))
                 scatter_s = collective_s(cluster, "reduce_scatter", size, ranks, corrections)
                 step_s += seen * (scatter_s - collective_s(cluster, "reduce_scatter", 0.0, ranks, corrections))
             else:
                 step_s += seen * (collective_s(cluster, "all_reduce", size, ranks, corrections) - latency_s)
-        return each_s + step_s * self.regime.per_step
+        return each_s + step_s / self.shape.microbatches
 
     def rest_bytes(self, parameter: str, placement: Placement) -> float:
-        tensor, data, zero = self.problem.graph.tensors[parameter], self.regime.data, self.regime.zero
-        size = self._local.size_bytes(parameter, placement, self.regime.tensor)
+        tensor = self.problem.graph.tensors[parameter]
+        size = self._local.size_bytes(parameter, placement, self.shape.tensor)
         # Parameter, gradient, optimizer state: from these levels on ZeRO shards each.
         parts = [(size, 3)]
         if tensor.requires_grad:
             parts += [(size, 2), (OPTIMIZER_BYTES_PER_ELEMENT * size // tensor.dtype.itemsize, 1)]
-        return self.regime.rest * sum(part / (data if zero >= level else 1) for part, level in parts)
+        return sum(part / (self.shape.data if self.shape.zero >= n else 1) for part, n in parts) / self.in_flight
 
     def saved_bytes(self, tensor: str, placement: Placement) -> float:
         if self.recompute:
             return 0.0
-        return self._local.size_bytes(tensor, placement, self.regime.tensor)
+        return self._local.size_bytes(tensor, placement, self.shape.tensor)
 
     def saved_extra_bytes(self, op: Op, strategy: Strategy) -> float:
         if self.recompute:
             return 0.0
-        return op.saved_extra_bytes * strategy.work / self.regime.shards
+        return op.saved_extra_bytes * strategy.work / self.shape.shards
 
     def input_bytes(self, tensor: str, placement: Placement) -> float:
         if not self.recompute:
             return 0.0
-        return self._local.size_bytes(tensor, placement, self.regime.tensor)
+        return self._local.size_bytes(tensor, placement, self.shape.tensor)
 
     def _twice(self, seconds: Seconds2) -> Seconds2:
         """Recomputation runs the forward again in front of the backward."""
@@ -305,7 +267,7 @@ class AxisPrices:
 
     @cached_property
     def _local(self) -> LocalShapes:
-        shards = self.regime.shards
+        shards = self.shape.shards
         placements = batch_layout(self.problem.graph, shards).placements if shards > 1 else {}
         return LocalShapes(self.problem.graph, shards, placements)
 
@@ -317,6 +279,10 @@ class AxisPrices:
         if parts is None or self.problem.batch_conflict:
             return {}
         return batch_layout(self.problem.graph, parts).placements
+
+    @cached_property
+    def in_flight(self) -> int:
+        return schedule_named(self.shape.schedule).in_flight(0, self.shape.pipeline, self.shape.microbatches)
 
 
 class PassPrices(AxisPrices):
