@@ -27,11 +27,11 @@ from .pricing import StagePrices
 from .problem import Chain, Problem, Shape
 from .stages import StageSearch
 
-# Shapes that get chains of their own at most, and how many of the best must have them; chains found where microbatches
-# are up to so many times larger or smaller count as theirs.
-MAX_OUTLINED, NUM_BEST, ALIKE = 16, 4, 4
-# Shapes that do not fit count as so much slower than they would be with room enough, until chains that keep less are known.
-OUT_OF_MEMORY = 1.3
+# Shapes that get chains of their own at most, and how many of the best degrees must have them; chains found where
+# microbatches are up to so many times larger or smaller count as theirs.
+MAX_OUTLINED, NUM_BEST, ALIKE = 16, 5, 4
+# Where memory holds a shape back, how much slower than with room enough it is hoped to be with chains that keep less.
+HELD_BACK = 1.1
 # Chains that keep less, per shape.
 NUM_LEAN = 4
 # Pairs of a shape and a chain that are priced at most, and how far above the best plan an estimate may be to be priced.
@@ -146,16 +146,21 @@ class _Broad:
         views = [self._view(tensor) for tensor in self.degrees]
         limited_s, free_s = (np.concatenate([view[i] for view in views]) for i in (0, 1))
         shapes = [shape for degree in self.degrees.values() for shape in degree.some.shapes]
-        best = np.argsort(np.minimum(limited_s, OUT_OF_MEMORY * free_s), kind="stable")
-        done = 0
-        for i in best:
-            shape, lean = shapes[i], bool(free_s[i] < limited_s[i] * (1 - 1e-9))
-            if not self.degrees[shape.tensor].has_looked(shape.shards, lean):
-                self._look(shape, lean)
+        # What memory holds back may gain by chains that keep less, as long as none were looked for.
+        lean = free_s < limited_s * (1 - 1e-9)
+        looked = [
+            self.degrees[s.tensor].has_looked(s.shards, bool(tight)) for s, tight in zip(shapes, lean, strict=True)
+        ]
+        hopeful_s = np.where(looked, limited_s, np.minimum(limited_s, HELD_BACK * free_s))
+        done: set[tuple[int, int]] = set()
+        for i in np.argsort(hopeful_s, kind="stable"):
+            shape = shapes[i]
+            if not looked[i]:
+                self._look(shape, bool(lean[i]))
                 return True
-            done += limited_s[i] < math.inf
-            if done == NUM_BEST:
-                return False
+            done.add((shape.pipeline, shape.tensor))
+            if len(done) == NUM_BEST:
+                break
         return False
 
     def _view(self, tensor: int) -> tuple[np.ndarray, np.ndarray]:

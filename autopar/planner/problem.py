@@ -211,7 +211,7 @@ class Problem:
             if tensor > 1 and not self.splits(tensor, 1 if self.is_large else data):
                 continue
             for microbatches in self._microbatches(data):
-                for zero in (0, 3) if data > 1 else (0,):
+                for zero in self._zero_levels(data):
                     if pinned.zero not in (None, zero):
                         continue
                     for schedule in self._schedules(pipeline, microbatches):
@@ -235,6 +235,12 @@ class Problem:
         for count in _choices(self.constraints.microbatches, rows):
             if rows % count == 0 and (count == 1 or not self.time_conflict):
                 yield count
+
+    def _zero_levels(self, data: int) -> tuple[int, ...]:
+        """On few devices 1 and 2 are left to the moves at the end."""
+        if data == 1:
+            return (0,)
+        return (0, 1, 2, 3) if self.is_large else (0, 3)
 
     def _schedules(self, pipeline: int, microbatches: int) -> tuple[str, ...]:
         if self.constraints.schedule is not None:
