@@ -130,13 +130,19 @@ class MadeUpCosts:
             again = {"none": 0.0, "selective": kind["again"], "full": 1.0}[choice]
             backward_s += again * (kind["launch"] + part * kind["forward"])
         last = index == len(plan.stages) - 1
-        far = 1 if last else 1 + abs(
-            self.cluster.host(plan.stages[index + 1].ranks[0]) - self.cluster.host(stage.ranks[0])
+        far = (
+            1
+            if last
+            else 1 + abs(self.cluster.host(plan.stages[index + 1].ranks[0]) - self.cluster.host(stage.ranks[0]))
         )
         held = sum(k["parameters"] for k in kinds) // stage.tensor
         group = stage.zero_group or stage.data
         activations = sum(
-            {"none": k["activations"], "selective": k["inputs"] + k["products"] * k["activations"], "full": k["inputs"]}[c]
+            {
+                "none": k["activations"],
+                "selective": k["inputs"] + k["products"] * k["activations"],
+                "full": k["inputs"],
+            }[c]
             for k, c in zip(kinds, stage.block_recompute, strict=True)
         )
         return StageCost(

@@ -7,6 +7,9 @@ memory needs (planner/relief.py); a gain is accepted at once, without a gain the
 up to MAX_HOPS moves deep; nothing is judged twice. What Aceso estimates is exact here: planner/judge.py has the
 simulator's step time and memory.
 
+Small problems are searched whole first (planner/wide.py), so that there the answer is the optimum of the wide space, or
+something better that lies outside of it.
+
 The search ends by itself, so that its answer does not depend on the clock, unless its time is over before: then with the
 best plan so far. It never returns a plan worse than the one that it was given.
 
@@ -19,15 +22,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..plan import Plan
+from ..plan import Candidate, Plan, Prediction
+from ..report.words import plan_in_words
 from .judge import Judge, Judged
 from .moves import CHEAP, Move, Moves
 from .problem import Problem
 from .relief import Relief
 from .sketch import Sketch
+from .wide import is_small, search_wide
 
+# Process seconds that it takes at most, on problems that are not small.
+LIMIT_S = 0.3
 # Plans whose times agree to this relative precision are equally good: sums of doubles in another order.
 TOLERANCE = 1e-9
 # Moves in a row without a gain.
@@ -53,14 +60,56 @@ class Found:
         return self.judged.time_s
 
 
-def improve(problem: Problem, plans: Sequence[Plan], limit_s: float = math.inf) -> Plan | None:
-    """A plan that is faster than all of `plans`, fits in memory, keeps the constraints and that the runtime executes; None
-    if none was found.
+def alleviated(problem: Problem, plan: Plan, others: Sequence[Plan]) -> Plan:
+    """`plan`, or a faster one with `plan` among its candidates.
 
-    plans: the best of another search, fastest first, at least one; those that do not fit are fine. limit_s: process
-    seconds after which no further plan is judged.
+    plan: of the exact search, with its prediction and candidates. others: its next best plans, fastest first.
     """
-    return Alleviation(problem, limit_s).run(plans)
+    budget = problem.budget
+    if budget.expired():
+        return plan
+    search = Alleviation(problem, min(math.inf if is_small(problem) else LIMIT_S, budget.left_s))
+    try:
+        search.run([plan, *others])
+    except KeyboardInterrupt:
+        budget.interrupted()
+    best = search.best
+    if best is None:
+        return plan
+    found = best.judged.plan
+    prediction = Prediction(best.time_s, max(best.judged.peaks_bytes))
+    chosen = Candidate(plan_in_words(found), best.time_s, prediction.peak_memory_bytes, "chosen")
+    before = f"before {differences(plan, found)} changed"
+    rows = (_behind(row, best.time_s, before) for row in plan.candidates if row.name != chosen.name)
+    return replace(found, prediction=prediction, candidates=(chosen, *rows))
+
+
+def _behind(row: Candidate, best_s: float, before: str) -> Candidate:
+    """A row of the exact search's table, now that there is a faster plan."""
+    if row.verdict.startswith("needs"):
+        return row
+    reason = before if row.verdict.startswith("chosen") else row.verdict.partition(": ")[2]
+    return replace(row, verdict=f"{row.step_time_s / best_s:.2f}x slower: {reason}")
+
+
+def differences(old: Plan, new: Plan) -> str:
+    """What of a plan another one has differently, in words."""
+
+    def parts(plan: Plan) -> dict[str, object]:
+        return {
+            "degrees": (plan.groups, [(stage.data, stage.axes) for stage in plan.stages[: plan.pipeline]]),
+            "microbatches": plan.microbatches,
+            "schedule": (plan.schedule, len(plan.stages) // plan.pipeline),
+            "zero": [(s.zero, s.zero_group) for s in plan.stages[: plan.pipeline]],
+            "stages": [s.stop for s in plan.stages],
+            "recompute": [choice for s in plan.stages for choice in s.block_recompute],
+        }
+
+    one, other = parts(old), parts(new)
+    found = [name for name in one if one[name] != other[name]] or ["layouts"]
+    if "schedule" in found and one["schedule"][1] != other["schedule"][1]:
+        found.remove("stages")
+    return ", ".join(found[:-1]) + (" and " if len(found) > 1 else "") + found[-1]
 
 
 class Alleviation:
@@ -69,6 +118,7 @@ class Alleviation:
         self.judge = Judge(problem)
         self.relief = Relief(self.judge)
         self.moves = Moves(problem, self.judge)
+        self.best: Found | None = None
         self._ends_s = time.process_time() + limit_s
         self._seen: dict[tuple, Found | None] = {}
         # Keys name rows by identity, so these must live as long.
@@ -76,20 +126,34 @@ class Alleviation:
 
     @property
     def is_over(self) -> bool:
-        return len(self._seen) >= MAX_JUDGED or time.process_time() >= self._ends_s
+        return len(self._seen) >= MAX_JUDGED or self._is_late()
+
+    def _is_late(self) -> bool:
+        return time.process_time() >= self._ends_s or self.problem.budget.expired()
 
     def run(self, plans: Sequence[Plan]) -> Plan | None:
-        given = [self.judge(plan) for plan in plans[:MAX_STARTS]]
+        """A plan that is faster than all of `plans`, fits in memory, keeps the constraints and that the runtime executes;
+        None if none was found. plans: the best of another search, fastest first; some may not fit."""
+        distinct = {(plan.stages, plan.microbatches, plan.schedule): plan for plan in reversed(plans)}
+        plans = list(distinct.values())[::-1][:MAX_STARTS]
+        given = [self.judge(plan) for plan in plans]
         self.best_s = min((one.time_s for one in given if one.fits), default=math.inf)
-        best: Found | None = None
-        starts = [found for found in map(self._start, plans[:MAX_STARTS]) if found is not None]
-        for start in sorted(starts, key=lambda found: found.time_s)[:MAX_ROUNDS]:
+        if is_small(self.problem):
+            for sketch, judged in search_wide(self.problem, self.judge, self.best_s, self._is_late):
+                self._accept(Found(sketch, judged))
+            if self.best is not None:
+                plans = [self.best.judged.plan, *plans]
+        starts = [found for found in map(self._start, plans) if found is not None]
+        for start in sorted(starts, key=_time)[:MAX_ROUNDS]:
             for found in self._climb(start):
-                if found.time_s < self.best_s * (1 - TOLERANCE) and self._runs(found.judged.plan):
-                    best, self.best_s = found, found.time_s
+                self._accept(found)
             if self.is_over:
                 break
-        return best.judged.plan if best else None
+        return self.best.judged.plan if self.best else None
+
+    def _accept(self, found: Found) -> None:
+        if found.time_s < self.best_s * (1 - TOLERANCE) and self._runs(found.judged.plan):
+            self.best, self.best_s = found, found.time_s
 
     def _start(self, plan: Plan) -> Found | None:
         sketch = Sketch.of(plan)

@@ -1,8 +1,8 @@
 """Whole plans of any kind, judged exactly and without a walk over their instructions.
 
 A stage's cost depends on what its blocks are, on its mesh and how it is stored, and on how its ranks and the next stage's
-lie on hosts; stages that agree in these are priced once (as in planner/pricing.py, for plans of any kind). A plan's step time is schedule/step_time.py's, its memory schedule/residency.py's; both are
-the simulator's, to rounding and exactly.
+lie on hosts; stages that agree in these are priced once (as in planner/pricing.py, for plans of any kind). A plan's step
+time is schedule/step_time.py's, its memory schedule/residency.py's; both are the simulator's, to rounding and exactly.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Judge:
     def __call__(self, plan: Plan) -> Judged:
         self.num_judged += 1
         costs = tuple(self.cost(plan, s) for s in range(len(plan.stages)))
-        count, groups = plan.microbatches, plan.pipeline
+        groups = plan.pipeline
         schedule = schedule_named(plan.schedule)
         members: list[list[int]] = [[] for _ in range(groups)]
         for s in range(len(costs)):

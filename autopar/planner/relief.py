@@ -20,8 +20,15 @@ from ..cost.types import StageCost
 from ..plan import Plan, Recompute, Stage
 from ..schedule.orders import schedule_named
 from .judge import Judge, Judged
+from .problem import Problem
 
 CHOICES: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+def recompute_choices(problem: Problem) -> tuple[Recompute, ...]:
+    """What a block may do, the fastest first."""
+    pinned = problem.constraints.recompute
+    return (pinned,) if pinned else CHOICES
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +56,7 @@ class Relief:
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
-        pinned = judge.problem.constraints.recompute
-        self.choices: tuple[Recompute, ...] = (pinned,) if pinned else CHOICES
+        self.choices = recompute_choices(judge.problem)
         self._deltas: dict[tuple, tuple[tuple[float, float], ...]] = {}
 
     def __call__(self, plan: Plan, below_s: float) -> Judged | None:
@@ -142,9 +148,7 @@ class Relief:
                 choices = list(stage.block_recompute)
                 choices[at] = choice
                 switched = with_recompute(stage, choices)
-                now = self.judge.cost(
-                    replace(plan, stages=(*plan.stages[:s], switched, *plan.stages[s + 1 :])), s
-                )
+                now = self.judge.cost(replace(plan, stages=(*plan.stages[:s], switched, *plan.stages[s + 1 :])), s)
                 more_s = now.forward_s + now.backward_s - cost.forward_s - cost.backward_s
                 found.append((more_s, float(cost.activation_bytes - now.activation_bytes)))
             self._deltas[key] = tuple(found)
