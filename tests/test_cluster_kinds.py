@@ -142,7 +142,10 @@ HOSTS = MIXED.hosts[0]
         (lambda: replace(HOSTS.inter, bandwidth_bytes_per_s=0), "bandwidth_bytes_per_s of a link"),
         (lambda: replace(HOSTS.inter, latency_s=float("nan")), "latency_s of a link"),
         (lambda: replace(HOSTS.intra, overlap=float("nan")), "overlap of a link"),
-        (lambda: replace(MIXED, device=FAST.device), "device of a cluster with hosts= must be what these have in common"),
+        (
+            lambda: replace(MIXED, device=FAST.device),
+            "device of a cluster with hosts= must be what these have in common",
+        ),
         (lambda: replace(MIXED, num_hosts=2), "num_hosts of a cluster"),
         (lambda: Cluster.join(FAST, replace(SLOW, software="megatron")), "agree in software"),
         (lambda: read_cluster("2xa100-80gbx8+"), "hosts>x<preset>x<devices per host"),

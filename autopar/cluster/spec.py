@@ -209,10 +209,20 @@ class Cluster:
         """Which of `runs` a rank's host belongs to."""
         return self._places[rank][1] if self.hosts else 0
 
+    @cached_property
+    def _device_numbers(self) -> tuple[int, ...]:
+        return tuple(self.devices.index(run.device) for run in self.runs)
+
+    def device_number(self, rank: int) -> int:
+        """Which of `devices` a rank has."""
+        return self._device_numbers[self.run_of(rank)]
+
     def device_of(self, rank: int) -> Device:
         """The device of a rank. ValueError for a rank that the cluster does not have."""
         if not 0 <= rank < self.world_size:
-            raise ValueError(f"rank {rank} of a cluster of {self.world_size} devices; expected 0 to {self.world_size - 1}")
+            raise ValueError(
+                f"rank {rank} of a cluster of {self.world_size} devices; expected 0 to {self.world_size - 1}"
+            )
         return self.hosts[self.run_of(rank)].device if self.hosts else self.device
 
     def memory_bytes_of(self, rank: int) -> int:
@@ -245,7 +255,9 @@ class Cluster:
         """A few lines for people: devices, their rates, and both kinds of link."""
         if not self.hosts:
             return "\n".join(_described(self.runs[0], self.source, self.num_hosts > 1))
-        lines = [f"{self.world_size} devices of {len(self.devices)} kinds" + (f", from {self.source}" if self.source else "")]
+        lines = [
+            f"{self.world_size} devices of {len(self.devices)} kinds" + (f", from {self.source}" if self.source else "")
+        ]
         for run in self.hosts:
             lines += [f"  {line}" for line in _described(run, "", True)]
         return "\n".join(lines)

@@ -69,8 +69,9 @@ def stage_memory(
     index: int,
     prices: Sequence[tuple[Block, Priced]],
     constants: Constants,
+    data_rank: int | None = None,
 ) -> StageMemory:
-    """The memory of stage `index`, of blocks with these prices."""
+    """The memory of stage `index`, of blocks with these prices; of a data rank, by default the one with the most rows."""
     stage = plan.stages[index]
     memories = [price.memory for _, price in prices]
     sizes: dict[str, int] = {}
@@ -105,7 +106,7 @@ def stage_memory(
         last = memories[-1]
         activation += sum(b for b, saved in zip(last.output_bytes, last.saves_output, strict=True) if not saved)
     slack = 1.0 + constants.allocator_share
-    inputs = _batch_inputs(graph, prices, local(stage_parts(stage, 1)))
+    inputs = _batch_inputs(graph, prices, local(stage_parts(stage, 1, data_rank)))
     unsharded = _gathered(memories, sum(trainable.values()), stage, plan.microbatches, constants)
     return StageMemory(
         parameter_bytes=_ceil(resting[0]) + inputs,
