@@ -10,8 +10,8 @@ other stages of the group compute, one stage's reduction at a time.
 Where devices differ, a StageCost is that of a stage's slowest ranks, and every rank's memory is its own.
 
 Ignored: a slowdown of compute while transfers run (a StageCost may include it), contention between different links,
-how long the faster ranks of a group wait for the slower ones, and the wait of tied stages for each other's gradients (reduce_model_s is
-charged on each where its own gradients are whole).
+how long the faster ranks of a group wait for the slower ones, and the wait of tied stages for each other's gradients
+(reduce_model_s is charged on each where its own gradients are whole).
 
 A stream without flushes: an update takes its reduction, which nothing hides, and the optimizer; `simulate` shows one
 batch's time of the steady state.

@@ -15,10 +15,11 @@ from pool import Pool
 from test_cluster import random_cluster
 
 from autopar.cli_cluster import read_cluster
+from autopar.cluster import probe as probe_module
 from autopar.cluster.hosts import cluster_of, least_curve, seen_by
-from autopar.cluster.probe import probe
+from autopar.cluster.probe_compute import ComputeProbe
 from autopar.cluster.span import span
-from autopar.cluster.spec import Cluster, Curve
+from autopar.cluster.spec import Cluster, Curve, Link
 
 FAST, SLOW = Cluster.preset("a100-80gb", 2, 8), Cluster.preset("v100-32gb", 4, 4)
 MIXED = Cluster.join(FAST, SLOW)
@@ -178,24 +179,33 @@ def test_nonsense_files_are_refused(change, words: str) -> None:
         Cluster.from_json(json.dumps(data), "kinds.json")
 
 
+def measured(rank: int) -> ComputeProbe:
+    return ComputeProbe(
+        {"copy": Curve(((1.0, 2.0 + rank), (2.0, 9.0)))}, 1e-6, 1e-6, {"float32": 1e9 * (1 + rank)}, 1e9
+    )
+
+
 def probed() -> tuple[str, str]:
-    """The second rank computes on two threads, so that its device is of another kind."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 + dist.get_rank())
+    """The last rank computes on two threads, so that its device is of another kind. What is measured is made up."""
+    before = torch.get_num_threads(), probe_module.probe_compute, probe_module.probe_link
+    torch.set_num_threads(1 + (dist.get_rank() == 3))
+    probe_module.probe_compute = lambda sampler: measured(dist.get_rank())
+    probe_module.probe_link = lambda sampler, group: Link(0, 1, 0.5, {"send": (1e-3 / dist.get_world_size(group), 5.0)})
     try:
-        return probe().to_json(), probe_kind()
+        return probe_module.probe().to_json(), probe_module._kind(torch.device("cpu"))
     finally:
-        torch.set_num_threads(before)
-
-
-def probe_kind() -> str:
-    return f"cpu ({torch.get_num_threads()} threads)"
+        torch.set_num_threads(before[0])
+        probe_module.probe_compute, probe_module.probe_link = before[1:]
 
 
 def test_ranks_of_different_kinds_are_told_apart(pool: Pool) -> None:
-    results = pool.run(probed, world_size=2, timeout_s=180, collective_timeout_s=120)
-    assert results[0][0] == results[1][0]
+    results = pool.run(probed, world_size=4)
+    assert len({text for text, _ in results}) == 1
     cluster = Cluster.from_json(results[0][0])
-    assert [cluster.device_of(rank).kind for rank in range(2)] == [kind for _, kind in results]
-    assert len(cluster.devices) == 2 and cluster.crosses_hosts((0, 1))
-    assert [run.count * run.devices_per_host for run in cluster.hosts] == [1, 1]
+    assert [cluster.device_of(rank).kind for rank in range(4)] == [kind for _, kind in results]
+    assert [(run.count, run.devices_per_host) for run in cluster.hosts] == [(1, 3), (1, 1)]
+    # The slowest of each kind, and the links within hosts and between them.
+    assert [run.device.flops_per_s["float32"] for run in cluster.hosts] == [1e9, 4e9]
+    assert [run.device.rates["copy"].at(1.0) for run in cluster.hosts] == [2.0, 5.0]
+    assert cluster.link((0, 2)).latency_s == pytest.approx(1e-3 / 3)
+    assert cluster.link((2, 3)).latency_s == pytest.approx(1e-3 / 4)

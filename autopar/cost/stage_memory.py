@@ -7,7 +7,9 @@ and communication buffers (`context_bytes`). Both are 0 on CPUs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,15 +24,28 @@ from .memory import BlockMemory
 OPTIMIZER_BYTES_PER_ELEMENT = 8
 
 
-class Priced(Protocol):
+class BlockRun(Protocol):
+    """Consecutive blocks of a stage that cost the same: all but the first of a run add the same to what is counted.
+
+    block: the first of them. shares_parameters: whether other blocks use some of its parameters; it then stands alone.
+    """
+
+    @property
+    def block(self) -> Block: ...
+    @property
+    def count(self) -> int: ...
     @property
     def memory(self) -> BlockMemory: ...
+    @property
+    def recompute(self) -> Recompute: ...
+    @property
+    def shares_parameters(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """As `StageCost`; local_bytes, trainable_bytes: of each (trainable) parameter as used, before data sharding, by
-    name; held_elements: of each parameter, after it, that this rank's optimizer updates."""
+    """As `StageCost`; local_bytes, trainable_bytes: of all (trainable) parameters as used, before data sharding;
+    held_elements: of each parameter, after it, that this rank's optimizer updates, and how many there are of the size."""
 
     parameter_bytes: int
     gradient_bytes: int
@@ -39,9 +54,9 @@ class StageMemory:
     activation_bytes: int
     forward_peak_bytes: int
     backward_peak_bytes: int
-    local_bytes: dict[str, int]
-    trainable_bytes: dict[str, int]
-    held_elements: dict[str, float]
+    local_bytes: int
+    trainable_bytes: int
+    held_elements: Mapping[float, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,52 +77,60 @@ def at_rest(wide_bytes: float, used_bytes: float, constants: Constants) -> AtRes
     return AtRest(constants.parameter_bytes, constants.gradient_bytes, constants.optimizer_bytes, copy)
 
 
+@dataclass(frozen=True, slots=True)
+class _Parameter:
+    """What tells parameters apart here. wide_bytes, used_bytes: of an element at rest in the module, and as computed with."""
+
+    size_bytes: int
+    wide_bytes: int
+    used_bytes: int
+    trained: bool
+
+
 def stage_memory(
     graph: Graph,
     local: Callable[[int], LocalShapes],
     plan: Plan,
     index: int,
-    prices: Sequence[tuple[Block, Priced]],
+    runs: Sequence[BlockRun],
     constants: Constants,
     data_rank: int | None = None,
 ) -> StageMemory:
-    """The memory of stage `index`, of blocks with these prices; of a data rank, by default the one with the most rows."""
+    """The memory of stage `index`, of these runs of blocks; of a data rank, by default the one with the most rows."""
     stage = plan.stages[index]
-    memories = [price.memory for _, price in prices]
-    sizes: dict[str, int] = {}
-    for (block, _), memory in zip(prices, memories, strict=True):
-        sizes.update(zip(block.parameters, memory.parameter_bytes, strict=True))
-    trainable = {name: size for name, size in sizes.items() if graph.tensors[name].requires_grad}
+    parameters = _parameters(graph, local(1), runs)
+    local_bytes = sum(one.size_bytes * count for one, count in parameters.items())
+    trainable_bytes = sum(one.size_bytes * count for one, count in parameters.items() if one.trained)
     group = stage.zero_group or stage.data
     cuts = [group if stage.zero >= level else 1 for level in (1, 2, 3)]
     resting = [0.0, 0.0, 0.0]
-    held: dict[str, float] = {}
-    tensors = local(1).tensors
-    for name, size in sizes.items():
-        elements = size // tensors[name].dtype.itemsize
-        rest = at_rest(graph.tensors[name].at_rest.itemsize, tensors[name].dtype.itemsize, constants)
+    held: dict[float, int] = {}
+    for one, count in parameters.items():
+        elements = one.size_bytes // one.used_bytes
+        rest = at_rest(one.wide_bytes, one.used_bytes, constants)
         if plan.offload:
             # On the device there are the copies that blocks compute with, and what their gradients are summed in.
-            resting[0] += size if stage.zero < 3 else 0.0
+            resting[0] += count * one.size_bytes if stage.zero < 3 else 0.0
         elif stage.zero in (1, 2) and constants.slices_at_rest:
-            resting[0] += elements * rest.parameter / group + size
+            resting[0] += count * (elements * rest.parameter / group + one.size_bytes)
         else:
-            resting[0] += elements * (rest.parameter / cuts[2] + (rest.narrow_copy if stage.zero < 3 else 0.0))
-        if name in trainable:
-            resting[1] += elements * rest.gradient / cuts[1]
-            resting[2] += 0.0 if plan.offload else elements * rest.optimizer / cuts[0]
-            held[name] = elements / cuts[0]
-    activation, forward_peak, backward_peak = _activations(memories, stage.block_recompute, constants.selective_kept)
-    if index > 0 and stage.block_recompute[0] == "none":  # what arrives is kept, because its gradient travels on
-        first = memories[0]
-        activation += sum(b for b, saved in zip(first.input_bytes, first.saves_input, strict=True) if not saved)
+            whole_copy = rest.narrow_copy if stage.zero < 3 else 0.0
+            resting[0] += count * elements * (rest.parameter / cuts[2] + whole_copy)
+        if one.trained:
+            resting[1] += count * elements * rest.gradient / cuts[1]
+            resting[2] += 0.0 if plan.offload else count * elements * rest.optimizer / cuts[0]
+            held[elements / cuts[0]] = held.get(elements / cuts[0], 0) + count
+    activation, forward_peak, backward_peak = _activations(runs, constants.selective_kept)
+    first, last = runs[0], runs[-1].memory
+    if index > 0 and first.recompute == "none":  # what arrives is kept, because its gradient travels on
+        memory = first.memory
+        activation += sum(b for b, saved in zip(memory.input_bytes, memory.saves_input, strict=True) if not saved)
     # The stage's last output waits for its gradient; a loss is a scalar.
     if index + 1 < len(plan.stages):
-        last = memories[-1]
         activation += sum(b for b, saved in zip(last.output_bytes, last.saves_output, strict=True) if not saved)
     slack = 1.0 + constants.allocator_share
-    inputs = _batch_inputs(graph, prices, local(stage_parts(stage, 1, data_rank)))
-    unsharded = _gathered(memories, sum(trainable.values()), stage, plan.microbatches, constants)
+    inputs = _batch_inputs(graph, local(stage_parts(stage, 1, data_rank)))
+    unsharded = _gathered(runs, trainable_bytes, stage, plan.microbatches, constants)
     return StageMemory(
         parameter_bytes=_ceil(resting[0]) + inputs,
         gradient_bytes=_ceil(resting[1]),
@@ -116,30 +139,49 @@ def stage_memory(
         activation_bytes=int(activation * slack),
         forward_peak_bytes=int(forward_peak * slack),
         backward_peak_bytes=int(backward_peak * slack),
-        local_bytes=sizes,
-        trainable_bytes=trainable,
+        local_bytes=local_bytes,
+        trainable_bytes=trainable_bytes,
         held_elements=held,
     )
+
+
+def _parameters(graph: Graph, local: LocalShapes, runs: Sequence[BlockRun]) -> Counter[_Parameter]:
+    """The distinct parameters of the runs, each as often as there are such; one that several blocks use counts once."""
+    found: Counter[_Parameter] = Counter()
+    shared: dict[str, _Parameter] = {}
+    for run in runs:
+        for name, size in zip(run.block.parameters, run.memory.parameter_bytes, strict=True):
+            tensor = graph.tensors[name]
+            one = _Parameter(
+                size, tensor.at_rest.itemsize, local.tensors[name].dtype.itemsize, bool(tensor.requires_grad)
+            )
+            if run.shares_parameters:
+                shared[name] = one
+            else:
+                found[one] += run.count
+    found.update(shared.values())
+    return found
 
 
 def _ceil(size: float) -> int:
     return -int(-size // 1)
 
 
-def _activations(
-    memories: Sequence[BlockMemory], choices: Sequence[Recompute], selective_kept: float
-) -> tuple[int, int, int]:
+def _activations(runs: Sequence[BlockRun], selective_kept: float) -> tuple[int, int, int]:
     """(activation, forward peak, backward peak) bytes of one microbatch.
 
     Both peaks are beyond `activation`, which counts from the forward's start to the backward's end: while a block runs
     forward, later blocks have not saved yet, and in its backward they have let go. A block that is computed again keeps
     its inputs and, if selectively, the results of its expensive ops; the rest comes back, whole, for its own backward.
+
+    From its second block on a run adds the same with each, and peaks in its last.
     """
-    held = []  # what each block adds to what is kept
-    kept = []  # of it, what the block makes
     sides: dict[str, int] = {}
     outputs_kept: Sequence[bool] = ()
-    for memory, choice in zip(memories, choices, strict=True):
+    forward = backward = done = 0
+
+    def keep(memory: BlockMemory, choice: Recompute) -> tuple[int, int]:
+        """What a block adds to what is kept, and what of it the block makes."""
         own = {"none": memory.saved_bytes, "selective": int(memory.selective_bytes * selective_kept), "full": 0}[choice]
         size = own
         for position, saved in enumerate(memory.saves_input):
@@ -151,34 +193,38 @@ def _activations(
             if name not in sides:
                 sides[name] = bytes_
                 size += bytes_
-        held.append(size)
-        kept.append(own)
+        return size, own
+
+    for run in runs:
+        memory, choice = run.memory, run.recompute
         # Passing through, an input stays counted where it was.
-        outputs_kept = memory.saves_output if choice == "none" else ()
-    activation = sum(held)
-    forward = backward = done = 0
-    for memory, choice, size, own in zip(memories, choices, held, kept, strict=True):
-        if choice == "none":
-            forward = max(forward, done + (size - own) + memory.forward_peak_bytes)
+        kept_after = memory.saves_output if choice == "none" else ()
+        for number in range(min(run.count, 2)):
+            size, own = keep(memory, choice)
+            outputs_kept = kept_after
+            if number:
+                done += (run.count - 2) * size
+            if choice == "none":
+                forward = max(forward, done + (size - own) + memory.forward_peak_bytes)
+                done += size
+                backward = max(backward, done + memory.backward_peak_bytes)
+                continue
+            # The bare peak starts with the inputs, which `size` has counted.
+            inputs = sum(memory.input_bytes)
+            forward = max(forward, done + max(0, size - own - inputs) + own + memory.bare_peak_bytes)
             done += size
-            backward = max(backward, done + memory.backward_peak_bytes)
-            continue
-        # The bare peak starts with the inputs, which `size` has counted.
-        inputs = sum(memory.input_bytes)
-        forward = max(forward, done + max(0, size - own - inputs) + own + memory.bare_peak_bytes)
-        done += size
-        # While it comes back, the gradients of its outputs wait; `backward_peak_bytes` has them already.
-        waiting = sum(memory.output_bytes)
-        again = max(memory.forward_peak_bytes + waiting, memory.saved_bytes + memory.backward_peak_bytes)
-        backward = max(backward, done - own + again)
+            # While it comes back, the gradients of its outputs wait; `backward_peak_bytes` has them already.
+            waiting = sum(memory.output_bytes)
+            again = max(memory.forward_peak_bytes + waiting, memory.saved_bytes + memory.backward_peak_bytes)
+            backward = max(backward, done - own + again)
     # Side tensors are made once per microbatch and stay until its forward ends.
-    read = sum({name: size for memory in memories for name, size in memory.read_side_bytes}.values())
+    read = sum({name: size for run in runs for name, size in run.memory.read_side_bytes}.values())
     forward += max(0, read - sum(sides.values()))
-    return activation, max(0, forward - activation), max(0, backward - activation)
+    return done, max(0, forward - done), max(0, backward - done)
 
 
 def _gathered(
-    memories: Sequence[BlockMemory], gradient_bytes: int, stage: Stage, microbatches: int, constants: Constants
+    runs: Sequence[BlockRun], gradient_bytes: int, stage: Stage, microbatches: int, constants: Constants
 ) -> int:
     """What lies whole while blocks compute, besides what is at rest.
 
@@ -187,16 +233,16 @@ def _gathered(
     gradients are scattered in the last backward only, and lie whole until then, unless each microbatch scatters. ZeRO 2:
     the gradients of the block at work, in front of their reduction.
     """
-    sizes = [sum(memory.parameter_bytes) for memory in memories]
+    if stage.zero < 2:
+        return 0
+    sizes = [sum(run.memory.parameter_bytes) for run in runs for _ in range(min(run.count, 2))]
     if stage.zero == 2:
         return 2 * max(sizes)
-    if stage.zero < 3:
-        return 0
-    pairs = [a + b for a, b in zip(sizes, sizes[1:], strict=False)] or sizes
+    pairs = [a + b for a, b in itertools.pairwise(sizes)] or sizes
     once = microbatches == 1 or constants.scatter_each
     return max(pairs) + (2 * max(sizes) if once else gradient_bytes + max(sizes))
 
 
-def _batch_inputs(graph: Graph, prices: Sequence[tuple[Block, Priced]], local: LocalShapes) -> int:
+def _batch_inputs(graph: Graph, local: LocalShapes) -> int:
     """The local batch lies on every rank for the whole step."""
-    return sum(local.size_bytes(name) for name in graph.inputs) if prices else 0
+    return sum(local.size_bytes(name) for name in graph.inputs)
