@@ -210,6 +210,23 @@ class Cluster:
         return self._places[rank][1] if self.hosts else 0
 
     @cached_property
+    def kinds(self) -> tuple[Hosts, ...]:
+        """One run of hosts of each kind: of those that differ in anything but their number."""
+        found: list[Hosts] = []
+        for run in self.runs:
+            if all(run.kind != other.kind for other in found):
+                found.append(run)
+        return tuple(found)
+
+    @cached_property
+    def _kind_numbers(self) -> tuple[int, ...]:
+        return tuple(next(i for i, kind in enumerate(self.kinds) if kind.kind == run.kind) for run in self.runs)
+
+    def kind_number(self, rank: int) -> int:
+        """Which of `kinds` a rank's host is of."""
+        return self._kind_numbers[self.run_of(rank)]
+
+    @cached_property
     def _device_numbers(self) -> tuple[int, ...]:
         return tuple(self.devices.index(run.device) for run in self.runs)
 
