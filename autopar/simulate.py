@@ -83,7 +83,7 @@ def simulate(
     costs = [model.stage(plan, index) for index in range(len(plan.stages))]
     program = program_for(plan, training)
     line = simulate_program(program, costs, plan.groups, all_ranks=all_ranks)
-    if cluster.hosts:
+    if cluster is not None and cluster.hosts:
         line = replace(line, peak_memory_bytes=_peaks_by_rank(program, plan, model))
     if training and not schedule_named(plan.schedule).flushes:
         return _steady_batch(line, plan.pipeline)

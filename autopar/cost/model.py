@@ -498,10 +498,18 @@ class CostModel:
         # What the fullest data ranks of both have of a microbatch.
         received = int(sent * Fraction(stage_parts(stage, 1)) / stage_parts(following, 1))
         size = max(sent, received)
-        pairs = [(stage.ranks[0], following.ranks[0])]
+        return self._handing_s(size, stage.ranks, following.ranks), size
+
+    def boundary_s(self, size_bytes: float, sender: tuple[int, ...], receiver: tuple[int, ...]) -> float:
+        """Seconds to hand a message of this size from each of the sender's data ranks on to the receiver's."""
+        models = {id(model): model for model in (self._as_if(self.cluster.device_number(rank)) for rank in sender)}
+        return max(model._handing_s(size_bytes, sender, receiver) for model in models.values())
+
+    def _handing_s(self, size_bytes: float, sender: tuple[int, ...], receiver: tuple[int, ...]) -> float:
+        pairs = [(sender[0], receiver[0])]
         if self.cluster.hosts:
-            pairs = boundary_pairs(self.cluster, stage.ranks, following.ranks)
-        return max(self._collective_s("send", size, ranks) for ranks in pairs), size
+            pairs = boundary_pairs(self.cluster, sender, receiver)
+        return max(self._collective_s("send", size_bytes, ranks) for ranks in pairs)
 
     def _prologue(self, stage: Stage, microbatches: int, precision: str, data_rank: int | None) -> float:
         """Batch-wide values, microbatch by microbatch, and their all-reduce over data."""

@@ -183,11 +183,16 @@ class Problem:
 
     @cached_property
     def as_equal(self) -> Problem:
-        """The same on the equal cluster that is nowhere better than this one: itself where all hosts are alike."""
+        """The same on the equal cluster that is nowhere better than this one: itself where all hosts are alike.
+
+        Degrees that only unequal stages can have are left free.
+        """
         if not self.cluster.hosts:
             return self
-        cluster = self.cluster.as_equal
-        return replace(self, cluster=cluster, costs=self.costs.on(cluster))
+        cluster, pinned = self.cluster.as_equal, self.constraints
+        if cluster.world_size % ((pinned.data or 1) * (pinned.tensor or 1) * (pinned.pipeline or 1)):
+            pinned = replace(pinned, data=None, tensor=None, pipeline=None)
+        return replace(self, cluster=cluster, costs=self.costs.on(cluster), constraints=pinned)
 
     @property
     def recompute_choices(self) -> tuple[Recompute, ...]:
@@ -333,6 +338,8 @@ class Problem:
             words += f" = {product}"
         if len(given) == 3 and product != world:
             raise ValueError(f"{words}, but the cluster has {world} devices; change a degree, or leave one out")
+        if self.cluster.hosts and len(given) < 3 and product <= world:
+            return  # stages may have different numbers of devices
         if world % product:
             raise ValueError(
                 f"{words}, which does not divide the cluster's {world} devices; the product could be "
