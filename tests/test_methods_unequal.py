@@ -28,7 +28,7 @@ def idle_share(problem: Problem, plan) -> float:
 def test_idle_time_falls_against_the_even_split(factor: float, rows: tuple[int, ...]) -> None:
     """Rows in proportion to speed: a slow cpu at half (a third of) the rate gets exactly half (a third) of a fast one's."""
     problem = unequal_problem("rows", [FAST, half_as_fast(FAST, factor)], data=4, microbatches=1)
-    found = whale(problem, progress=False)
+    found = whale(problem)
     even = replace(found, stages=(replace(found.stages[0], shares=()),))
     rates = [flops_per_s(problem, rank) for rank in range(4)]
     assert rates[0] == pytest.approx(factor * rates[2])
@@ -41,7 +41,7 @@ def test_idle_time_falls_against_the_even_split(factor: float, rows: tuple[int, 
 def test_rows_leave_devices_that_run_out_of_memory() -> None:
     fast, slow = FAST, half_as_fast(FAST, 1.0001)
     problem = unequal_problem("rows", [fast, slow], data=4, microbatches=1)
-    plan = whale(problem, progress=False)
+    plan = whale(problem)
     peaks = simulate(problem.graph, plan, problem.cluster).peak_memory_bytes
     tight_bytes = int(peaks[3] * 0.97 / 0.9)
     small = replace(slow, device=replace(slow.device, memory_bytes=tight_bytes, kind="small"))
@@ -57,7 +57,7 @@ def test_rows_leave_devices_that_run_out_of_memory() -> None:
 def test_whale_puts_more_memory_first_and_more_layers_on_faster_devices() -> None:
     small, large = FAST, half_as_fast(FAST, 6.0, memory=4)
     problem = unequal_problem("llama", [small, large], pipeline=2, microbatches=2, data=2, tensor=1)
-    plan = whale(problem, progress=False)
+    plan = whale(problem)
     assert [stage.ranks for stage in plan.stages] == [(2, 3), (0, 1)]
     assert plan.stages[0].num_blocks < plan.stages[1].num_blocks
     plan.validate(problem.graph, problem.cluster)
@@ -67,9 +67,9 @@ def test_whale_puts_more_memory_first_and_more_layers_on_faster_devices() -> Non
 def test_metis_uses_what_faster_devices_have(pinned: dict) -> None:
     """Never worse than if all devices were the slow ones, and better than the same with even rows."""
     problem = unequal_problem("llama", [half_as_fast(FAST, 3.0), FAST], **pinned)
-    plan = metis(problem, progress=False)
+    plan = metis(problem)
     plan.validate(problem.graph, problem.cluster)
-    slow = metis(problem.as_equal, progress=False)
+    slow = metis(problem.as_equal)
     assert plan.prediction.step_time_s < slow.prediction.step_time_s
     on_all = simulate(problem.graph, slow, problem.cluster).step_time_s
     assert plan.prediction.step_time_s <= on_all * (1 + 1e-9)
@@ -79,7 +79,7 @@ def test_metis_uses_what_faster_devices_have(pinned: dict) -> None:
 def test_metis_shares_three_to_one() -> None:
     one = Cluster.preset("cpu", 1, 1)
     problem = unequal_problem("rows", [one, half_as_fast(one, 3.0)], microbatches=1)
-    plan = metis(problem, progress=False)
+    plan = metis(problem)
     shares = {stage.shares for stage in plan.stages}
     assert plan.pipeline == 1 and len(shares) == 1
     fast, slow = shares.pop()

@@ -94,7 +94,7 @@ def test_equal_to_trying_every_plan(seed: int) -> None:
     problem = unequal_problem("deep" if seed % 2 else "llama", clusters(seed), **PINS[seed % 4])
     best_s, number = best_of_all(problem)
     try:
-        plan = auto(problem, progress=False)
+        plan = auto(problem)
     except ValueError as error:
         assert best_s == math.inf and "fits in" in str(error)
         return
@@ -116,7 +116,7 @@ def test_the_walk_alone_finds_it(seed: int, monkeypatch) -> None:
     best_s, _ = best_of_all(problem)
     if best_s < math.inf:
         # The other schedule is tried for the best plan of this one.
-        assert auto(problem, progress=False).prediction.step_time_s <= best_s * (1 + 1e-9)
+        assert auto(problem).prediction.step_time_s <= best_s * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -169,13 +169,13 @@ def test_every_path_takes_every_device_once(seed: int) -> None:
 def test_never_worse_than_others(seed: int) -> None:
     """Than Metis, than Whale, and than if all devices were like the slowest, both there and on the real ones."""
     problem = unequal_problem("llama", clusters(seed), microbatches=4, recompute="none")
-    plan = auto(problem, progress=False)
-    slowest = auto(problem.as_equal, progress=False)
+    plan = auto(problem)
+    slowest = auto(problem.as_equal)
     assert plan.prediction.step_time_s <= slowest.prediction.step_time_s * (1 + 1e-9)
     assert plan.prediction.step_time_s <= simulate(problem.graph, slowest, problem.cluster).step_time_s * (1 + 1e-9)
     for method in (metis, whale):
         try:
-            other = method(problem, progress=False)
+            other = method(problem)
         except ValueError:  # as where Whale would need more rows than there are
             continue
         line = simulate(problem.graph, other, problem.cluster)
@@ -186,9 +186,9 @@ def test_never_worse_than_others(seed: int) -> None:
 def test_what_does_not_fit_is_told() -> None:
     problem = unequal_problem("llama", clusters(0), memory_limit_bytes=10, tensor=1, zero=0, microbatches=2)
     with pytest.raises(ValueError, match="fits in 10 bytes"):
-        auto(problem, progress=False)
+        auto(problem)
     two = unequal_problem(
         "llama", [CPU, half_as_fast(replace(CPU, devices_per_host=1))], pipeline=2, memory_limit_bytes=10
     )
     with pytest.raises(ValueError, match="no plan of"):
-        auto(two, progress=False)
+        auto(two)

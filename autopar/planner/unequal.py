@@ -19,8 +19,6 @@ import heapq
 import math
 from dataclasses import replace
 
-from tqdm import tqdm
-
 from ..plan import Candidate, Plan
 from ..report.words import plan_in_words
 from ..simulate import simulate
@@ -41,14 +39,14 @@ MAX_SEEDED = 8
 MAX_STAGES = 32
 
 
-def unequal(problem: Problem, progress: bool = True) -> Plan:
+def unequal(problem: Problem) -> Plan:
     """The best plan found; ValueError, with the smallest for what all devices have in common, when none fits."""
-    return _Unequal(problem, progress).run()
+    return _Unequal(problem).run()
 
 
 class _Unequal:
-    def __init__(self, problem: Problem, progress: bool) -> None:
-        self.problem, self._progress = problem, progress
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
         self.room, self.finder, self.judge = Room(problem.cluster), WayFinder(problem), Judge(problem)
         self.open_bound_s = math.inf
         pinned = problem.constraints
@@ -57,14 +55,31 @@ class _Unequal:
         self.most_stages = pinned.pipeline or most
 
     def run(self) -> Plan:
+        budget = self.problem.budget
+        try:
+            self._search()
+        except KeyboardInterrupt:
+            if self.judge.best is None:
+                raise
+            budget.interrupted()
+        if self.judge.best is None:
+            if budget.cut_short:
+                raise budget.no_plan("auto")
+            return self._nothing_fits()
+        self._other_schedule()
+        return self._concluded()
+
+    @property
+    def _expired(self) -> bool:
+        return self.problem.budget.expired(has_plan=self.judge.best is not None)
+
+    def _search(self) -> None:
         if self.problem.cluster.world_size <= MAX_SEEDED:
             self._seed()
         # (bound, order, microbatches, stages, tables): stages 0 where no tables with memory were made yet.
         heap: list[tuple[float, int, int, int, Bounds | None]] = []
         counts = list(self._microbatches())
-        with tqdm(
-            total=len(counts), desc="planning", unit="count", delay=2, leave=False, disable=not self._progress
-        ) as bar:
+        with self.problem.budget.bar("planning", " counts", len(counts)) as bar:
             for count in counts:
                 quick = self._bounds(count, quick=True).root_s()
                 if quick < math.inf:
@@ -72,6 +87,9 @@ class _Unequal:
             order = len(heap)
             while heap and not self._is_beaten(heap[0][0]):
                 bound_s, _, count, stages, tables = heapq.heappop(heap)
+                if self._expired:
+                    self.open_bound_s = min(self.open_bound_s, bound_s)
+                    return
                 if tables is None:
                     bar.update()
                     tables = self._bounds(count, quick=False)
@@ -83,10 +101,6 @@ class _Unequal:
                     continue
                 visits = MAX_VISITS if self.finder.is_exact else MAX_VISITS_OF_SUMS
                 self.open_bound_s = min(self.open_bound_s, Walk(tables, self.judge, stages, visits).run())
-        if self.judge.best is None:
-            return self._nothing_fits()
-        self._other_schedule()
-        return self._concluded()
 
     def _microbatches(self):
         rows, pinned = self.problem.graph.batch_size, self.problem.constraints.microbatches
@@ -111,7 +125,7 @@ class _Unequal:
 
         for method, problem in ((auto, self.problem.as_equal), (metis, self.problem), (whale, self.problem)):
             try:
-                plan = method(problem, False)
+                plan = method(problem)
             except ValueError:  # it finds none; others may
                 continue
             if self._is_allowed(plan):
@@ -134,7 +148,7 @@ class _Unequal:
         """Where what all devices have in common has a plan, that one; else the error that names the smallest of these."""
         from .auto import auto
 
-        plan = auto(self.problem.as_equal, self._progress)
+        plan = auto(self.problem.as_equal)
         if self._is_allowed(plan):
             return plan
         raise ValueError(
@@ -154,6 +168,8 @@ class _Unequal:
         verdict = "chosen"
         if short >= 5e-4:
             verdict += f"; the proof was cut short, no plan of the space is more than {short:.1%} faster"
+        if self.problem.budget.cut_short:
+            verdict += f"; the search was cut short {self.problem.budget.cut_short}"
         rows = [Candidate(plan_in_words(best), seconds, best.prediction.peak_memory_bytes, verdict)]
         others = sorted(self.judge.tried.values(), key=lambda plan: plan.prediction.step_time_s)
         for plan in others:
