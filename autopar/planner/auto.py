@@ -20,6 +20,7 @@ from .floors import Floors
 from .pricing import StagePrices
 from .problem import Chain, Problem, Shape
 from .stages import TOLERANCE, StageSearch
+from .unequal import unequal
 
 # Partial plans looked at per shape before its proof of optimality is left open and the gap reported.
 MAX_VISITS = 20_000
@@ -48,8 +49,10 @@ class _Entry:
 
 
 def auto(problem: Problem) -> Plan:
-    """The best plan found: the exact search's, changed by planner/alleviate.py where that makes it faster. ValueError, with
-    the smallest plan found, when none fits."""
+    """The best plan found: the exact search's, changed by planner/alleviate.py where that makes it faster; on clusters of
+    unequal devices that of planner/unequal.py. ValueError, with the smallest plan found, when none fits."""
+    if problem.cluster.hosts:
+        return unequal(problem)
     search = _Auto(problem)
     plan = search.run()
     return alleviated(problem, plan, [one.plan for one in sorted(search.tried, key=lambda one: one.step_time_s)])

@@ -40,8 +40,12 @@ class WideShape:
 
 
 def is_small(problem: Problem) -> bool:
-    """Whether the wide space is searched whole."""
-    return problem.cluster.world_size <= MAX_DEVICES and len(problem.graph.blocks) <= MAX_BLOCKS
+    """Whether the wide space is searched whole; it is one of equal devices."""
+    return (
+        not problem.cluster.hosts
+        and problem.cluster.world_size <= MAX_DEVICES
+        and len(problem.graph.blocks) <= MAX_BLOCKS
+    )
 
 
 def wide_shapes(problem: Problem) -> Iterator[WideShape]:
