@@ -1,7 +1,7 @@
 """A convolution net at a batch too small for data parallelism: what each layer is split along, and what that is worth.
 
 After FlexFlow (HPCA 2017), where each convolution mixes parallelism of feature maps (here output channels), of neurons
-(height and width) and of synapses (input channels).
+(height and width) and of synapses (input channels). Taps of a kernel may be split too, where the ranks divide them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 """Ops over windows on a part of their space: each rank fetches the borders that its outputs need from its neighbours.
+Convolutions by a part of their kernel: each rank sums over its own taps, and fetches nothing.
 
 Dims are worked off one after the other, so that what is fetched along the second holds the corners fetched along the
 first. In the backward the borders' gradients travel back and are added to those of the rows that they are copies of.
@@ -105,6 +106,30 @@ class Recount:
         made = window.out // size
         counts = output.new_tensor(self.counts(window, rank * made, (rank + 1) * made))
         return output * (self.kernel / counts).view(-1, *(1,) * (output.dim() - dim - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Taps:
+    """A convolution by this rank's taps along one dim of the kernel, of an input that is whole.
+
+    convolve: without padding along `dim` of the input. window: of the whole kernel, which is `kernel` long.
+    """
+
+    convolve: Callable[..., Tensor]
+    dim: int
+    window: Window
+    kernel: int
+    dilation: int
+    padding: tuple[int, ...] = ()
+
+    def __call__(self, axis: Line, input: Tensor, weight: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        taps = self.kernel // axis.size
+        first = self.window.first + axis.rank * taps * self.dilation
+        length = (self.window.out - 1) * self.window.down + self.dilation * (taps - 1) + 1
+        behind = first + length - self.window.size
+        # Negative amounts cut off what only other taps read.
+        input = F.pad(input, (0, 0) * (input.dim() - self.dim - 1) + (-first, behind))
+        return self.convolve(F.pad(input, self.padding) if self.padding else input, weight, *rest, **kwargs)
 
 
 @torch.compiler.disable

@@ -19,7 +19,7 @@ from . import algorithms
 from .analysis import analysis
 from .call import Call, schema
 from .group_norm import GroupNorm, InstanceNorm
-from .local_window import Cut, groups, own_size, transposed_groups, windowed
+from .local_window import Cut, by_taps, groups, own_size, transposed_groups, windowed
 from .placement import Placement, Split
 from .ring import ring_attention
 from .routed import exchanged_groups, own_groups
@@ -291,6 +291,12 @@ def _halo(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
     return LocalCall(function, *_arguments(local.call.op, changed), axes)
 
 
+def _taps(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
+    dims = tuple(int(key.removeprefix("k")) for key in cuts.keys)
+    function, changed = by_taps(Cut(local.call, local.inputs, local.outputs, dims, cuts.counts))
+    return LocalCall(function, *_arguments(local.call.op, changed), axes)
+
+
 def _batch_norm(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
     function = algorithms.BatchNorm(tuple(key != "c" for key in cuts.keys))
     return LocalCall(function, local.call.op.args, local.call.op.kwargs, axes)
@@ -333,6 +339,7 @@ _SPECIALS: Mapping[str, Callable[[Local, tuple[Axes, ...], _Cuts], LocalCall]] =
         "ring_attention": _as_is(ring_attention),
         "own_groups": _routed(own_groups),
         "exchanged_groups": _routed(exchanged_groups),
+        "taps": _taps,
         "sdpa_rows": _as_is(algorithms.causal_rows),
         "vocab_embedding": _as_is(algorithms.vocab_embedding),
         "vocab_cross_entropy": _as_is(algorithms.vocab_cross_entropy),

@@ -11,7 +11,7 @@ from typing import Any
 from ..graph import Shape
 from ..ops import resolve
 from .call import Call
-from .halo import Crop, Fill, Finish, Recount, Windowed
+from .halo import Crop, Fill, Finish, Recount, Taps, Windowed
 from .rules_window import ADAPTIVE_AVERAGES, UPSAMPLING, each, pad_amounts, paddings, windows_of
 from .window import Window
 
@@ -81,6 +81,15 @@ def _convolution(cut: Cut) -> tuple[Windowed, Arguments]:
     padding = () if even else tuple(n for pair in reversed(amounts) for n in pair)
     changed = groups(cut.inputs) | {"padding": [before if even else 0 for before, _ in amounts]}
     return cut.run(resolve(f"{cut.call.packet}.default"), padding=padding), changed
+
+
+def by_taps(cut: Cut) -> tuple[Taps, Arguments]:
+    """A convolution of which one axis cuts a dim of the kernel."""
+    run, changed = _convolution(cut)
+    (i,) = cut.dims
+    kernel = cut.call.shape("weight")[2:]
+    dilation = each(cut.call["dilation"], len(kernel), 1)[i]
+    return Taps(run.function, run.dims[0], run.windows[0], kernel[i], dilation, run.padding), changed
 
 
 def _transposed(cut: Cut) -> tuple[Windowed, Arguments]:

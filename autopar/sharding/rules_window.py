@@ -20,7 +20,7 @@ from .rule import Rule, Special
 from .rules_pointwise import RuleFunction, full
 from .window import Window
 
-HALO = "halo"
+HALO, TAPS = "halo", "taps"
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,17 @@ def _space(call: Call, tensor: str, windows: Sequence[Window | None], reason: st
 def convolution(call: Call) -> Rule:
     """input [b, (g i), *space], weight [(g o), i, *kernel], bias [(g o)] -> [b, (g o), *space']."""
     groups, weight = call["groups"], call.shape("weight")
-    kernel = weight[2:]
-    return _convolution(call, {"o": weight[0] // groups, "i": weight[1]}, ("o", "i"), math.prod(call.out), kernel)
+    sizes = {"o": weight[0] // groups, "i": weight[1]}
+    rule = _convolution(call, sizes, ("o", "i"), math.prod(call.out), weight[2:])
+    # Each tap is a product of its own with the input shifted, so that taps may be summed over as input channels are.
+    taps = [f"k{i}" for i, size in enumerate(weight[2:]) if size > 1]
+    return replace(
+        rule,
+        splits=(*rule.splits, *taps),
+        sums=rule.sums | set(taps),
+        specials={**rule.specials, **dict.fromkeys(taps, Special(TAPS))},
+        blocked={name: reason for name, reason in rule.blocked.items() if name not in taps},
+    )
 
 
 def transposed_convolution(call: Call) -> Rule:
