@@ -122,6 +122,10 @@ def test_search_finds_the_mix() -> None:
     assert plan.prediction.step_time_s <= autopar.simulate(graph, plan_of(best(cluster)), cluster).step_time_s * 1.0001
     split = {key for layout in plan.layouts for key in layout.strategies}
     assert {"s0", "o", "i"} <= split, split
+    words = plan.explain(graph)
+    assert "conv2d on a slice of dim 2, with borders of its neighbours" in words, words
+    assert "leaves split along dim 2 (space)" in words and "leaves split along dim 1 (channels)" in words
+    assert "mixed (space-split" in words and "(sequence parallel)" not in words, words
 
 
 def test_borders_cost_a_message_each_way() -> None:

@@ -8,7 +8,7 @@ first. In the backward the borders' gradients travel back and are added to those
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 from ..graph import Shape
 from .window import Part, Window
 
-Fill = float | Literal["edge"]
-"""What stands outside of the whole: a value, or the nearest element inside."""
+Fill = float | Literal["edge", "end"]
+"""What stands outside of the whole: a value, the nearest element inside, or nothing, so that the tensor ends there."""
 
 
 Finish = Callable[[Tensor, int, int, int, Window], Tensor]
@@ -88,6 +88,16 @@ class Crop:
 
 
 @dataclass(frozen=True, slots=True)
+class Inside:
+    """Keeps this rank's outputs of a function that makes one for each input, borders among them."""
+
+    def __call__(self, output: Tensor, rank: int, size: int, dim: int, window: Window) -> Tensor:
+        parts = window.parts(size)
+        assert parts is not None
+        return output.narrow(dim, parts[rank].from_previous, window.out // size).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
 class Recount:
     """Makes averages over `kernel` places, padding among them, averages over those that count.
 
@@ -137,7 +147,8 @@ def extend(tensor: Tensor, axis: Line, dim: int, window: Window, fill: Fill) -> 
     """This rank's part [.., size / n, ..] with everything along `dim` that its outputs need."""
     parts = window.parts(axis.size)
     assert parts is not None, f"{window} on {axis.size} ranks"
-    return _Extend.apply(tensor, axis, dim, parts[axis.rank], fill)
+    part = parts[axis.rank]
+    return _Extend.apply(tensor, axis, dim, replace(part, before=0, behind=0) if fill == "end" else part, fill)
 
 
 class _Extend(torch.autograd.Function):
@@ -161,7 +172,7 @@ class _Extend(torch.autograd.Function):
         if fill == "edge":
             before.copy_(out.narrow(dim, part.before, 1).expand_as(before))
             behind.copy_(out.narrow(dim, out.shape[dim] - part.behind - 1, 1).expand_as(behind))
-        else:
+        elif part.before or part.behind:
             before.fill_(fill), behind.fill_(fill)
         return out
 
