@@ -11,7 +11,7 @@ import pytest
 import torch
 import window_cases
 from opinfo_cases import check_sample, one_op_graph
-from plan_cases import random_plan
+from plan_cases import random_plan, world_of
 from test_axes import check
 from test_more_models import two_steps
 from test_parity import graph_of, one_step
@@ -220,7 +220,7 @@ GLOO = [
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_plans_on_processes(pool, world_size: int) -> None:
-    plans = [p for p in GLOO if p["data"] * (4 if p["tensor"] == (2, 2) else p["tensor"]) * p["pipeline"] == world_size]
+    plans = [p for p in GLOO if world_of(p) == world_size]
     for name in ("build_vgg", "build_unet"):
         for rank, found in enumerate(pool.run(one_step, name, plans, world_size=world_size, timeout_s=240)):
             for plan, errors in zip(plans, found, strict=True):
