@@ -17,7 +17,7 @@ from autopar.cluster.spec import Cluster
 from autopar.cost.model import CostModel
 from autopar.graph import Graph
 from autopar.planner.auto import _Auto
-from autopar.planner.broad import _Broad, broad
+from autopar.planner.broad import Broad, broad
 from autopar.planner.chains import LayoutChains
 from autopar.planner.outlines import Outline, ShapeArrays
 from autopar.planner.pricing import StagePrices
@@ -63,7 +63,7 @@ def test_the_fullest_stage_takes_what_the_evenest_cut_leaves_it(seed: int) -> No
 def test_estimates_are_near_and_bounds_below(graphs, name: str, preset: str) -> None:
     """Of every shape that fits, priced exactly under the layouts of the outline."""
     problem = real_problem(graphs[name], preset)
-    search = _Broad(problem)
+    search = Broad(problem)
     while search._outline_more():
         pass
     errors = []
@@ -109,7 +109,7 @@ def test_plans_are_those_of_the_exact_search_or_better(graphs, seed: int) -> Non
         line = simulate(graph, plan, problem.cluster, model=problem.costs)
         assert line.step_time_s == pytest.approx(plan.prediction.step_time_s, rel=1e-9)
         assert max(line.peak_memory_bytes.values()) == plan.prediction.peak_memory_bytes <= problem.memory_limit_bytes
-        search = _Broad(replace(problem, chains=LayoutChains()))
+        search = Broad(replace(problem, chains=LayoutChains()))
         assert search.run() == plan
         assert search._bound_s(plan.prediction.step_time_s) <= exact.prediction.step_time_s
 

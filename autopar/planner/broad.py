@@ -86,10 +86,12 @@ class _Degree:
 
 def broad(problem: Problem) -> Plan:
     """The best plan found, with its bound; ValueError, with the smallest plan found, when none fits."""
-    return _Broad(problem).run()
+    return Broad(problem).run()
 
 
-class _Broad:
+class Broad:
+    """The search of one problem; `run` answers, after which `tried` has the plans that were priced."""
+
     def __init__(self, problem: Problem) -> None:
         self.problem, self._budget = problem, problem.budget
         self.prices = StagePrices(problem)
@@ -98,27 +100,30 @@ class _Broad:
             by_degree.setdefault(shape.tensor, []).append(shape)
         self.degrees = {tensor: _Degree(ShapeArrays.of(shapes), []) for tensor, shapes in sorted(by_degree.items())}
         self.plain = Outline(problem, self.prices, 1, Chain(), 1)
-        self.tried: list[tuple[Tried, StageSearch]] = []
+        self._priced: list[tuple[Tried, StageSearch]] = []
         self.tight: list[TooLarge] = []
 
     def run(self) -> Plan:
         try:
             self._search()
         except KeyboardInterrupt:
-            if not self.tried:
+            if not self._priced:
                 raise
             self._budget.interrupted()
-        if not self.tried:
+        if not self._priced:
             raise (
                 self._budget.no_plan("auto")
                 if self._budget.cut_short
                 else nothing_fits(self.problem, self.prices, self.tight)
             )
-        tried = [one for one, _ in self.tried]
-        best = min(tried, key=lambda one: one.step_time_s)
+        best = min(self.tried, key=lambda one: one.step_time_s)
         if self._budget.cut_short:
             self.tight.clear()  # what would only fill the table of candidates is left out
-        return conclude(self.problem, self.prices, best, tried, self.tight, self._bound_s(best.step_time_s))
+        return conclude(self.problem, self.prices, best, self.tried, self.tight, self._bound_s(best.step_time_s))
+
+    @property
+    def tried(self) -> list[Tried]:
+        return [one for one, _ in self._priced]
 
     def _search(self) -> None:
         with self._budget.bar("planning", "step", MAX_OUTLINED + MAX_PRICED) as bar:
@@ -127,11 +132,11 @@ class _Broad:
                     break
                 bar.update()
             for pair in self._worth_pricing():
-                if self._budget.expired(has_plan=bool(self.tried)):
+                if self._budget.expired(has_plan=bool(self._priced)):
                     return
                 self._price(pair.shape, self._chain_of(pair))
                 bar.update()
-        if self.tried:
+        if self._priced:
             self._search_cuts()
             self._own_layouts()
 
@@ -199,8 +204,8 @@ class _Broad:
             pairs = self._smallest()
         count, seen = 0, set()
         for pair in pairs:
-            best_s = min((one.step_time_s for one, _ in self.tried), default=math.inf)
-            if self.tried and (count >= MAX_PRICED or pair.estimate_s > MARGIN * best_s):
+            best_s = min((one.step_time_s for one, _ in self._priced), default=math.inf)
+            if self._priced and (count >= MAX_PRICED or pair.estimate_s > MARGIN * best_s):
                 return
             # Chains that differ in next to nothing have next to the same estimate.
             about = (pair.shape, round(math.log(pair.estimate_s) / SAME))
@@ -226,7 +231,7 @@ class _Broad:
         if pieces is None:
             self.tight.append(TooLarge(search.smallest()[1], shape, search))
         else:
-            self.tried.append((Tried.of(self.problem, search, pieces), search))
+            self._priced.append((Tried.of(self.problem, search, pieces), search))
 
     def _chain_of(self, pair: _Pair) -> Chain:
         """Its chain, or the fastest of the shape itself where microbatches of other sizes cannot be split like its own."""
@@ -236,19 +241,19 @@ class _Broad:
         return next(iter(chains.of(self.problem, shape)))
 
     def _search_cuts(self) -> None:
-        best_s = min(one.step_time_s for one, _ in self.tried)
-        for one, search in sorted(self.tried, key=lambda pair: pair[0].step_time_s)[:NUM_CUT]:
+        best_s = min(one.step_time_s for one, _ in self._priced)
+        for one, search in sorted(self._priced, key=lambda pair: pair[0].step_time_s)[:NUM_CUT]:
             if search.root_bound_s >= best_s or self._budget.expired():
                 continue
             solution = search.solve(min(best_s, one.step_time_s), CUT_VISITS)
             if solution.pieces is not None:
-                self.tried.append((Tried.of(self.problem, search, solution.pieces), search))
+                self._priced.append((Tried.of(self.problem, search, solution.pieces), search))
                 best_s = solution.step_time_s
 
     def _own_layouts(self) -> None:
-        best = sorted((one for one, _ in self.tried), key=lambda one: one.step_time_s)
+        best = sorted((one for one, _ in self._priced), key=lambda one: one.step_time_s)
         shapes = list(dict.fromkeys(one.shape for one in best))[:NUM_OWN]
-        priced = [(search.shape, search.chain) for _, search in self.tried]
+        priced = [(search.shape, search.chain) for _, search in self._priced]
         for shape in shapes:
             if shape.tensor == 1:
                 continue
