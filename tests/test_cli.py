@@ -251,7 +251,7 @@ BAD = {
     "cluster file": (["--cluster", "nowhere/cluster.json"], "nowhere/cluster.json"),
     "method": (["--method", "exhaustiv"], "did you mean exhaustive?"),
     "schedule": (["--schedule", "1f2b"], "did you mean '1f1b'?"),
-    "zero": (["--zero", "7"], "expected one of 0, 3"),
+    "zero": (["--zero", "7"], "expected one of 0, 1, 2, 3"),
     "degrees": (["--data", "3"], "data=3"),
     "contradiction": (["--data", "2", "--tensor", "4", "--pipeline", "2"], "but the cluster has 4 devices"),
     "zero devices": (["--pipeline", "0"], "expected a whole number of at least 1; got '0'"),

@@ -226,6 +226,11 @@ class Bench:
         except ValueError as error:
             self._refusal = self._refusal or str(error)
             return math.inf
+        pins = self.problem.pins
+        refusal = (pins.on(plan.graph_of(pins.graph)) if plan.rewrites else pins).refusal(plan)
+        if refusal:
+            self._refusal = self._refusal or refusal
+            return math.inf
         line = simulate(self.problem.graph, plan, self.problem.cluster, model=costs or self.problem.costs)
         peak_bytes = max(line.peak_memory_bytes.values())
         plan = replace(plan, prediction=Prediction(line.step_time_s, peak_bytes))

@@ -68,6 +68,8 @@ def every_plan(problem: Problem) -> Iterator[Plan]:
         for chain in problem.chains.of(problem, shape):
             for cuts in itertools.combinations(range(1, num_blocks), shape.pipeline - 1):
                 edges = list(itertools.pairwise((0, *cuts, num_blocks)))
+                if not all(problem.allows_stage(s, *edge, shape.pipeline) for s, edge in enumerate(edges)):
+                    continue
                 for choice in itertools.product(problem.recompute_choices, repeat=shape.pipeline):
                     pieces = [Piece(*edge, recompute) for edge, recompute in zip(edges, choice, strict=True)]
                     yield assemble(problem, shape, chain, pieces)
