@@ -125,6 +125,8 @@ class Problem:
     budget: Budget = field(default_factory=Budget)
     # What the method can make.
     space: Space = Space()
+    # Plans that were priced and lost, the best first, for `explanation.changes`; the methods put them here.
+    kept: list[Plan] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
         # Blocks of one kind are planned as one, so kinds are parted where pins tell them apart.

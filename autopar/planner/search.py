@@ -15,6 +15,7 @@ from .auto import auto
 from .budget import Budget, Stop
 from .chains import LayoutChains
 from .constraints import Constraints, Space
+from .explanation import explained
 from .methods.aceso import aceso
 from .methods.alpa import alpa
 from .methods.dapple import dapple
@@ -68,6 +69,7 @@ def search(
     progress: bool = True,
     time_limit_s: float | None = None,
     stop: Stop | None = None,
+    what_if: bool = False,
     **constraints: Any,
 ) -> Plan:
     """The plan that trains `graph` on `cluster` with the least predicted step time, among those that fit in memory.
@@ -77,7 +79,8 @@ def search(
     time_limit_s: after so many seconds the search ends with the best plan that it has; a search that has none yet goes on
         until its first. stop: an event (anything with is_set) that ends it at once, from another thread. Ctrl-C ends it
         too. What ended a search early stands in the verdict of the plan's first candidate, with how much faster a plan
-        could be at most where the method knows.
+        could be at most where the method knows. what_if: also price the best plans that lost on other clusters, to say in
+        `plan.prediction.changes` what would change the choice (some seconds on a large model).
     constraints: data=, tensor=, pipeline= (degrees), microbatches=, schedule= (see schedule/orders.py), zero= (0 to 3),
         recompute= ("none", "selective" or "full") pin one choice each. memory_limit_bytes= is what a plan may use of each
         device, or memory_reserve= what it must leave free (a float: share; a whole number: bytes; 0.1 by default).
@@ -101,7 +104,13 @@ def search(
     budget = Budget(time_limit_s, stop, progress)
     costs = model or CostModel(graph, cluster)
     problem = Problem(graph, cluster, costs, LayoutChains(), pinned, budget=budget, space=space)
-    return replace(METHODS[method](problem), precision=graph.precision)
+    plan = replace(METHODS[method](problem), precision=graph.precision)
+    if refusal := problem.pins.on(plan.graph_of(graph)).refusal(plan):
+        raise ValueError(
+            f"method={method!r} finds no plan of {graph.name} that keeps {pinned}: in its best one {refusal}; use fewer of "
+            "these constraints, or another method"
+        )
+    return explained(problem, plan, what_if)
 
 
 def _check_space(method: str, space: Space, pinned: Constraints) -> None:

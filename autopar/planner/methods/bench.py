@@ -267,6 +267,7 @@ class Bench:
                 f"be run under {self.problem.constraints}{why}; use method='auto'"
             )
         rows = sorted(self._offers, key=lambda plan: (plan is not chosen, plan.prediction.step_time_s))
+        self.problem.kept.extend(plan for plan in rows[:MAX_CANDIDATES] if plan is not chosen)
         return replace(chosen, candidates=tuple(self._rows(rows, chosen)))
 
     def _rows(self, plans: Iterable[Plan], chosen: Plan) -> Iterator[Candidate]:

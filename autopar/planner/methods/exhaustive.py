@@ -57,7 +57,8 @@ def exhaustive(problem: Problem) -> Plan:
     verdict = f"chosen; the search was cut short {budget.cut_short}" if budget.cut_short else "chosen"
     found = best.prediction
     row = Candidate(plan_in_words(best), found.step_time_s, found.peak_memory_bytes, verdict)
-    return replace(best, candidates=(row,))
+    bound_s = None if budget.cut_short else found.step_time_s
+    return replace(best, prediction=replace(found, lower_bound_s=bound_s), candidates=(row,))
 
 
 def every_plan(problem: Problem) -> Iterator[Plan]:
