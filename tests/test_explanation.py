@@ -67,7 +67,7 @@ def test_what_would_change_the_choice_does():
         cluster = preset(name, 2, 2)
         inter = replace(cluster.inter, bandwidth_bytes_per_s=cluster.inter.bandwidth_bytes_per_s * share)
         cluster = replace(cluster, inter=inter)
-        for limit_bytes in (None, 2**31):
+        for limit_bytes in (None, 2330 * 2**20):
             constraints = Constraints(memory_limit_bytes=limit_bytes)
             problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), constraints)
             plan = METHODS["auto"](problem)
