@@ -149,7 +149,10 @@ def _layout(graph: Graph, plan: Plan, block_index: int, index: int | None) -> st
         return f"<details><summary>whole</summary>{_list(names)}</details>"
     layout = plan.layouts[index]
     shards = next(stage_units(plan, stage) for stage in plan.stages if stage.start <= block_index < stage.stop)
-    enters, leaves = boundary_in_words(layout.inputs), boundary_in_words(layout.outputs)
+    enters, leaves = (
+        boundary_in_words(tokens, graph, crossing)
+        for tokens, crossing in ((layout.inputs, block.inputs), (layout.outputs, block.outputs))
+    )
     words = f"{describe_layout(graph, block, layout, shards)}; enters {enters}, leaves {leaves}"
     return f"<details><summary>{escape(words)}</summary>{_list(ops_in_words(graph, block, layout, shards))}</details>"
 
