@@ -97,7 +97,7 @@ def task(model: object, cluster: str = "1xh100-80gbx4", batch: int = 8, seq: int
 class Page(html.parser.HTMLParser):
     """Collects tags, addresses and text; checks that tags nest."""
 
-    VOID = frozenset({"meta", "rect", "line"})
+    VOID = frozenset({"meta", "br", "rect", "line"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
