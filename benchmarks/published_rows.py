@@ -101,6 +101,8 @@ class Row:
                 break
         else:
             name = "torchtitan" if self.text("dp_mode").startswith("zero3") else "megatron"
+        if name == "composer" and not self.text("dtype").startswith("amp_"):
+            return "composer-torch1"  # precisions have been called "amp_..." since its version 0.11
         if name == "torchtitan":
             return "torch-compile" if self.text("compile").startswith("yes") else "torch"
         return name
@@ -236,6 +238,9 @@ def plan_of(row: Row, graph: Graph) -> Plan:
         order = {layout: i for i, layout in enumerate(dict.fromkeys(chosen))}
         layouts, index = tuple(order), tuple(order[layout] for layout in chosen)
     recompute = {"": "none", "no": "none", "none": "none", "selective": "selective"}.get(row.text("recompute"), "full")
+    # Only layers are computed again: no framework wraps the embedding or the head.
+    kinds = [block.kind for block in graph.blocks]
+    layer = max(set(kinds), key=kinds.count)
     stages = []
     width = data * tensor
     for s, (start, stop) in enumerate(_cuts(row, graph, pipeline, schedule)):
@@ -244,7 +249,7 @@ def plan_of(row: Row, graph: Graph) -> Plan:
             Stage(
                 start, stop, tuple(range(group_ranks * width, (group_ranks + 1) * width)), data, tensor_axes(tensor),
                 (index[start:stop],) if tensor > 1 else (),
-                same_recompute(recompute, stop - start), zero, group,
+                tuple(recompute if kinds[b] == layer else "none" for b in range(start, stop)), zero, group,
             )
         )  # fmt: skip
     return Plan(

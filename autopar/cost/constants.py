@@ -41,6 +41,9 @@ class Constants:
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
     slices_at_rest: with ZeRO 1 and 2, whether parameters at rest are slices too, and a step gathers what it computes with.
     selective_kept: share of products whose results selective recomputation keeps (torchtitan: every other one).
+    selective_gathers: whether it does all-gathers again.
+    recompute_stops: whether a block that is computed again stops when all is there that its backward reads, and so
+        leaves out its last product (torch.utils.checkpoint's early stop, since torch 2.1; dead code to XLA).
     microbatch_s, step_s: host time per microbatch, and per step: data loading, logging, zeroing of gradients.
     optimizer_passes: reads and writes of a float32 parameter by the optimizer step; AdamW needs 7.
     parameter_bytes, gradient_bytes, optimizer_bytes: at rest per parameter where blocks compute in a narrow type.
@@ -81,6 +84,8 @@ class Constants:
     scatter_each: bool = False
     slices_at_rest: bool = False
     selective_kept: float = 1.0
+    selective_gathers: bool = False
+    recompute_stops: bool = True
     microbatch_s: float = 0.0
     step_s: float = 0.0
     optimizer_passes: float = 7.5
@@ -129,23 +134,31 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     },
     "torch-compile": {
         "launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.65, "product_scale": 1.02, "attention_scale": 0.55,
-        "gather_overlap": 1.23, "scatter_each": True, "selective_kept": 0.5, "context_bytes": 2e9,
+        "gather_overlap": 1.23, "scatter_each": True, "selective_kept": 0.5, "selective_gathers": True,
+        "context_bytes": 2e9,
     },
     "composer": {
         "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 0.95, "product_scale": 1.02, "attention_scale": 0.68,
         "gather_overlap": 0.85, "fused_loss": True, "scatter_each": True, "context_bytes": 2e9,
     },
+    # The same on torch before 2.1.
+    "composer-torch1": {
+        "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 0.95, "product_scale": 1.02, "attention_scale": 0.68,
+        "gather_overlap": 0.85, "fused_loss": True, "scatter_each": True, "recompute_stops": False, "context_bytes": 2e9,
+    },
     "internevo": {
-        "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 1.14, "overlap": 0.96, "scatter_each": True,
+        "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 1.14, "overlap": 0.96, "scatter_each": True, "recompute_stops": False,
         "context_bytes": 15e9, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0,
         "narrow_copy": False,
     },
     "megatron": {
         "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 0.88, "product_scale": 1.03, "overlap": 0.0,
+        "recompute_stops": False,
         "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
     "megatron-deepspeed": {
         "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "fusion": 0.83, "product_scale": 1.07, "overlap": 0.0,
+        "recompute_stops": False,
         "optimizer_passes": 7.1, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 16.0,
         "narrow_copy": False, "context_bytes": 4e9, "allocator_share": 0.15,
     },
