@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from published import step_s_of
 from published_rows import Case, Row, read_rows, rebuild
 from scipy.optimize import least_squares
 from scipy.stats import kendalltau
@@ -25,7 +26,6 @@ from tqdm import tqdm
 
 from autopar.cost.constants import HARDWARE, Constants, named_constants
 from autopar.cost.model import CostModel
-from autopar.schedule.step_time import step_time_s
 
 # name: (least, most, spread of the logarithm). Shares stay below 1.
 _HARDWARE = {
@@ -84,7 +84,7 @@ class Sample:
         plan = self.case.plan
         model = self.model.with_constants(constants)
         costs = [model.stage(plan, i) for i in range(len(plan.stages))]
-        return step_time_s(plan.pipeline, plan.microbatches, plan.schedule, costs)
+        return step_s_of(plan, costs)
 
     @property
     def measured_s(self) -> float:

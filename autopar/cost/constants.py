@@ -38,6 +38,8 @@ class Constants:
         collective that hides behind compute; the rest is what the transfer costs the compute beside it.
     update_overlap: share of ZeRO 1's and 2's gather of updated parameters that hides.
     fused_loss: whether the cross entropy reads narrow logits as they are and writes their gradient in their place.
+    softmax_multiple, softmax_longest: of which multiple of batch x heads, and up to how many keys (0: any), the stack
+        has one kernel for the masked softmax of narrow scores (Megatron-LM, fused_softmax.py, is_kernel_available).
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
     slices_at_rest: with ZeRO 1 and 2, whether parameters at rest are slices too, and a step gathers what it computes with.
     selective_kept: share of products whose results selective recomputation keeps (torchtitan: every other one).
@@ -81,6 +83,8 @@ class Constants:
     tensor_overlap: float = 0.0
     update_overlap: float = 0.0
     fused_loss: bool = False
+    softmax_multiple: int = 1
+    softmax_longest: int = 0
     scatter_each: bool = False
     slices_at_rest: bool = False
     selective_kept: float = 1.0
@@ -153,12 +157,12 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     },
     "megatron": {
         "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 0.88, "product_scale": 1.03, "overlap": 0.0,
-        "recompute_stops": False,
+        "recompute_stops": False, "softmax_multiple": 4, "softmax_longest": 16384,
         "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
     "megatron-deepspeed": {
         "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "fusion": 0.83, "product_scale": 1.07, "overlap": 0.0,
-        "recompute_stops": False,
+        "recompute_stops": False, "softmax_multiple": 4, "softmax_longest": 2048,
         "optimizer_passes": 7.1, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 16.0,
         "narrow_copy": False, "context_bytes": 4e9, "allocator_share": 0.15,
     },
