@@ -11,6 +11,7 @@ put there, and with --folds the error on rows that a fit has not seen.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -31,13 +32,12 @@ from autopar.cost.model import CostModel
 _HARDWARE = {
     "matmul_share": (0.3, 0.98, 0.2),
     "matmul_setup_s": (1e-6, 3e-5, 0.7),
-    "unaligned_share": (0.2, 1.0, 0.3),
+    "unaligned_share": (0.1, 1.0, 0.5),
     "half_aligned_share": (0.5, 1.0, 0.1),
     "attention_share": (0.2, 0.95, 0.3),
     "attention_backward_share": (0.1, 0.9, 0.3),
     "attention_half_length": (20.0, 3000.0, 0.7),
     "stream_share": (0.4, 0.95, 0.1),
-    "kernel_s": (5e-7, 1e-5, 0.5),
     "link_share": (0.3, 1.2, 0.3),
     "network_share": (0.2, 1.2, 0.3),
     "collective_s": (2e-6, 2e-4, 0.7),
@@ -49,11 +49,13 @@ _SOFTWARE = {
     "fusion": (0.1, 3.0, 0.4),
     "product_scale": (0.7, 1.4, 0.1),
     "attention_scale": (0.2, 2.0, 0.4),
-    "microbatch_s": (1e-5, 5e-2, 1.0),
-    "step_s": (1e-5, 2e-1, 1.0),
+    "kernel_s": (5e-7, 1e-5, 0.5),
+    "microbatch_s": (1e-5, 1e-2, 1.0),
+    "step_s": (1e-5, 1e-1, 1.0),
     "optimizer_passes": (4.0, 40.0, 0.5),
     "overlap": (0.02, 1.25, 0.5),
     "gather_overlap": (0.05, 1.25, 0.3),
+    "tensor_overlap": (0.01, 1.0, 0.5),
 }
 
 
@@ -119,7 +121,8 @@ def parameters(data: Sequence[Sample]) -> list[Parameter]:
         for key in sorted({getattr(s, table) for s in data}):
             at = named_constants(key, "") if table == "hardware" else named_constants("", key)
             for name, (least, most, spread) in fields.items():
-                start = min(max(getattr(at, name) or least, least), most)
+                # Of a constant that is nothing so far the fit starts in the middle of what it may be.
+                start = min(max(getattr(at, name) or math.sqrt(least * most), least), most)
                 found.append(Parameter(table, key, name, start, least, most, spread))
     return found
 

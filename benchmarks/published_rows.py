@@ -195,7 +195,7 @@ _MEMORY = re.compile(r"(\d+)\s*g", re.IGNORECASE)
 
 def device_of(gpu: str) -> str:
     """The preset that a row's `gpu` column names."""
-    text = gpu.lower()
+    text = re.sub(r"[-_ ]|sxm\d?|nvidia|amd|geforce|tesla", "", gpu.lower())
     families = sorted({name.split("-")[0] for name in PRESETS if name != "cpu"}, key=len, reverse=True)
     family = next((f for f in families if f in text), "")
     found = [name for name in PRESETS if name.split("-")[0] == family]

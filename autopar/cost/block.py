@@ -110,7 +110,9 @@ class BlockSeconds:
 
 
 def _again(compute: Table, collectives: Table, host_s: float, cheap_host_s: float) -> Again:
-    return Again({n: f for n, (f, _) in compute.items()}, {n: f for n, (f, _) in collectives.items()}, host_s, cheap_host_s)
+    return Again(
+        {n: f for n, (f, _) in compute.items()}, {n: f for n, (f, _) in collectives.items()}, host_s, cheap_host_s
+    )
 
 
 # Launches and kernels are not spread evenly over a pass: where both sides take about as long, each waits for the other at

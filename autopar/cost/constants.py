@@ -125,8 +125,20 @@ HARDWARE: Mapping[str, Mapping[str, float]] = {
         "multiprocessors": 132, "matmul_share": 0.69, "half_aligned_share": 0.8, "attention_share": 0.5,
         "attention_backward_share": 0.26, "attention_half_length": 310, "stream_share": 0.83, "link_share": 0.94,
     },
+    "h100pcie": _H100 | {"multiprocessors": 114},
     "h800": _H100,
     "h200": _H100,
+    # Of these no published run was fitted: their multiprocessors, and what the kind before them reaches.
+    "b200": _H100 | {"multiprocessors": 148},
+    "l40s": _A100 | {"multiprocessors": 142},
+    "l4": _A100 | {"multiprocessors": 58},
+    "a10-": _A100 | {"multiprocessors": 72},
+    "rtxa6000": _A100 | {"multiprocessors": 84},
+    "rtx3090": _A100 | {"multiprocessors": 82},
+    "rtx4090": _A100 | {"multiprocessors": 128},
+    "t4": {"multiprocessors": 40, "matmul_share": 0.6},
+    "mi250x": {"multiprocessors": 110, "matmul_share": 0.6},
+    "mi300x": {"multiprocessors": 304, "matmul_share": 0.55},
 }  # fmt: skip
 
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
@@ -151,7 +163,8 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
         "gather_overlap": 0.85, "fused_loss": True, "scatter_each": True, "recompute_stops": False, "context_bytes": 2e9,
     },
     "internevo": {
-        "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 1.14, "overlap": 0.96, "scatter_each": True, "recompute_stops": False,
+        "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 1.14, "overlap": 0.96, "scatter_each": True,
+        "recompute_stops": False,
         "context_bytes": 15e9, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0,
         "narrow_copy": False,
     },

@@ -70,7 +70,8 @@ def context_layouts(graph: Graph, degree: int, *, shards: int = 1, gathered: boo
             # Where the sequence is in each tensor; batch inputs have it where block edges do.
             along = dict.fromkeys(block.inputs, edge) | dict.fromkeys(graph.inputs, edge)
             by_kind[block.kind] = tuple(
-                _along_sequence(graph, op, strategies(graph, op, degree, shards), along) for op in graph.block_ops(block)
+                _along_sequence(graph, op, strategies(graph, op, degree, shards), along)
+                for op in graph.block_ops(block)
             )
         chosen = by_kind[block.kind]
         rest = [_split_at_rest(graph, name, degree) if gathered else REPLICATED for name in block.parameters]
@@ -91,12 +92,12 @@ def _along_sequence(graph: Graph, op: Op, options: Sequence[Strategy], along: di
     known = {i: along[name] for i, name in enumerate(op.inputs) if name in along}
     if not known:
         return options[0]
-    follows = (
-        s for s in options if s.degree > 1 and not s.special and all(s.inputs[i] == p for i, p in known.items())
-    )
+    follows = (s for s in options if s.degree > 1 and not s.special and all(s.inputs[i] == p for i, p in known.items()))
     if op.target.startswith("aten.scaled_dot_product_attention."):
         heads = len(graph.tensors[op.outputs[0]].shape) - 3
-        over_heads = [s for s in options if s.degree > 1 and isinstance(s.inputs[0], Split) and s.inputs[0].dim == heads]
+        over_heads = [
+            s for s in options if s.degree > 1 and isinstance(s.inputs[0], Split) and s.inputs[0].dim == heads
+        ]
         over_heads.sort(key=lambda s: isinstance(s.inputs[1], Split))
         along[op.outputs[0]] = known[0]
         return _first(op, over_heads, "context parallelism")
