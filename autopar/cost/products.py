@@ -12,6 +12,7 @@ library's heuristics miss.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from .constants import Constants
 
@@ -29,16 +30,22 @@ def product_s(batch: int, m: int, n: int, k: int, peak_flops_per_s: float, const
     reached = peak_flops_per_s * constants.matmul_share * constants.product_scale
     if not constants.multiprocessors:
         return 2.0 * batch * m * n * k / reached + constants.matmul_setup_s
-    one = reached / constants.multiprocessors
+    flops = _flops_in_waves(batch, m, n, k, constants.multiprocessors)
+    return flops / reached / _alignment(m, n, k, constants) + constants.matmul_setup_s
+
+
+@lru_cache(maxsize=65536)
+def _flops_in_waves(batch: int, m: int, n: int, k: int, multiprocessors: float) -> float:
+    """What all multiprocessors could do at the best tile's rate in the time that the waves of the fastest tile take."""
     best = math.inf
     for rows, columns, share in _TILES:
         tiles = batch * -(-m // rows) * -(-n // columns)
         for splits in _SPLITS:
-            if splits > 1 and (k // splits < _LEAST_K or tiles * splits > 2 * constants.multiprocessors):
+            if splits > 1 and (k // splits < _LEAST_K or tiles * splits > 2 * multiprocessors):
                 break
-            waves = math.ceil(tiles * splits / constants.multiprocessors)
-            best = min(best, waves * 2.0 * rows * columns * (k / splits) / (one * share))
-    return best / _alignment(m, n, k, constants) + constants.matmul_setup_s
+            waves = math.ceil(tiles * splits / multiprocessors)
+            best = min(best, waves * 2.0 * rows * columns * (k / splits) / share)
+    return best * multiprocessors
 
 
 def _alignment(m: int, n: int, k: int, constants: Constants) -> float:
