@@ -32,6 +32,7 @@ from autopar.cost.model import CostModel
 _HARDWARE = {
     "matmul_share": (0.3, 0.98, 0.2),
     "matmul_setup_s": (1e-6, 3e-5, 0.7),
+    "wave_setup_s": (2e-7, 1e-5, 0.7),
     "unaligned_share": (0.1, 1.0, 0.5),
     "half_aligned_share": (0.5, 1.0, 0.1),
     "attention_share": (0.2, 0.95, 0.3),

@@ -93,7 +93,7 @@ class BlockSeconds:
             collectives = {name: (f * seen[0], b * seen[1]) for name, (f, b) in collectives.items()}
         if any(host):
             total = [sum(pair[way] for pair in collectives.values()) + busy[way] for way in (0, 1)]
-            waits = tuple(_waits_s(h, t) for h, t in zip(host, total, strict=True))
+            waits = tuple(max(0.0, h - t) for h, t in zip(host, total, strict=True))
             if any(waits):
                 compute["launch"] = (waits[0], waits[1])
         return compute, collectives
@@ -113,18 +113,6 @@ def _again(compute: Table, collectives: Table, host_s: float, cheap_host_s: floa
     return Again(
         {n: f for n, (f, _) in compute.items()}, {n: f for n, (f, _) in collectives.items()}, host_s, cheap_host_s
     )
-
-
-# Launches and kernels are not spread evenly over a pass: where both sides take about as long, each waits for the other at
-# times. Of the norms between the sum (1) and the longer of the two (infinite), this one agrees best with published runs.
-_UNEVENNESS = 4.0
-
-
-def _waits_s(host_s: float, device_s: float) -> float:
-    """How long the device waits in a pass that its host takes host_s to launch and itself device_s to work."""
-    if host_s <= 0.0 or device_s <= 0.0:
-        return max(0.0, host_s)
-    return (host_s**_UNEVENNESS + device_s**_UNEVENNESS) ** (1 / _UNEVENNESS) - device_s
 
 
 def repeated_steps(steps: Sequence[Step]) -> int:
@@ -338,6 +326,7 @@ class Pricer:
             self.constants.fused_loss,
             self.constants.softmax_multiple,
             self.constants.softmax_longest,
+            self.constants.loss_metrics,
         )
 
 

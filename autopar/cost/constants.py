@@ -20,7 +20,8 @@ class Constants:
     """Hardware.
 
     multiprocessors: units among which the tiles of a product are dealt out; 0 where not known. matmul_share: of the
-        peak, inside full waves of tiles. matmul_setup_s: of one product, to fill and drain the units.
+        peak, inside full waves of tiles. matmul_setup_s: of one product, to fill and drain the units; wave_setup_s: of
+        each wave of its tiles.
         unaligned_share, half_aligned_share: what is left of the rate where a dim is no multiple of 8, of 64 elements.
         convolution_share: of the peak.
     attention_share, attention_backward_share: of the peak, for long sequences and wide heads; half_length and
@@ -38,6 +39,7 @@ class Constants:
         collective that hides behind compute; the rest is what the transfer costs the compute beside it.
     update_overlap: share of ZeRO 1's and 2's gather of updated parameters that hides.
     fused_loss: whether the cross entropy reads narrow logits as they are and writes their gradient in their place.
+    loss_metrics: how often the training loop computes the loss once more of the logits, in float32, for its metrics.
     softmax_multiple, softmax_longest: of which multiple of batch x heads, and up to how many keys (0: any), the stack
         has one kernel for the masked softmax of narrow scores (Megatron-LM, fused_softmax.py, is_kernel_available).
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
@@ -58,7 +60,8 @@ class Constants:
 
     multiprocessors: float = 0
     matmul_share: float = 0.85
-    matmul_setup_s: float = 4e-6
+    matmul_setup_s: float = 3e-6
+    wave_setup_s: float = 2e-6
     unaligned_share: float = 0.6
     half_aligned_share: float = 0.9
     convolution_share: float = 0.55
@@ -83,6 +86,7 @@ class Constants:
     tensor_overlap: float = 0.0
     update_overlap: float = 0.0
     fused_loss: bool = False
+    loss_metrics: int = 0
     softmax_multiple: int = 1
     softmax_longest: int = 0
     scatter_each: bool = False
@@ -104,7 +108,7 @@ class Constants:
 
 
 _A100 = {
-    "multiprocessors": 108, "matmul_share": 0.72, "unaligned_share": 0.57, "half_aligned_share": 0.66,
+    "multiprocessors": 108, "matmul_share": 0.74, "unaligned_share": 0.57, "half_aligned_share": 0.66,
     "attention_share": 0.69, "attention_backward_share": 0.5, "attention_half_length": 275, "stream_share": 0.92,
     "link_share": 0.86, "network_share": 0.85,
 }  # fmt: skip
@@ -116,7 +120,7 @@ _H100 = {
 # Kinds are matched by the beginning of their name. Multiprocessors: NVIDIA's data sheets.
 HARDWARE: Mapping[str, Mapping[str, float]] = {
     "v100": {
-        "multiprocessors": 80, "matmul_share": 0.7, "half_aligned_share": 0.75, "stream_share": 0.8, "link_share": 0.89,
+        "multiprocessors": 80, "matmul_share": 0.64, "half_aligned_share": 0.75, "stream_share": 0.8, "link_share": 0.89,
     },
     "a100": _A100,
     "a800": _A100,
@@ -155,12 +159,12 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     },
     "composer": {
         "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 0.95, "product_scale": 1.02, "attention_scale": 0.68,
-        "gather_overlap": 0.85, "fused_loss": True, "scatter_each": True, "context_bytes": 2e9,
+        "gather_overlap": 0.85, "fused_loss": True, "loss_metrics": 2, "scatter_each": True, "context_bytes": 2e9,
     },
     # The same on torch before 2.1.
     "composer-torch1": {
         "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 0.95, "product_scale": 1.02, "attention_scale": 0.68,
-        "gather_overlap": 0.85, "fused_loss": True, "scatter_each": True, "recompute_stops": False, "context_bytes": 2e9,
+        "gather_overlap": 0.85, "fused_loss": True, "loss_metrics": 2, "scatter_each": True, "recompute_stops": False, "context_bytes": 2e9,
     },
     "internevo": {
         "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 1.14, "overlap": 0.96, "scatter_each": True,
@@ -174,7 +178,7 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
         "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
     "megatron-deepspeed": {
-        "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "fusion": 0.83, "product_scale": 1.07, "overlap": 0.0,
+        "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "kernel_s": 5e-6, "fusion": 0.75, "product_scale": 1.15, "overlap": 0.0,
         "recompute_stops": False, "softmax_multiple": 4, "softmax_longest": 2048,
         "optimizer_passes": 7.1, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 16.0,
         "narrow_copy": False, "context_bytes": 4e9, "allocator_share": 0.15,

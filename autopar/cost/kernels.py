@@ -41,7 +41,7 @@ class Call:
 
     copies: a view op that cannot alias its input. shared_uses: per input, how many consumers add to its gradient.
     products_in: dtype that linear layers cast their operands to, "" for none. fused_loss, softmax_multiple,
-    softmax_longest: as in `Constants`.
+    softmax_longest, loss_metrics: as in `Constants`.
     """
 
     op: Op
@@ -55,6 +55,7 @@ class Call:
     fused_loss: bool = False
     softmax_multiple: int = 1
     softmax_longest: int = 0
+    loss_metrics: int = 0
 
     @property
     def product_dtype(self) -> str:
@@ -355,10 +356,11 @@ def _dropout(call: Call) -> tuple[Kernels, Kernels]:
 def _loss(call: Call) -> tuple[Kernels, Kernels]:
     """On logits of a narrower type it computes in float32, and makes a copy in that first."""
     size = call.bytes(0)
+    wide = math.prod(call.shapes[0]) * 4
     if call.tensors[0].dtype.itemsize < 4 and call.fused_loss:
-        return [_bytes("loss", size)], [_bytes("loss", 2 * size, adjoint=True)]
+        metrics = call.loss_metrics * [_bytes("copy", size + wide), _bytes("loss", 2 * wide)]
+        return [_bytes("loss", size), *metrics], [_bytes("loss", 2 * size, adjoint=True)]
     if call.tensors[0].dtype.itemsize < 4:
-        wide = math.prod(call.shapes[0]) * 4
         forward = [_bytes("copy", size + wide), _bytes("loss", 2 * wide)]
         return forward, [_bytes("loss", 5 * wide, adjoint=True), _bytes("copy", size + wide)]
     return [_bytes("loss", 2 * size)], [_bytes("loss", 5 * size, adjoint=True)]

@@ -1,9 +1,10 @@
 """Seconds of a dense product on an accelerator: tiles of the result dealt out to multiprocessors, wave after wave.
 
-    t = waves x (2 tile_m tile_n k / splits) / (rate of one multiprocessor) + setup,
+    t = waves x ((2 tile_m tile_n k / splits) / (rate of one multiprocessor) + wave_setup) + setup,
     waves = ceil(batch ceil(m / tile_m) ceil(n / tile_n) splits / multiprocessors)
 
-at the tile and the split of k that are fastest, and never faster than the operands can be read. So small and thin
+at the tile and the split of k that are fastest (wave_setup: a tile's first loads and its last stores, beside which its
+multiprocessor does not multiply), and never faster than the operands can be read. So small and thin
 products, and those whose last wave is nearly empty, fall short of the peak as they do in the libraries. Reference:
 NVIDIA, "Matrix multiplication background user's guide", sections on tile and wave quantization. Ignored: what a
 library's heuristics miss.
@@ -30,22 +31,25 @@ def product_s(batch: int, m: int, n: int, k: int, peak_flops_per_s: float, const
     reached = peak_flops_per_s * constants.matmul_share * constants.product_scale
     if not constants.multiprocessors:
         return 2.0 * batch * m * n * k / reached + constants.matmul_setup_s
-    flops = _flops_in_waves(batch, m, n, k, constants.multiprocessors)
-    return flops / reached / _alignment(m, n, k, constants) + constants.matmul_setup_s
+    one = reached / constants.multiprocessors
+    choices = _waves(batch, m, n, k, constants.multiprocessors)
+    best_s = min(waves * (flops / one + constants.wave_setup_s) for waves, flops in choices)
+    return best_s / _alignment(m, n, k, constants) + constants.matmul_setup_s
 
 
 @lru_cache(maxsize=65536)
-def _flops_in_waves(batch: int, m: int, n: int, k: int, multiprocessors: float) -> float:
-    """What all multiprocessors could do at the best tile's rate in the time that the waves of the fastest tile take."""
-    best = math.inf
+def _waves(batch: int, m: int, n: int, k: int, multiprocessors: float) -> tuple[tuple[int, float], ...]:
+    """(waves, flops of a tile as if at the best tile's rate) of each choice that some other one does not beat in both."""
+    found = []
     for rows, columns, share in _TILES:
         tiles = batch * -(-m // rows) * -(-n // columns)
         for splits in _SPLITS:
             if splits > 1 and (k // splits < _LEAST_K or tiles * splits > 2 * multiprocessors):
                 break
-            waves = math.ceil(tiles * splits / multiprocessors)
-            best = min(best, waves * 2.0 * rows * columns * (k / splits) / share)
-    return best * multiprocessors
+            found.append((math.ceil(tiles * splits / multiprocessors), 2.0 * rows * columns * (k / splits) / share))
+    return tuple(
+        one for one in set(found) if not any(w <= one[0] and w * f <= one[0] * one[1] for w, f in found if (w, f) != one)
+    )
 
 
 def _alignment(m: int, n: int, k: int, constants: Constants) -> float:
