@@ -97,6 +97,11 @@ class Row:
         return "fp8" in self.text("dtype").lower() or self.text("notes").lower().startswith("float8")
 
     @property
+    def asynchronous_tensor(self) -> bool:
+        """Whether products and the collectives beside them are cut up and overlap each other."""
+        return "asynctp" in self.text("notes").lower().replace(" ", "")
+
+    @property
     def software(self) -> str:
         source = self.text("source").lower()
         for words, name in _SOFTWARE:  # noqa: B007
@@ -107,7 +112,8 @@ class Row:
         if name == "composer" and not self.text("dtype").startswith("amp_"):
             return "composer-torch1"  # precisions have been called "amp_..." since its version 0.11
         if name == "torchtitan":
-            return "torch-compile" if self.text("compile").startswith("yes") else "torch"
+            compiled = "torch-compile-async-tp" if self.asynchronous_tensor else "torch-compile"
+            return compiled if self.text("compile").startswith("yes") else "torch"
         return name
 
 

@@ -108,7 +108,7 @@ class Constants:
 
 
 _A100 = {
-    "multiprocessors": 108, "matmul_share": 0.74, "unaligned_share": 0.57, "half_aligned_share": 0.66,
+    "multiprocessors": 108, "matmul_share": 0.73, "unaligned_share": 0.57, "half_aligned_share": 0.66,
     "attention_share": 0.69, "attention_backward_share": 0.5, "attention_half_length": 275, "stream_share": 0.92,
     "link_share": 0.86, "network_share": 0.85,
 }  # fmt: skip
@@ -126,8 +126,8 @@ HARDWARE: Mapping[str, Mapping[str, float]] = {
     "a800": _A100,
     "h100": _H100,
     "h100hbm2e": {
-        "multiprocessors": 132, "matmul_share": 0.69, "half_aligned_share": 0.8, "attention_share": 0.5,
-        "attention_backward_share": 0.26, "attention_half_length": 310, "stream_share": 0.83, "link_share": 0.94,
+        "multiprocessors": 132, "matmul_share": 0.69, "half_aligned_share": 0.8, "attention_share": 0.6,
+        "attention_backward_share": 0.28, "attention_half_length": 310, "stream_share": 0.8, "link_share": 0.88,
     },
     "h100pcie": _H100 | {"multiprocessors": 114},
     "h800": _H100,
@@ -145,6 +145,11 @@ HARDWARE: Mapping[str, Mapping[str, float]] = {
     "mi300x": {"multiprocessors": 304, "matmul_share": 0.55},
 }  # fmt: skip
 
+_TORCH_COMPILE = {
+    "launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.9, "product_scale": 1.0, "attention_scale": 0.68,
+    "gather_overlap": 1.2, "scatter_each": True, "selective_kept": 0.5, "selective_gathers": True, "context_bytes": 2e9,
+}  # fmt: skip
+
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     # autopar's own runtime: eager torch, fully_shard.
     "": {"scatter_each": True, "slices_at_rest": True},
@@ -152,11 +157,8 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
         "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.05, "product_scale": 0.97, "attention_scale": 0.87,
         "gather_overlap": 0.96, "scatter_each": True, "slices_at_rest": True, "context_bytes": 2e9,
     },
-    "torch-compile": {
-        "launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.65, "product_scale": 1.02, "attention_scale": 0.55,
-        "gather_overlap": 1.23, "scatter_each": True, "selective_kept": 0.5, "selective_gathers": True,
-        "context_bytes": 2e9,
-    },
+    "torch-compile": _TORCH_COMPILE,
+    "torch-compile-async-tp": _TORCH_COMPILE | {"tensor_overlap": 0.3},
     "composer": {
         "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 0.95, "product_scale": 1.02, "attention_scale": 0.68,
         "gather_overlap": 0.85, "fused_loss": True, "loss_metrics": 2, "scatter_each": True, "context_bytes": 2e9,
@@ -178,7 +180,7 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
         "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
     "megatron-deepspeed": {
-        "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "kernel_s": 5e-6, "fusion": 0.75, "product_scale": 1.15, "overlap": 0.0,
+        "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "kernel_s": 5e-6, "fusion": 0.75, "product_scale": 1.08, "overlap": 0.0,
         "recompute_stops": False, "softmax_multiple": 4, "softmax_longest": 2048,
         "optimizer_passes": 7.1, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 16.0,
         "narrow_copy": False, "context_bytes": 4e9, "allocator_share": 0.15,

@@ -19,7 +19,10 @@ from .constants import Constants
 
 # (rows, columns, share of the best tile's rate): smaller tiles read their operands more often. Shares by the guide's
 # figure of throughput by tile.
-_TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 128, 0.8), (64, 64, 0.65))
+_TILES = (
+    *((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (256, 64, 0.85), (64, 256, 0.85)),
+    *((128, 64, 0.8), (64, 128, 0.8), (64, 64, 0.65)),
+)
 _SPLITS = (1, 2, 4, 8)
 _LEAST_K = 512  # of a split
 # Tensor cores want dims of 16 bytes at least; up to 128 bytes more is better (the guide's section on alignment).
