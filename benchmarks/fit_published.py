@@ -195,13 +195,17 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=0, help="also cross-validate with this many random folds")
     parser.add_argument("--leave-out", action="store_true", help="also leave out one source at a time")
     parser.add_argument("--most", type=int, default=10_000, help="rows per source, spread evenly")
+    parser.add_argument("--rounds", type=int, default=1, help="fits in turn, each with the last one's values as x0")
     parser.add_argument("--steps", type=int, default=12, help="evaluations of the least squares")
     args = parser.parse_args()
     data = samples(args.data, args.source, args.most)
     chosen = parameters(data)
     start = np.log([p.start for p in chosen])
     report("as constants.py is", data, predictions(data, chosen, start))
-    x = fit(data, chosen, args.steps)
+    x = start
+    for _ in range(args.rounds):
+        moved = [replace(p, start=float(np.exp(value))) for p, value in zip(chosen, x, strict=True)]
+        x = fit(data, moved, args.steps)
     report("fitted", data, predictions(data, chosen, x))
     key = None
     for p, value in zip(chosen, np.exp(x), strict=True):

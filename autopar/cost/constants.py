@@ -114,7 +114,7 @@ _A100 = {
 }  # fmt: skip
 _H100 = {
     "multiprocessors": 132, "matmul_share": 0.6, "half_aligned_share": 0.8, "attention_share": 0.47,
-    "attention_backward_share": 0.24, "attention_half_length": 360, "link_share": 0.95,
+    "attention_backward_share": 0.24, "attention_half_length": 320, "link_share": 0.88,
 }  # fmt: skip
 
 # Kinds are matched by the beginning of their name. Multiprocessors: NVIDIA's data sheets.
@@ -161,12 +161,14 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     "torch-compile-async-tp": _TORCH_COMPILE | {"tensor_overlap": 0.3},
     "composer": {
         "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 0.95, "product_scale": 1.02, "attention_scale": 0.68,
-        "gather_overlap": 0.85, "fused_loss": True, "loss_metrics": 2, "scatter_each": True, "context_bytes": 2e9,
+        "optimizer_passes": 8.0, "gather_overlap": 0.72, "fused_loss": True, "loss_metrics": 2, "scatter_each": True,
+        "context_bytes": 2e9,
     },
     # The same on torch before 2.1.
     "composer-torch1": {
-        "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 0.95, "product_scale": 1.02, "attention_scale": 0.68,
-        "gather_overlap": 0.85, "fused_loss": True, "loss_metrics": 2, "scatter_each": True, "recompute_stops": False, "context_bytes": 2e9,
+        "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 0.76, "product_scale": 0.965, "attention_scale": 0.68,
+        "gather_overlap": 0.75, "fused_loss": True, "loss_metrics": 2, "scatter_each": True, "recompute_stops": False,
+        "context_bytes": 2e9,
     },
     "internevo": {
         "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 1.14, "overlap": 0.96, "scatter_each": True,
@@ -180,9 +182,10 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
         "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
     "megatron-deepspeed": {
-        "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "kernel_s": 5e-6, "fusion": 0.75, "product_scale": 1.08, "overlap": 0.0,
-        "recompute_stops": False, "softmax_multiple": 4, "softmax_longest": 2048,
-        "optimizer_passes": 7.1, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 16.0,
+        "launch_s": 74e-6, "backward_launch_s": 17e-6, "kernel_s": 4e-6, "fusion": 0.62, "product_scale": 1.08,
+        "microbatch_s": 3.6e-4, "step_s": 1e-3, "optimizer_passes": 4.9, "overlap": 0.0, "recompute_stops": False,
+        "softmax_multiple": 4, "softmax_longest": 2048, "parameter_bytes": 2.0, "gradient_bytes": 2.0,
+        "optimizer_bytes": 16.0,
         "narrow_copy": False, "context_bytes": 4e9, "allocator_share": 0.15,
     },
     "alpa": {
