@@ -67,7 +67,9 @@ def test_a_row_becomes_its_plan() -> None:
     interleaved = rebuild(row(pp="2", vpp="2", schedule="interleaved-1f1b")).plan
     assert len(interleaved.stages) == 4 and interleaved.pipeline == 2
     assert interleaved.stages[0].ranks == interleaved.stages[2].ranks
-    changes = dict(source="pytorch/torchtitan", model="llama3-8b", kv_heads="2", dp_mode="zero3", schedule="zb-2p(zb-h2)")
+    changes = dict(
+        source="pytorch/torchtitan", model="llama3-8b", kv_heads="2", dp_mode="zero3", schedule="zb-2p(zb-h2)"
+    )
     context = rebuild(row(tp="2", cp="2", dp="1", **changes)).plan
     assert context.schedule == "zb-h2" and all(s.axes == (2, 2) and len(s.layouts) == 2 for s in context.stages)
     attention = {strategy for i in context.stages[0].layouts[0] for strategy in context.layouts[i].strategies}

@@ -34,7 +34,14 @@ from autopar.schedule.steps import grid
 
 COMPUTE = (Forward, Backward, BackwardInput, BackwardWeight)
 # Schedule and stages per group, with a schedule of any number taking several.
-CASES = [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("zb-h2", 1), ("zb-v", 2), *(("interleaved", v) for v in (1, 2, 3, 4))]
+CASES = [
+    ("gpipe", 1),
+    ("1f1b", 1),
+    ("zb-h1", 1),
+    ("zb-h2", 1),
+    ("zb-v", 2),
+    *(("interleaved", v) for v in (1, 2, 3, 4)),
+]
 programs = st.builds(
     lambda groups, microbatches, case, training: build_program(groups, microbatches, case[0], training, case[1]),
     st.integers(1, 6),

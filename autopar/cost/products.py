@@ -51,7 +51,9 @@ def _waves(batch: int, m: int, n: int, k: int, multiprocessors: float) -> tuple[
                 break
             found.append((math.ceil(tiles * splits / multiprocessors), 2.0 * rows * columns * (k / splits) / share))
     return tuple(
-        one for one in set(found) if not any(w <= one[0] and w * f <= one[0] * one[1] for w, f in found if (w, f) != one)
+        one
+        for one in set(found)
+        if not any(w <= one[0] and w * f <= one[0] * one[1] for w, f in found if (w, f) != one)
     )
 
 
