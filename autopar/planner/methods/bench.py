@@ -9,12 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-
-from tqdm import tqdm
 
 from ...cost.types import StageCost
 from ...plan import Candidate, Plan, Prediction, Recompute, Stage, same_recompute, tensor_axes
@@ -48,39 +45,37 @@ class Part:
 
 @dataclass
 class Bench:
-    """One run of one method: `with Bench(problem, "alpa", progress, limit_s) as bench: ...; return bench.best_plan()`.
+    """One run of one method: `with Bench(problem, "alpa") as bench: ...; return bench.best_plan()`.
 
-    limit_s: seconds of wall time after which `spent` is true. An interrupt (Ctrl-C) ends the `with` block in peace once
-    there is a plan.
+    An interrupt (Ctrl-C) ends the `with` block in peace once there is a plan; before, it goes on to the caller.
     """
 
     problem: Problem
     name: str
-    progress: bool = True
-    limit_s: float | None = None
     _best: Plan | None = None
     _smallest: Plan | None = None
-    _offers: dict[Plan, None] = field(default_factory=dict)
+    _offers: dict[Plan, int] = field(default_factory=dict)
     _refusal: str = ""
 
     def __post_init__(self) -> None:
-        self.prices = StagePrices(self.problem)
-        self._start_s = time.monotonic()
+        self.prices = StagePrices(self.problem.as_equal)
         self._chains: dict[tuple, tuple[Chain, ...]] = {}
-        self._bar = tqdm(desc=self.name, unit=" plans", delay=2, leave=False, disable=not self.progress)
+        self._bar = self.problem.budget.bar(self.name, " plans")
 
     def __enter__(self) -> Bench:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> bool:
         self._bar.close()
-        return kind is KeyboardInterrupt and bool(self._offers)
+        if kind is not KeyboardInterrupt or not self._offers:
+            return False
+        self.problem.budget.interrupted()
+        return True
 
     @property
     def spent(self) -> bool:
-        """Whether the time is over; never before there is a plan."""
-        over = self.limit_s is not None and time.monotonic() - self._start_s >= self.limit_s
-        return over and bool(self._offers)
+        """Whether to end the search: its time is over and it has a plan, or it was asked to stop."""
+        return self.problem.budget.expired(has_plan=bool(self._offers))
 
     # -- the space
 
@@ -118,14 +113,14 @@ class Bench:
         """The fastest layouts of a shape first."""
         key = (shape.data, shape.tensor, shape.microbatches, shape.zero, shape.schedule, shape.pipeline)
         if key not in self._chains:
-            self._chains[key] = tuple(self.problem.chains.of(self.problem, shape))
+            self._chains[key] = tuple(self.problem.chains.of(self.problem.as_equal, shape))
         return self._chains[key]
 
     def fastest(self, shape: Shape) -> Chain:
         """The fastest chain alone."""
         key = (shape.data, shape.tensor, shape.microbatches, shape.zero)
         if key not in self._chains:
-            self._chains[key] = (next(iter(self.problem.chains.of(self.problem, shape))),)
+            self._chains[key] = (next(iter(self.problem.chains.of(self.problem.as_equal, shape))),)
         return self._chains[key][0]
 
     # -- prices
@@ -197,10 +192,9 @@ class Bench:
         if "full" not in self.problem.recompute_choices:
             return plan
         line = simulate(self.problem.graph, plan, self.problem.cluster, model=self.problem.costs)
-        limit = self.problem.memory_limit_bytes
         stages = tuple(
             replace(stage, recompute=same_recompute("full", stage.num_blocks))
-            if line.peak_memory_bytes[stage.ranks[0]] > limit
+            if self.problem.excess_bytes({rank: line.peak_memory_bytes[rank] for rank in stage.ranks}) > 0
             else stage
             for stage in plan.stages
         )
@@ -208,7 +202,7 @@ class Bench:
 
     def fall_back(self, shapes: Sequence[Shape]) -> None:
         """Where nothing that was offered fits: even cuts of the shapes that leave least to a device, recomputing."""
-        if self.best is not None:
+        if self.best is not None or self.problem.budget.expired(has_plan=False):
             return
         smallest = sorted(shapes, key=lambda s: (-s.pipeline * s.tensor, -s.microbatches))
         for shape in smallest[: 1 if self.spent else MAX_FALL_BACKS]:
@@ -235,10 +229,10 @@ class Bench:
         peak_bytes = max(line.peak_memory_bytes.values())
         plan = replace(plan, prediction=Prediction(line.step_time_s, peak_bytes))
         self._bar.update()
-        self._offers.setdefault(plan)
-        if self._smallest is None or peak_bytes < self._smallest.prediction.peak_memory_bytes:
+        excess_bytes = self._offers[plan] = self.problem.excess_bytes(line.peak_memory_bytes)
+        if self._smallest is None or excess_bytes < self._offers[self._smallest]:
             self._smallest = plan
-        if peak_bytes > self.problem.memory_limit_bytes:
+        if excess_bytes > 0:
             return math.inf
         if self._best is None or line.step_time_s < self._best.prediction.step_time_s:
             self._best = plan
@@ -256,9 +250,11 @@ class Bench:
     def best_plan(self) -> Plan:
         """The fastest offer that fits, with the others as its candidates; where none fits, the smallest, which says so.
 
-        ValueError when nothing was offered that the runtime can execute.
+        ValueError when nothing was offered that the runtime can execute, or the search was stopped before.
         """
-        chosen = self._best or self._smallest
+        chosen, budget = self._best or self._smallest, self.problem.budget
+        if chosen is None and budget.cut_short:
+            raise budget.no_plan(self.name)
         if chosen is None:
             why = f"; the first refusal: {self._refusal}" if self._refusal else ""
             raise ValueError(
@@ -269,7 +265,6 @@ class Bench:
         return replace(chosen, candidates=tuple(self._rows(rows, chosen)))
 
     def _rows(self, plans: Iterable[Plan], chosen: Plan) -> Iterator[Candidate]:
-        limit_bytes = self.problem.memory_limit_bytes
         seen: set[str] = set()
         for plan in plans:
             name = plan_in_words(plan)
@@ -277,13 +272,13 @@ class Bench:
                 continue
             seen.add(name)
             step_s, peak_bytes = plan.prediction.step_time_s, plan.prediction.peak_memory_bytes
-            over = (
-                f"needs {gib(peak_bytes - limit_bytes)} more than {gib(limit_bytes)}"
-                if peak_bytes > limit_bytes
-                else ""
-            )
+            excess_bytes = self._offers[plan]
+            limit = "its devices have" if self.problem.cluster.hosts else gib(self.problem.memory_limit_bytes)
+            over = f"needs {gib(excess_bytes)} more than {limit}" if excess_bytes > 0 else ""
             if plan == chosen:
                 verdict = "chosen" if not over else f"the smallest of what {self.name} finds, but {over}"
+                if self.problem.budget.cut_short:
+                    verdict += f"; the search was cut short {self.problem.budget.cut_short}"
             else:
                 verdict = over or f"{step_s / chosen.prediction.step_time_s:.2f}x slower"
             yield Candidate(name, step_s, peak_bytes, verdict)
