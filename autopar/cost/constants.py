@@ -108,7 +108,7 @@ class Constants:
 
 
 _A100 = {
-    "multiprocessors": 108, "matmul_share": 0.73, "unaligned_share": 0.57, "half_aligned_share": 0.66,
+    "multiprocessors": 108, "matmul_share": 0.73, "unaligned_share": 0.45, "half_aligned_share": 0.6,
     "attention_share": 0.69, "attention_backward_share": 0.5, "attention_half_length": 275, "stream_share": 0.92,
     "link_share": 0.86, "network_share": 0.85,
 }  # fmt: skip
@@ -119,6 +119,7 @@ _H100 = {
 
 # Kinds are matched by the beginning of their name. Multiprocessors: NVIDIA's data sheets.
 HARDWARE: Mapping[str, Mapping[str, float]] = {
+    "p100": {"multiprocessors": 56, "matmul_share": 0.7},
     "v100": {
         "multiprocessors": 80, "matmul_share": 0.64, "half_aligned_share": 0.75, "stream_share": 0.8, "link_share": 0.89,
     },
@@ -182,7 +183,7 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
         "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
     "megatron-deepspeed": {
-        "launch_s": 74e-6, "backward_launch_s": 17e-6, "kernel_s": 4e-6, "fusion": 0.62, "product_scale": 1.08,
+        "launch_s": 72e-6, "backward_launch_s": 17e-6, "kernel_s": 4e-6, "fusion": 0.62, "product_scale": 1.03,
         "microbatch_s": 3.6e-4, "step_s": 1e-3, "optimizer_passes": 4.9, "overlap": 0.0, "recompute_stops": False,
         "softmax_multiple": 4, "softmax_longest": 2048, "parameter_bytes": 2.0, "gradient_bytes": 2.0,
         "optimizer_bytes": 16.0,
