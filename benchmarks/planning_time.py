@@ -77,6 +77,23 @@ def gpt(hidden: int, layers: int, heads: int, batch: int, seq: int) -> Built:
     return _on_meta(GPT2LMHeadModel, config, torch.float16, batch, seq)
 
 
+def mixtral(hidden: int, intermediate: int, layers: int, heads: int, batch: int, seq: int) -> Built:
+    """Mixtral with its 8 experts, of which 2 take a token, and 8 key-value heads (Jiang et al., 2024, table 1)."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=32768,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        max_position_embeddings=seq,
+        use_cache=False,
+    )
+    return _on_meta(MixtralForCausalLM, config, torch.bfloat16, batch, seq)
+
+
 def _on_meta(kind: type[nn.Module], config: Any, dtype: torch.dtype, batch: int, seq: int) -> Built:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -95,6 +112,7 @@ INSTANCES = {
         Instance("llama-3-8b", 2, lambda: llama(4096, 14336, 32, 32, 256, 8192), lambda: _preset("h100-80gb", 8)),
         Instance("gpt-39b", 2, lambda: gpt(8192, 48, 64, 1024, 1024), lambda: _preset("v100-16gb", 8)),
         Instance("llama-3-70b", 4, lambda: llama(8192, 28672, 80, 64, 1024, 8192), lambda: _preset("h100-80gb", 64)),
+        Instance("mixtral-8x22b", 5, lambda: mixtral(6144, 16384, 56, 48, 512, 4096), lambda: _preset("h100-80gb", 32)),
         Instance(
             "llama-3-405b", 10, lambda: llama(16384, 53248, 126, 128, 2048, 8192), lambda: _preset("h100-80gb", 2048)
         ),
@@ -108,7 +126,9 @@ def _preset(name: str, hosts: int) -> Cluster:
 
 def measure(instance: Instance, runs: int) -> dict[str, Any]:
     """Process seconds of each search, the peak memory of this process, and what was chosen."""
+    begin = time.process_time()
     graph, cluster = capture(*instance.build()), instance.cluster()
+    capture_s = time.process_time() - begin
     seconds, plan = [], None
     for _ in range(runs):
         begin = time.process_time()
@@ -116,7 +136,13 @@ def measure(instance: Instance, runs: int) -> dict[str, Any]:
         seconds.append(time.process_time() - begin)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     chosen = next(one for one in plan.candidates if one.verdict.startswith("chosen"))
-    return {"seconds": seconds, "peak_bytes": peak_bytes, "plan": chosen.name, "step_time_s": chosen.step_time_s}
+    return {
+        "seconds": seconds,
+        "capture_s": capture_s,
+        "peak_bytes": peak_bytes,
+        "plan": chosen.name,
+        "step_time_s": chosen.step_time_s,
+    }
 
 
 def main() -> None:
@@ -129,7 +155,7 @@ def main() -> None:
         print(json.dumps(measure(INSTANCES[given.instances[0]], given.runs)))
         return
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}; process seconds")
-    print(f"{'instance':14} {'median':>8} {'target':>8} {'peak':>10}  plan")
+    print(f"{'instance':14} {'median':>8} {'target':>8} {'peak':>10} {'capture':>8}  plan")
     for name in given.instances or INSTANCES:
         command = [sys.executable, __file__, name, "--here", "--runs", str(given.runs)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -138,7 +164,10 @@ def main() -> None:
             continue
         found = json.loads(done.stdout.splitlines()[-1])
         median_s, mib = statistics.median(found["seconds"]), found["peak_bytes"] / 2**20
-        print(f"{name:14} {median_s:6.2f} s {INSTANCES[name].target_s:6.0f} s {mib:6.0f} MiB  {found['plan']}")
+        print(
+            f"{name:14} {median_s:6.2f} s {INSTANCES[name].target_s:6.0f} s {mib:6.0f} MiB "
+            f"{found['capture_s']:6.1f} s  {found['plan']}, {found['step_time_s']:.4g} s per step"
+        )
 
 
 if __name__ == "__main__":
