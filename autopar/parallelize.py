@@ -160,8 +160,9 @@ def parallelize(
         the optimizer's state stay in host memory, and the optimizer runs there. A given plan says these two itself.
     compile: run blocks through torch.compile, each kind of block once; True is its default backend, and another may be
         named or given. An instruction may then take ten times timeout_s, because the first ones compile.
-    constraints: data=, tensor=, pipeline=, microbatches=, schedule=, zero=, recompute=, memory_limit_bytes= pin a choice
-        of the search each.
+    constraints: data=, tensor=, pipeline=, microbatches=, schedule=, zero=, recompute=, memory_limit_bytes=,
+        memory_reserve=, layout= and stage= (by pattern of modules' names) pin a choice of the search each, and
+        time_limit_s= ends it; see `autopar.search`.
     Under torchrun all ranks must call it alike; without a launcher the world is this process. ValueError for what cannot
     be done, the same on every rank.
     """
