@@ -32,7 +32,6 @@ def validate_plan(plan: Plan, graph: Graph, cluster: Cluster) -> None:
     _check_degrees(plan, graph)
     _check_stages(plan, graph)
     _check_schedule(plan, graph)
-    _check_runnable(plan)
     _check_batch(plan, graph)
     _check_layouts(plan, graph)
 
@@ -201,17 +200,6 @@ def _check_stream(plan: Plan, graph: Graph) -> None:
 
 def _uses(graph: Graph, stage: Stage, parameter: str) -> bool:
     return any(parameter in block.parameters for block in graph.blocks[stage.start : stage.stop])
-
-
-def _check_runnable(plan: Plan) -> None:
-    """What the vocabulary of plans can say and the runtime cannot do yet."""
-    for s, stage in enumerate(plan.stages):
-        at = f"plan.stages[{s}]"
-        if stage.zero and schedule_named(plan.schedule).splits_backward:
-            raise ValueError(
-                f"{at}.zero is {stage.zero}, but schedule {plan.schedule!r} puts gradients of weights off, and ZeRO reduces "
-                "them with those of inputs; set zero to 0, or the schedule to '1f1b' or 'interleaved'"
-            )
 
 
 def _check_stages(plan: Plan, graph: Graph) -> None:

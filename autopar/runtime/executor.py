@@ -65,7 +65,7 @@ class _Step:
     rows: dict[int, Mapping[str, Tensor]]
     training: bool
     split: bool
-    backwards_left: Counter[int]
+    backwards_left: Counter[tuple[type, int]]
     random: Callable[[int, str], AbstractContextManager[Any]]
     optimizer: torch.optim.Optimizer | None = None
     whole: dict[Place, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -80,6 +80,11 @@ class _Step:
     scale: Tensor | None = None
     reduced: set[int] = field(default_factory=set)
     parameter_gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def left_over(self) -> set[Place]:
+        """Where something waits for an instruction; nowhere when a program has ended."""
+        return {*self.arrived, *self.inputs, *self.outputs, *self.returned, *self.gradients, *self.owed}
 
 
 @dataclass(eq=False)
@@ -118,8 +123,8 @@ class Executor:
         """
         actions = [a for a in actions if not isinstance(a, OptimizerStep)]
         split = any(isinstance(a, BackwardInput) for a in actions)
-        last_halves = BackwardWeight if split else Backward
-        left = Counter(a.stage for a in actions if isinstance(a, last_halves))
+        kinds = (Backward, BackwardInput, BackwardWeight)
+        left = Counter((type(a), a.stage) for a in actions if isinstance(a, kinds))
         step = _Step({0: batch}, training, split, left, lambda _, key: self.random(key), scale=scale)
         self.storage.begin()
         differentiable = bool(step.backwards_left)
@@ -133,7 +138,9 @@ class Executor:
         for action in actions:
             self._execute(step, action)
         self.transport.finish()
-        if not differentiable:
+        if differentiable:
+            assert not step.left_over, f"values of {step.left_over} have not been used"
+        else:
             for part in self.parts.values():
                 part.storage.end_evaluation()
         self.current = None
@@ -215,6 +222,7 @@ class Executor:
 
     def _forward(self, step: _Step, action: Forward) -> int:
         part, place = self.parts[action.stage], (action.stage, action.microbatch)
+        assert place not in step.outputs, f"{action} has run already"
         compiled, chunk = part.compiled, self._chunk(step, part, action.microbatch)
         batch = action.microbatch // self.microbatches
         whole = step.whole.get((action.stage, batch), ())
@@ -256,27 +264,31 @@ class Executor:
 
     def _backward(self, step: _Step, action: Backward | BackwardInput) -> int:
         place = (action.stage, action.microbatch)
-        if isinstance(action, Backward):
-            self._count_backward(step, action.stage)
+        last, storage = self._is_last(step, action), self.parts[action.stage].storage
+        if isinstance(action, BackwardInput):
+            storage.begin_input_half(last)
+        elif last:
+            storage.begin_last_backward()
         roots = [t for t in step.outputs.pop(place) if t.requires_grad]
         torch.autograd.backward(roots, step.returned.pop(place, None))
         inputs = step.inputs.pop(place)
         gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in inputs]
         if action.stage - 1 in self.parts:
             step.returned[action.stage - 1, action.microbatch] = gradients
-        else:
+        elif action.stage > 0:
             step.gradients[place] = gradients
         return 0
 
     def _backward_weight(self, step: _Step, action: BackwardWeight) -> int:
-        self._count_backward(step, action.stage)
-        step.owed.pop((action.stage, action.microbatch)).settle()
+        with self.parts[action.stage].storage.weight_half(self._is_last(step, action)):
+            step.owed.pop((action.stage, action.microbatch)).settle()
         return 0
 
-    def _count_backward(self, step: _Step, stage: int) -> None:
-        step.backwards_left[stage] -= 1
-        if step.backwards_left[stage] == 0:
-            self.parts[stage].storage.begin_last_backward()
+    def _is_last(self, step: _Step, action: Backward | BackwardInput | BackwardWeight) -> bool:
+        """Whether a stage runs no more of this kind in the step. Counts: ask once for each instruction."""
+        key = type(action), action.stage
+        step.backwards_left[key] -= 1
+        return step.backwards_left[key] == 0
 
     def _send_activation(self, step: _Step, action: SendActivation) -> int:
         place = (action.stage, action.microbatch)
