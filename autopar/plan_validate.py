@@ -16,7 +16,7 @@ from .plan import SCHEMA, Layout, Plan, Recompute, Stage
 from .schedule.orders import SCHEDULES, schedule_named
 from .sharding.batch import batch_layout
 from .sharding.flow import find_strategies
-from .sharding.placement import REPLICATED, Split, parse_placement
+from .sharding.placement import PARTIAL, REPLICATED, Split, parse_placement
 from .sharding.rows import stage_units
 from .sharding.rule import divides
 from .sharding.strategies import strategies
@@ -382,9 +382,15 @@ def _check_tokens(graph: Graph, block: Block, layout: Layout, outer: Sequence[La
                 placement = parse_placement(token)
             except ValueError as error:
                 raise ValueError(f"{at}.{field}[{i}]: {error}") from None
+            tensor = graph.tensors[name]
+            if field == "parameters" and placement == PARTIAL:
+                splits = "".join(f", S{dim}" for dim in range(len(tensor.shape)))
+                raise ValueError(
+                    f"{at}.{field}[{i}] is {token}: {tensor.fqn} of shape {tensor.shape} cannot rest in summands; it rests "
+                    f"as one of R{splits}"
+                )
             if not isinstance(placement, Split):
                 continue
-            tensor = graph.tensors[name]
             if placement.dim >= len(tensor.shape):
                 raise ValueError(
                     f"{at}.{field}[{i}] is {token}, but {tensor.fqn or name} of shape {tensor.shape} has no dim "

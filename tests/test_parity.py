@@ -71,6 +71,9 @@ def errors(model: autopar.Model, module: nn.Module) -> float:
     for name, parameter in model.named_parameters():
         ownership: Ownership = parameter.autopar.ownership
         whole = oracle[name].grad
+        if whole is None:
+            assert parameter.grad is None, f"{name} is frozen, and got a gradient"
+            continue
         expected = ownership.take(whole, model.runtime.groups.rank)
         worst = max(worst, float((local_tensor(parameter.grad) - expected).norm() / whole.norm()))
     return worst
