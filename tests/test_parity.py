@@ -202,7 +202,10 @@ def test_zero_under_every_schedule(pool, name: str, schedule: str) -> None:
         for plan, (loss, gradient, counted, units) in zip(plans, results, strict=True):
             assert loss < 1e-6 and gradient < 1e-5, (rank, plan, loss, gradient)
             times = plan["microbatches"]
-            assert counted["scatter"] == units * (1 if plan["zero"] == 1 else times), (rank, plan, counted, units)
+            most = units * (1 if plan["zero"] == 1 else times)
+            # A weight half may find that the one before has reduced all there is.
+            least = units if schedule.startswith("zb") else most
+            assert least <= counted["scatter"] <= most, (rank, plan, counted, units)
             assert counted["gather"] <= units * (1 if plan["zero"] < 3 else 2 * times), (rank, plan, counted, units)
 
 

@@ -79,6 +79,7 @@ class _Step:
     loss: dict[int, Tensor] = field(default_factory=dict)
     scale: Tensor | None = None
     reduced: set[int] = field(default_factory=set)
+    given: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     parameter_gradients: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -94,6 +95,7 @@ class Executor:
     parts: the stages that the rank runs, by index. Two of them that follow each other hand over without a message.
     state: buffers and constants of the graph, on the device, by tensor name.
     random(key): a context in which random ops draw from the stream of that key.
+    given: this rank's parts of the outputs that the latest program was to give, by name and microbatch.
     tied: parameters of the plan that several sets of ranks hold, if this rank holds one; gradients are summed over them.
     """
 
@@ -111,6 +113,7 @@ class Executor:
 
     def __post_init__(self) -> None:
         self.current: Instruction | None = None
+        self.given: dict[str, dict[int, Tensor]] = {}
 
     def run(
         self, actions: Sequence[Instruction], batch: Mapping[str, Tensor], training: bool, scale: Tensor | None = None
@@ -144,6 +147,7 @@ class Executor:
             for part in self.parts.values():
                 part.storage.end_evaluation()
         self.current = None
+        self.given = step.given
         return step.loss.get(0), step.parameter_gradients
 
     def stream(
@@ -244,6 +248,8 @@ class Executor:
             return activations
 
         outputs = part.storage.forward(run_blocks, *arrived)
+        for name, value in chunk.given.items():
+            step.given.setdefault(name, {})[action.microbatch] = value
         values = dict(zip(compiled.blocks[-1].outputs, outputs, strict=True))
         if self.graph.loss in values:
             loss = values[self.graph.loss]

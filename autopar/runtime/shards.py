@@ -125,6 +125,7 @@ class Shards:
         for module in modules:
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+        self._chain_prefetches()
         self._stage.to_empty(device="cpu" if offload else axes.device)
 
         self._units = units
@@ -146,6 +147,16 @@ class Shards:
         self._leaves = Leaves(whole, self.parameters, axes, bucket_bytes, reduction, offload)
         self._blocks = {index: tuple(fqns) for index, fqns in blocks.items()}
         self._calls: dict[int, Callable[..., Any]] = {}
+
+    def _chain_prefetches(self) -> None:
+        """Each unit of a backward gathers the next one ahead, and the last one none.
+
+        By itself fully_shard goes by the order of all forwards, and at the end of a backward would gather what the
+        microbatch before used last: once too often in a step.
+        """
+        order: list[Any] = [self._stage, *(unit for index in reversed(self._layers) for unit in self._layers[index])]
+        for unit, following in zip(order, [*order[1:], order[-1]], strict=True):
+            unit.set_modules_to_backward_prefetch([following])
 
     def _meta(self, fqns: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, bool]]:
         tensors = {
