@@ -10,10 +10,12 @@ import functools
 import random
 
 import pytest
+import torch
 from loopback import Deadlock
 from loopback_plans import parallel_step
 from plan_cases import unequal_plan
 from random_models import BATCH, random_model
+from torch import Tensor, nn
 
 import autopar
 from autopar.cluster.spec import Cluster
@@ -68,6 +70,42 @@ def test_random_plans_are_exact(model_seed: int) -> None:
         plan.validate(graph, Cluster.preset("cpu", hosts=1, devices_per_host=plan.world_size))
         errors = parallel_step(graph, module, example, plan)
         assert errors[0] < EXACT[0] and errors[1] < EXACT[1], (seed, plan, errors)
+
+
+@autopar.opaque
+class Scan(nn.Module):
+    """Goes on from the state in its attribute, as a decoder does from token to token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.state = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = self.layer(x).sum(1) + (0.0 if self.state is None else self.state)
+        return x + self.state[:, None]
+
+
+class Decoder(nn.Module):
+    """Clears the state of what it calls, in code that does not outlast the capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scan = nn.Linear(8, 8), Scan()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scan.state = None
+        return self.scan(self.first(x)).square().mean()
+
+
+def test_a_state_in_an_attribute_does_not_pass_from_call_to_call() -> None:
+    torch.manual_seed(0)
+    module, example = Decoder(), {"x": torch.randn(8, 4, 8)}
+    graph = autopar.capture(module, example)
+    plan = unequal_plan(graph, [(1, 1), (2, 1)], 2)
+    for _ in range(2):
+        errors = parallel_step(graph, module, example, plan)
+        assert errors[0] < EXACT[0] and errors[1] < EXACT[1], errors
 
 
 def disturbed(program: Program, draw: random.Random) -> Program:
