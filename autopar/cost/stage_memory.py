@@ -94,8 +94,9 @@ def stage_memory(
     index: int,
     runs: Sequence[BlockRun],
     constants: Constants,
+    data_rank: int | None = None,
 ) -> StageMemory:
-    """The memory of stage `index`, of these runs of blocks."""
+    """The memory of stage `index`, of these runs of blocks; of a data rank, by default the one with the most rows."""
     stage = plan.stages[index]
     parameters = _parameters(graph, local(1), runs)
     local_bytes = sum(one.size_bytes * count for one, count in parameters.items())
@@ -128,7 +129,7 @@ def stage_memory(
     if index + 1 < len(plan.stages):
         activation += sum(b for b, saved in zip(last.output_bytes, last.saves_output, strict=True) if not saved)
     slack = 1.0 + constants.allocator_share
-    inputs = _batch_inputs(graph, local(stage_parts(stage, 1)))
+    inputs = _batch_inputs(graph, local(stage_parts(stage, 1, data_rank)))
     unsharded = _gathered(runs, trainable_bytes, stage, plan.microbatches, constants)
     return StageMemory(
         parameter_bytes=_ceil(resting[0]) + inputs,

@@ -19,6 +19,7 @@ from .floors import Floors
 from .pricing import StagePrices
 from .problem import Chain, Problem, Shape
 from .stages import TOLERANCE, StageSearch
+from .unequal import unequal
 
 # Partial plans looked at per shape before its proof of optimality is left open and the gap reported.
 MAX_VISITS = 20_000
@@ -48,6 +49,8 @@ class _Entry:
 
 def auto(problem: Problem) -> Plan:
     """The plan of least simulated step time that fits; ValueError, with the smallest plan found, when none does."""
+    if problem.cluster.hosts:
+        return unequal(problem)
     return _Auto(problem).run()
 
 

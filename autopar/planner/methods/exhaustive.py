@@ -26,7 +26,7 @@ def exhaustive(problem: Problem) -> Plan:
             f"which finds the same plan, or pin some of pipeline=, data=, tensor=, microbatches=, zero=, recompute="
         )
     best: Plan | None = None
-    smallest: tuple[int, Plan] | None = None
+    smallest: tuple[int, int, Plan] | None = None
     budget = problem.budget
     try:
         with budget.bar("exhaustive", " plans", num_plans) as bar:
@@ -35,11 +35,10 @@ def exhaustive(problem: Problem) -> Plan:
                     break
                 line = simulate(problem.graph, plan, problem.cluster, model=problem.costs)
                 peak_bytes = max(line.peak_memory_bytes.values())
-                if smallest is None or peak_bytes < smallest[0]:
-                    smallest = (peak_bytes, plan)
-                if peak_bytes <= problem.memory_limit_bytes and (
-                    best is None or line.step_time_s < best.prediction.step_time_s
-                ):
+                excess_bytes = problem.excess_bytes(line.peak_memory_bytes)
+                if smallest is None or excess_bytes < smallest[0]:
+                    smallest = (excess_bytes, peak_bytes, plan)
+                if excess_bytes <= 0 and (best is None or line.step_time_s < best.prediction.step_time_s):
                     best = replace(plan, prediction=Prediction(line.step_time_s, peak_bytes))
                 bar.update()
     except KeyboardInterrupt:
@@ -49,11 +48,11 @@ def exhaustive(problem: Problem) -> Plan:
     if best is None and budget.cut_short:
         raise budget.no_plan("exhaustive")
     if best is None:
-        peak_bytes, plan = smallest
-        limit_bytes = problem.memory_limit_bytes
+        excess_bytes, peak_bytes, plan = smallest
+        limit_bytes = peak_bytes - excess_bytes
         raise ValueError(
             f"no plan of {problem.graph.name} fits in {limit_bytes} bytes ({gib(limit_bytes)}) per device; the "
-            f"smallest ({plan_in_words(plan)}) needs {peak_bytes} bytes, {peak_bytes - limit_bytes} too many"
+            f"smallest ({plan_in_words(plan)}) needs {peak_bytes} bytes, {excess_bytes} too many"
         )
     verdict = f"chosen; the search was cut short {budget.cut_short}" if budget.cut_short else "chosen"
     found = best.prediction
@@ -65,7 +64,7 @@ def every_plan(problem: Problem) -> Iterator[Plan]:
     """All plans of the space, whether or not they fit in memory."""
     num_blocks = len(problem.graph.blocks)
     for shape in problem.shapes:
-        for chain in problem.chains.of(problem, shape):
+        for chain in problem.chains.of(problem.as_equal, shape):
             for cuts in itertools.combinations(range(1, num_blocks), shape.pipeline - 1):
                 edges = list(itertools.pairwise((0, *cuts, num_blocks)))
                 for choice in itertools.product(problem.recompute_choices, repeat=shape.pipeline):
