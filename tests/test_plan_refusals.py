@@ -36,6 +36,8 @@ def edited(plan: Plan, graph: Graph, draw: random.Random) -> tuple[str, Plan]:
 
     def with_layout(field: str) -> Plan:
         places = [i for i, layout in enumerate(plan.layouts) if getattr(layout, field)]
+        if not places:
+            return plan
         i = draw.choice(places)
         others = [key for layout in plan.layouts for key in layout.strategies]
         value = draw.choice([*others, "z"] if field == "strategies" else TOKENS)

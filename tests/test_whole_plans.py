@@ -104,6 +104,7 @@ class Decoder(nn.Module):
         return self.scan(self.first(x)).square().mean()
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attribute")
 def test_a_state_in_an_attribute_does_not_pass_from_call_to_call() -> None:
     torch.manual_seed(0)
     module, example = Decoder(), {"x": torch.randn(8, 4, 8)}
