@@ -21,6 +21,7 @@ _SCHEDULES = {
     "interleaved": "each set of ranks runs several of them and alternates one forward and one backward (interleaved 1F1B), "
     "which shortens the wait at both ends of a step",
     "zb-h1": "gradients of inputs go before gradients of weights, which fill the waits (zero bubble, ZB-H1)",
+    "zb-h2": "as ZB-H1, with up to twice the microbatches in flight and no wait but the first (zero bubble, ZB-H2)",
     "zb-v": "each set of ranks runs one on the way up and one on the way down, and gradients of weights fill the waits "
     "(zero bubble, ZB-V)",
     "pipedream": "batches go on without a flush, each backward with the weights of its forward (PipeDream)",
