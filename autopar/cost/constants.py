@@ -163,7 +163,7 @@ FLOAT8 = "+float8"
 def constants_of(cluster: Cluster) -> Constants:
     """What holds for the cluster's kind of device and its software. ValueError for software that is not known."""
     if not cluster.device.asynchronous:
-        return Constants()
+        return replace(Constants(), **SOFTWARE[""])
     return named_constants(cluster.device.kind, cluster.software)
 
 

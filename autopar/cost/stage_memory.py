@@ -15,6 +15,7 @@ from ..graph import Block, Graph
 from ..plan import Plan, Recompute, Stage
 from ..sharding.rows import stage_parts
 from .constants import Constants
+from .gathered import Gathered, Sizes, gathered, scatters_each
 from .local import LocalShapes
 from .memory import BlockMemory
 
@@ -79,12 +80,16 @@ def stage_memory(
     trainable = {name: size for name, size in sizes.items() if graph.tensors[name].requires_grad}
     group = stage.zero_group or stage.data
     cuts = [group if stage.zero >= level else 1 for level in (1, 2, 3)]
+    if stage.zero == 1 and constants.slices_at_rest and scatters_each(stage, plan.microbatches, constants):
+        cuts[1] = group  # the only microbatch's gradients are scattered block by block
     resting = [0.0, 0.0, 0.0]
     held: dict[str, float] = {}
+    moved: dict[str, Sizes] = {}
     tensors = local(1).tensors
     for name, size in sizes.items():
         elements = size // tensors[name].dtype.itemsize
         rest = at_rest(graph.tensors[name].at_rest.itemsize, tensors[name].dtype.itemsize, constants)
+        moved[name] = (size, 0, 0)
         if plan.offload:
             # On the device there are the copies that blocks compute with, and what their gradients are summed in.
             resting[0] += size if stage.zero < 3 else 0.0
@@ -93,10 +98,16 @@ def stage_memory(
         else:
             resting[0] += elements * (rest.parameter / cuts[2] + (rest.narrow_copy if stage.zero < 3 else 0.0))
         if name in trainable:
+            moved[name] = (size, size, int(elements * rest.gradient))
             resting[1] += elements * rest.gradient / cuts[1]
             resting[2] += 0.0 if plan.offload else elements * rest.optimizer / cuts[0]
             held[name] = elements / cuts[0]
-    activation, forward_peak, backward_peak = _activations(memories, stage.block_recompute, constants.selective_kept)
+    whole = gathered(
+        [block.parameters for block, _ in prices], moved.__getitem__, stage, plan.microbatches, constants
+    )
+    activation, forward_peak, backward_peak = _activations(
+        memories, stage.block_recompute, constants.selective_kept, whole
+    )
     if index > 0 and stage.block_recompute[0] == "none":  # what arrives is kept, because its gradient travels on
         first = memories[0]
         activation += sum(b for b, saved in zip(first.input_bytes, first.saves_input, strict=True) if not saved)
@@ -106,12 +117,11 @@ def stage_memory(
         activation += sum(b for b, saved in zip(last.output_bytes, last.saves_output, strict=True) if not saved)
     slack = 1.0 + constants.allocator_share
     inputs = _batch_inputs(graph, prices, local(stage_parts(stage, 1)))
-    unsharded = _gathered(memories, sum(trainable.values()), stage, plan.microbatches, constants)
     return StageMemory(
         parameter_bytes=_ceil(resting[0]) + inputs,
         gradient_bytes=_ceil(resting[1]),
         optimizer_bytes=_ceil(resting[2]),
-        unsharded_bytes=int(unsharded * slack + constants.context_bytes),
+        unsharded_bytes=int(whole.always * slack + constants.context_bytes),
         activation_bytes=int(activation * slack),
         forward_peak_bytes=int(forward_peak * slack),
         backward_peak_bytes=int(backward_peak * slack),
@@ -126,9 +136,10 @@ def _ceil(size: float) -> int:
 
 
 def _activations(
-    memories: Sequence[BlockMemory], choices: Sequence[Recompute], selective_kept: float
+    memories: Sequence[BlockMemory], choices: Sequence[Recompute], selective_kept: float, whole: Gathered
 ) -> tuple[int, int, int]:
-    """(activation, forward peak, backward peak) bytes of one microbatch.
+    """(activation, forward peak, backward peak) bytes of one microbatch, parameters and gradients that lie `whole` in
+    the peaks.
 
     Both peaks are beyond `activation`, which counts from the forward's start to the backward's end: while a block runs
     forward, later blocks have not saved yet, and in its backward they have let go. A block that is computed again keeps
@@ -156,44 +167,30 @@ def _activations(
         outputs_kept = memory.saves_output if choice == "none" else ()
     activation = sum(held)
     forward = backward = done = 0
-    for memory, choice, size, own in zip(memories, choices, held, kept, strict=True):
-        if choice == "none":
-            forward = max(forward, done + (size - own) + memory.forward_peak_bytes)
-            done += size
-            backward = max(backward, done + memory.backward_peak_bytes)
-            continue
-        # The bare peak starts with the inputs, which `size` has counted.
+    for i, (memory, choice, size, own) in enumerate(zip(memories, choices, held, kept, strict=True)):
+        forward = max(forward, done + whole.gathering[i])
         inputs = sum(memory.input_bytes)
-        forward = max(forward, done + max(0, size - own - inputs) + own + memory.bare_peak_bytes)
-        done += size
-        # While it comes back, the gradients of its outputs wait; `backward_peak_bytes` has them already.
+        # While it runs backward, the gradients of its outputs wait; `backward_peak_bytes` has them already.
         waiting = sum(memory.output_bytes)
-        again = max(memory.forward_peak_bytes + waiting, memory.saved_bytes + memory.backward_peak_bytes)
-        backward = max(backward, done - own + again)
+        in_backward = memory.whole_gradients_peak_bytes if whole.whole_gradients else memory.backward_peak_bytes
+        before = done
+        if choice == "none":
+            forward = max(forward, done + (size - own) + memory.forward_peak_bytes + whole.forward[i])
+            done += size
+            backward = max(backward, done + in_backward + whole.backward[i])
+        else:
+            # The bare peak starts with the inputs, which `size` has counted.
+            least = done + max(0, size - own - inputs) + own
+            forward = max(forward, least + memory.bare_peak_bytes + whole.forward[i])
+            done += size
+            again = max(memory.forward_peak_bytes + waiting, memory.saved_bytes + in_backward)
+            backward = max(backward, done - own + again + whole.backward[i])
+        if whole.ending[i]:
+            backward = max(backward, done + waiting + whole.copying[i], before + inputs + whole.ending[i])
     # Side tensors are made once per microbatch and stay until its forward ends.
     read = sum({name: size for memory in memories for name, size in memory.read_side_bytes}.values())
     forward += max(0, read - sum(sides.values()))
     return activation, max(0, forward - activation), max(0, backward - activation)
-
-
-def _gathered(
-    memories: Sequence[BlockMemory], gradient_bytes: int, stage: Stage, microbatches: int, constants: Constants
-) -> int:
-    """What lies whole while blocks compute, besides what is at rest.
-
-    ZeRO 3: the block at work and the one prefetched, with whole gradients on their way to be scattered. fully_shard
-    frees a block's parameters after its forward and keeps one reduce-scatter input at a time. With several microbatches
-    gradients are scattered in the last backward only, and lie whole until then, unless each microbatch scatters. ZeRO 2:
-    the gradients of the block at work, in front of their reduction.
-    """
-    sizes = [sum(memory.parameter_bytes) for memory in memories]
-    if stage.zero == 2:
-        return 2 * max(sizes)
-    if stage.zero < 3:
-        return 0
-    pairs = [a + b for a, b in zip(sizes, sizes[1:], strict=False)] or sizes
-    once = microbatches == 1 or constants.scatter_each
-    return max(pairs) + (2 * max(sizes) if once else gradient_bytes + max(sizes))
 
 
 def _batch_inputs(graph: Graph, prices: Sequence[tuple[Block, Priced]], local: LocalShapes) -> int:
