@@ -7,7 +7,6 @@ Ignored: kernels that overlap one another, and caches beyond what measured rates
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from ..cluster.rates import FLOP_CLASSES, OPTIMIZER_PASSES, rate_key
@@ -60,17 +59,16 @@ def seconds_by_class(
 
 
 def optimizer_s(
-    device: Device, parameter_bytes: Iterable[float], corrections: Corrections, constants: Constants
+    device: Device, parameters: Mapping[float, int], corrections: Corrections, constants: Constants
 ) -> float:
-    """Seconds of an AdamW step over float32 parameter tensors of these local sizes."""
+    """Seconds of an AdamW step over float32 parameter tensors. parameters: how many there are of each local size (bytes)."""
     passes = constants.optimizer_passes if device.asynchronous else float(OPTIMIZER_PASSES)
-    # A deep model has few distinct sizes.
     return sum(
         count
         * kernel_s(
             device, Kernel("optimizer", passes * size, passes * size, "", launches=0), False, corrections, constants
         )
-        for size, count in Counter(parameter_bytes).items()
+        for size, count in parameters.items()
         if size
     )
 

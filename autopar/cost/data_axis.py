@@ -44,13 +44,14 @@ class DataTraffic:
 
 @dataclass(frozen=True, slots=True)
 class BlockLoad:
-    """One block on one rank: bytes of its parameters as used and of its gradients as reduced; (forward, backward)
-    seconds of computing it."""
+    """Like blocks in a row on one rank. Of one of them: bytes of its parameters as used and of its gradients as reduced;
+    (forward, backward) seconds of computing it. count: how many there are."""
 
     parameter_bytes: float
     gradient_bytes: float
     forward_s: float
     backward_s: float
+    count: int = 1
 
 
 def data_traffic(
@@ -64,8 +65,8 @@ def data_traffic(
     group = stage.zero_group
     if stage.zero and 0 < group < stage.data:
         ranks, copies = ranks[:group], ranks[::group]
-    gradient = sum(load.gradient_bytes for load in loads)
-    backward_s = sum(load.backward_s for load in loads)
+    gradient = sum(load.gradient_bytes * load.count for load in loads)
+    backward_s = sum(load.backward_s * load.count for load in loads)
     # Summing the shards of the copies is part of every reduction of a hybrid.
     over_copies_s = collective_s("all_reduce", gradient / len(ranks), copies) if copies else 0.0
     if stage.zero == 3:
@@ -78,7 +79,7 @@ def data_traffic(
     hidden_s = overlap * min(reduce_s - one_s, backward_s)
     after_s = 0.0
     if stage.zero:
-        parameters = sum(load.parameter_bytes for load in loads)
+        parameters = sum(load.parameter_bytes * load.count for load in loads)
         after_s = collective_s("all_gather", parameters, ranks) * (1 - constants.update_overlap)
     if stage.zero == 2:
         return DataTraffic(backward_s=reduce_s - hidden_s, after_s=after_s)
@@ -107,15 +108,16 @@ def _sharded(
                 collective_s("reduce_scatter", load.gradient_bytes, ranks) if load.gradient_bytes else 0.0,
             )
         gather_s, scatter_s = gathered[load.parameter_bytes]
-        computing = (before.forward_s, before.backward_s) if before is not None else (0.0, 0.0)
-        forward_s += gather_s - overlap * min(gather_s, computing[0])
-        if constants.scatter_each:
-            both_s = gather_s + scatter_s
-            backward_s += both_s - overlap * min(both_s, computing[1])
-        else:
-            backward_s += gather_s - overlap * min(gather_s, computing[1])
-            reduce_s += scatter_s
-            hidden_s += overlap * min(scatter_s, max(0.0, computing[1] - gather_s))
+        for beside, times in ((before, 1), (load, load.count - 1)):
+            computing = (beside.forward_s, beside.backward_s) if beside is not None else (0.0, 0.0)
+            forward_s += times * (gather_s - overlap * min(gather_s, computing[0]))
+            if constants.scatter_each:
+                both_s = gather_s + scatter_s
+                backward_s += times * (both_s - overlap * min(both_s, computing[1]))
+            else:
+                backward_s += times * (gather_s - overlap * min(gather_s, computing[1]))
+                reduce_s += times * scatter_s
+                hidden_s += times * overlap * min(scatter_s, max(0.0, computing[1] - gather_s))
         before = load
     if constants.scatter_each:
         return DataTraffic(forward_s, backward_s + over_copies_s)

@@ -6,8 +6,8 @@ A block's gradients stay whole until its backward ends; then they are copied int
 until the next block's takes its place. With o_i the bytes of block i's parameters, g_i those of their gradients and r_i
 of these in the dtype of reductions, block i's forward and backward need beside their activations
 
-    level 3                 forward  o_i + o_i           backward  o_i + o_(i-1) + r_(i+1), its end g_i + r_i + o_(i-1)
-    levels 1 and 2          forward  o_i, once           backward  r_(i+1),                 its end g_i + r_i
+    level 3         forward  o_i + o_i     backward  o_i + o_(i-1) + r_(i+1)     its end  g_i + r_i + o_(i-1)
+    levels 1, 2     forward  o_i, once     backward  r_(i+1)                     its end  g_i + r_i
 
 where the parameters of levels 1 and 2 lie whole from first use to last and count as at rest. Parameters that several
 blocks use are gathered once for all, and their gradients stay whole to the last backward's end. Stacks that do not keep
@@ -18,31 +18,35 @@ Ignored: parts of the hybrid's copies, and the cast slices that a gather in a na
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..plan import Stage
 from .constants import Constants
 
 Sizes = tuple[int, int, int]
-"""(o, g, r) of one parameter: gathered, its gradient, its gradient in the dtype of reductions; 0, 0 without gradient."""
+"""(o, g, r); 0, 0 for what takes no gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Bytes beside the activations of one block: while its forward and its backward compute, in front of each, and when
+    the backward is done."""
+
+    forward: int = 0
+    gathering: int = 0
+    backward: int = 0
+    copying: int = 0
+    ending: int = 0
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Bytes beside activations. always: all the while. By block: `forward` and `backward` while it computes, `gathering`
-    in front of its forward, `copying` in front of its backward, `ending` when its backward is done.
+    """always: bytes all the while. blocks: of each run of equal blocks the first and, where there are more, the last.
+    whole_gradients: whether the gradients of a block stay until its backward ends."""
 
-    whole_gradients: a block's parameter gradients stay until its backward ends.
-    """
-
-    always: int = 0
-    forward: Sequence[int] = ()
-    gathering: Sequence[int] = ()
-    backward: Sequence[int] = ()
-    copying: Sequence[int] = ()
-    ending: Sequence[int] = ()
+    always: int
+    blocks: Sequence[Whole]
     whole_gradients: bool = False
 
 
@@ -54,53 +58,32 @@ def scatters_each(stage: Stage, microbatches: int, constants: Constants) -> bool
 
 
 def gathered(
-    blocks: Sequence[Sequence[str]],
-    size_of: Callable[[str], Sizes],
-    stage: Stage,
-    microbatches: int,
-    constants: Constants,
+    runs: Sequence[tuple[int, Sizes]], common: Sizes, stage: Stage, microbatches: int, constants: Constants
 ) -> Gathered:
-    """blocks: the names of the parameters of each block of the stage."""
-    none = [0] * len(blocks)
-    if stage.zero == 0 or (stage.zero == 1 and not constants.slices_at_rest):
-        return Gathered(0, none, none, none, none, none)
-    uses = Counter(name for names in blocks for name in names)
-    own = [_sums([size_of(name) for name in names if uses[name] == 1]) for names in blocks]
-    o, g, r = (list(column) for column in zip(*own, strict=True))
-    if stage.zero == 2 and not constants.slices_at_rest:
-        return Gathered(0, none, none, [2 * size for size in o], none, none)
-    common = _sums([size_of(name) for name, count in uses.items() if count > 1])
+    """runs: of equal blocks, how many and the sizes of each. common: of the parameters that several blocks use."""
+    shown = [(number, count, sizes) for count, sizes in runs for number in range(min(count, 2))]
+    if stage.zero == 0 or (stage.zero < 3 and not constants.slices_at_rest):
+        scattering = 2 if stage.zero == 2 else 0
+        return Gathered(0, [Whole(backward=scattering * o) for _, _, (o, _, _) in shown])
     each = scatters_each(stage, microbatches, constants)
-    before, after = [0, *o[:-1]], [*r[1:], 0] if each else none
-    ends = [a + b for a, b in zip(g, r, strict=True)]
-    if stage.zero == 3:
-        always = common[0] + (0 if each else sum(g) + common[1])
-        return Gathered(
-            always=always,
-            forward=[2 * size for size in o],
-            gathering=[a + b for a, b in zip(before, o, strict=True)],
-            backward=[_common(common, each) + sum(sizes) for sizes in zip(o, before, after, strict=True)],
-            copying=[_common(common, each) + 2 * a + b for a, b in zip(o, after, strict=True)],
-            ending=[_common(common, each) + a + b for a, b in zip(ends if each else r, before, strict=True)],
-            whole_gradients=each,
-        )
-    # With one microbatch, what counts as at rest comes in its forward and goes in its backward.
-    absent = [-sum(o[i + 1 :]) for i in range(len(o))] if microbatches == 1 else none
-    return Gathered(
-        forward=[a + b if microbatches == 1 else 0 for a, b in zip(absent, o, strict=True)],
-        gathering=[a + b if microbatches == 1 else 0 for a, b in zip(absent, before, strict=True)],
-        backward=[_common(common, each) + a + b for a, b in zip(absent, after, strict=True)],
-        copying=none,
-        ending=[_common(common, each) + a + b for a, b in zip(absent, ends if each else none, strict=True)],
-        whole_gradients=each or g != r,
-    )
-
-
-def _common(sizes: Sizes, each: bool) -> int:
-    """The gradients of parameters that several blocks use, whole until the last backward has ended."""
-    return sizes[1] if each else 0
-
-
-def _sums(sizes: Sequence[Sizes]) -> Sizes:
-    o, g, r = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0, 0)
-    return o, g, r
+    blocks = []
+    later = sum(count * o for count, (o, _, _) in runs)
+    for i, (number, count, (o, g, r)) in enumerate(shown):
+        before = o if number else shown[i - 1][2][0] if i else 0
+        # The last block of a run stands for the one before it too, whose scattered gradients are those of its like.
+        after = max(r if count > 1 else 0, shown[i + 1][2][2] if i + 1 < len(shown) else 0) if each else 0
+        end = common[1] + g + r if each else r
+        after += common[1] if each else 0
+        if stage.zero == 3:
+            blocks.append(Whole(2 * o, before + o, o + before + after, 2 * o + after, end + before))
+            continue
+        later -= (count - 1) * o if number else o
+        if microbatches > 1:
+            blocks.append(Whole(backward=after, ending=end if each else 0))
+            continue
+        # What counts as at rest comes with the forward of the only microbatch and goes with its backward.
+        blocks.append(Whole(o - later, before - later, after - later, after - later, end - later))
+    if stage.zero < 3:
+        return Gathered(0, blocks, each or common[1] != common[2] or any(g != r for _, (_, g, r) in runs))
+    summed = 0 if each else common[1] + sum(count * g for count, (_, g, _) in runs)
+    return Gathered(common[0] + summed, blocks, each)

@@ -10,8 +10,9 @@ Assumed: the optimizer is AdamW. Ignored: differences between the ranks of a sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ..cluster.span import span
 from ..cluster.spec import Cluster
@@ -81,6 +82,21 @@ class _BlockPrice:
             pairs = (*compute.values(), *collectives.values())
             self._passes[recompute] = compute, collectives, (sum(f for f, _ in pairs), sum(b for _, b in pairs))
         return self._passes[recompute]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A `stage_memory.BlockRun`: consecutive blocks of a stage with one price and one recompute choice."""
+
+    block: Block
+    count: int
+    price: _BlockPrice
+    recompute: Recompute
+    shares_parameters: bool
+
+    @property
+    def memory(self) -> BlockMemory:
+        return self.price.memory
 
 
 class CostModel:
@@ -192,11 +208,11 @@ class CostModel:
         stage = plan.stages[index]
         compute: Table = {}
         collectives: Table = {}
-        for (_, price), recompute in zip(self._prices(plan, stage), stage.block_recompute, strict=True):
-            parts = price.passes(recompute)
+        for run in self._runs(plan, stage):
+            parts = run.price.passes(run.recompute)
             for table, part in ((compute, parts[0]), (collectives, parts[1])):
                 for name, (forward_s, backward_s) in part.items():
-                    add(table, name, forward_s, backward_s)
+                    add(table, name, run.count * forward_s, run.count * backward_s)
         shards = stage_parts(stage, plan.microbatches)
         for op in self._sides.of(stage.start, stage.stop, shards)[1]:
             for name, seconds in self._pricer(plan.precision).op_seconds(op, (), shards).forward.items():
@@ -216,18 +232,18 @@ class CostModel:
 
     def _stage(self, plan: Plan, index: int) -> StageCost:
         stage = plan.stages[index]
-        prices = self._prices(plan, stage)
+        runs = self._runs(plan, stage)
         breakdown = self.breakdown(plan, index)
         tables = (*breakdown.compute.values(), *breakdown.collectives.values())
         forward_s, backward_s = sum(f for f, _ in tables), sum(b for _, b in tables)
         pricer = self._pricer(plan.precision)
-        memory = stage_memory(self.graph, pricer.local, plan, index, prices, self.constants)
+        memory = stage_memory(self.graph, pricer.local, plan, index, runs, self.constants)
         if plan.microbatches > 1:
-            size = 3.0 * sum(memory.local_bytes.values())
+            size = 3.0 * memory.local_bytes
             kernel = Kernel("pointwise", size, size, "")
             backward_s += kernel_s(self.cluster.device, kernel, True, self.corrections, self.constants)
-        traffic = self._data_traffic(stage, prices, memory, backward_s)
-        send_s, boundary_bytes = self._send(plan, index, prices[-1][1].memory.output_bytes)
+        traffic = self._data_traffic(stage, runs, memory, backward_s)
+        send_s, boundary_bytes = self._send(plan, index, runs[-1].memory.output_bytes)
         once_s = self.constants.step_s if self._asynchronous and self._first_of_group(plan, index) else 0.0
         factor = self.corrections.memory
         return StageCost(
@@ -238,10 +254,10 @@ class CostModel:
             boundary_bytes=boundary_bytes,
             reduce_s=traffic.reduce_s,
             reduce_overlap_s=traffic.reduce_overlap_s,
-            reduce_model_s=self._model_reduction(plan, index, prices) + traffic.after_s,
+            reduce_model_s=self._model_reduction(plan, index, runs) + traffic.after_s,
             optimizer_s=optimizer_s(
                 self.cluster.device,
-                (4.0 * count for count in memory.held_elements.values()),
+                {4.0 * elements: count for elements, count in memory.held_elements.items()},
                 self.corrections,
                 self.constants,
             ),
@@ -252,20 +268,44 @@ class CostModel:
             activation_bytes=int(memory.activation_bytes * factor),
             forward_peak_bytes=int(memory.forward_peak_bytes * factor),
             backward_peak_bytes=int(memory.backward_peak_bytes * factor),
-            backward_weight_s=min(backward_s, sum(price.seconds.weight_s for _, price in prices)),
-            deferred_bytes=int(sum(price.memory.deferred_bytes for _, price in prices) * factor),
+            backward_weight_s=min(backward_s, sum(run.count * run.price.seconds.weight_s for run in runs)),
+            deferred_bytes=int(sum(run.count * run.memory.deferred_bytes for run in runs) * factor),
         )
 
     # -- blocks
 
-    def _prices(self, plan: Plan, stage: Stage) -> list[tuple[Block, _BlockPrice]]:
+    def _runs(self, plan: Plan, stage: Stage) -> list[_Run]:
         axes = ModelAxes(stage.axes, stage.ranks[: stage.tensor])
         setting = _Setting(stage_parts(stage, plan.microbatches), axes, plan.microbatches > 1, plan.precision)
         where = setting.key(self.cluster)
         blocks = self.graph.blocks[stage.start : stage.stop]
+        indices = list(zip(*stage.layouts, strict=True)) if stage.axes else [()] * len(blocks)
+        prices: dict[tuple, _BlockPrice] = {}
+        traits = self._traits
+        runs: list[_Run] = []
+        known: tuple = ()
+        for block, layouts, recompute in zip(blocks, indices, stage.block_recompute, strict=True):
+            trained, shares = traits[block.index]
+            key = (block.kind, layouts, trained)
+            if key == known and recompute == runs[-1].recompute and not shares and not runs[-1].shares_parameters:
+                runs[-1] = replace(runs[-1], count=runs[-1].count + 1)
+                continue
+            if key not in prices:
+                prices[key] = self._block(block, tuple(plan.layouts[i] for i in layouts), setting, where)
+            runs.append(_Run(block, 1, prices[key], recompute, shares))
+            known = key
+        return runs
+
+    @cached_property
+    def _traits(self) -> list[tuple[tuple[bool, ...], bool]]:
+        """Per block, which of its parameters take gradients, and whether other blocks use some of them."""
+        tensors, shared = self.graph.tensors, set(self.graph.shared_parameters)
         return [
-            (b, self._block(b, layouts, setting, where))
-            for b, layouts in zip(blocks, plan.layouts_of(stage), strict=True)
+            (
+                tuple(bool(tensors[name].requires_grad) for name in block.parameters),
+                not shared.isdisjoint(block.parameters),
+            )
+            for block in self.graph.blocks
         ]
 
     def _block(self, block: Block, layouts: tuple[Layout, ...], setting: _Setting, where: tuple) -> _BlockPrice:
@@ -339,24 +379,24 @@ class CostModel:
 
     # -- communication outside blocks
 
-    def _data_traffic(
-        self, stage: Stage, prices: list[tuple[Block, _BlockPrice]], memory: StageMemory, backward_s: float
-    ) -> DataTraffic:
+    def _data_traffic(self, stage: Stage, runs: Sequence[_Run], memory: StageMemory, backward_s: float) -> DataTraffic:
         if stage.data == 1:
             return DataTraffic()
         overlap = self.cluster.link(stage.ranks[:: stage.tensor]).overlap
         if self._asynchronous:
             overlap = min(1.0, overlap * (self.constants.gather_overlap if stage.zero == 3 else self.constants.overlap))
-        loads = []
-        for (block, price), recompute in zip(prices, stage.block_recompute, strict=True):
-            f, b = price.passes(recompute)[2]
-            sizes = dict(zip(block.parameters, price.memory.parameter_bytes, strict=True))
-            trained = sum(size for name, size in sizes.items() if self.graph.tensors[name].requires_grad)
-            loads.append(BlockLoad(sum(sizes.values()), trained * self._reduced_share(), f, b))
         if stage.zero != 3:
             # Parameters that several blocks of the stage use are reduced once, and everything hides behind the whole.
-            trained = sum(memory.trainable_bytes.values()) * self._reduced_share()
-            loads = [BlockLoad(sum(memory.local_bytes.values()), trained, 0.0, backward_s)]
+            trained = memory.trainable_bytes * self._reduced_share()
+            loads = [BlockLoad(memory.local_bytes, trained, 0.0, backward_s)]
+            return data_traffic(stage, loads, overlap, self.constants, self._collective_s)
+        loads = []
+        for run in runs:
+            sizes = run.memory.parameter_bytes
+            flags = self._traits[run.block.index][0]
+            trained = sum(size for size, is_trained in zip(sizes, flags, strict=True) if is_trained)
+            passes = run.price.passes(run.recompute)[2]
+            loads.append(BlockLoad(sum(sizes), trained * self._reduced_share(), *passes, run.count))
         return data_traffic(stage, loads, overlap, self.constants, self._collective_s)
 
     def _reduced_share(self) -> float:
@@ -366,15 +406,15 @@ class CostModel:
     def _collective_s(self, kind: str, size_bytes: float, ranks: tuple[int, ...]) -> float:
         return collective_s(self.cluster, kind, size_bytes, ranks, self.corrections, self.constants)
 
-    def _model_reduction(self, plan: Plan, index: int, prices: list[tuple[Block, _BlockPrice]]) -> float:
+    def _model_reduction(self, plan: Plan, index: int, runs: Sequence[_Run]) -> float:
         """Gradients summed once per step over the model axis, and over the stages that share a parameter."""
         stage = plan.stages[index]
         seconds = 0.0
         axes = ModelAxes(stage.axes, stage.ranks[: stage.tensor])
         summed: dict[tuple[int, ...], float] = {}
-        for _, price in prices:
-            for over, size in price.shared_bytes.items():
-                summed[over] = summed.get(over, 0.0) + size
+        for run in runs:
+            for over, size in run.price.shared_bytes.items():
+                summed[over] = summed.get(over, 0.0) + run.count * size
         seconds += sum(self._collective_s("all_reduce", size, axes.ranks_of(over)) for over, size in summed.items())
         for name in self._ties(stage):
             holders = tuple(
@@ -382,12 +422,15 @@ class CostModel:
                 for s in plan.stages
                 if any(name in b.parameters for b in self.graph.blocks[s.start : s.stop])
             )
-            block, price = next((b, p) for b, p in prices if name in b.parameters)
-            size = price.memory.parameter_bytes[block.parameters.index(name)]
+            run = next(run for run in runs if name in run.block.parameters)
+            size = run.memory.parameter_bytes[run.block.parameters.index(name)]
             seconds += self._collective_s("all_reduce", size, holders)
         return seconds
 
     def _ties(self, stage: Stage) -> tuple[str, ...]:
+        """Of a stage's parameters, those that several blocks use."""
+        if not self.graph.shared_parameters:
+            return ()
         inside = {name for block in self.graph.blocks[stage.start : stage.stop] for name in block.parameters}
         return tuple(name for name in self.graph.shared_parameters if name in inside)
 

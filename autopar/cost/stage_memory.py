@@ -7,7 +7,8 @@ and communication buffers (`context_bytes`). Both are 0 on CPUs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,15 +24,28 @@ from .memory import BlockMemory
 OPTIMIZER_BYTES_PER_ELEMENT = 8
 
 
-class Priced(Protocol):
+class BlockRun(Protocol):
+    """Consecutive blocks of a stage that cost the same: all but the first of a run add the same to what is counted.
+
+    block: the first of them. shares_parameters: whether other blocks use some of its parameters; it then stands alone.
+    """
+
+    @property
+    def block(self) -> Block: ...
+    @property
+    def count(self) -> int: ...
     @property
     def memory(self) -> BlockMemory: ...
+    @property
+    def recompute(self) -> Recompute: ...
+    @property
+    def shares_parameters(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """As `StageCost`; local_bytes, trainable_bytes: of each (trainable) parameter as used, before data sharding, by
-    name; held_elements: of each parameter, after it, that this rank's optimizer updates."""
+    """As `StageCost`; local_bytes, trainable_bytes: of all (trainable) parameters as used, before data sharding;
+    held_elements: of each parameter, after it, that this rank's optimizer updates, and how many there are of the size."""
 
     parameter_bytes: int
     gradient_bytes: int
@@ -40,9 +54,9 @@ class StageMemory:
     activation_bytes: int
     forward_peak_bytes: int
     backward_peak_bytes: int
-    local_bytes: dict[str, int]
-    trainable_bytes: dict[str, int]
-    held_elements: dict[str, float]
+    local_bytes: int
+    trainable_bytes: int
+    held_elements: Mapping[float, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,60 +77,61 @@ def at_rest(wide_bytes: float, used_bytes: float, constants: Constants) -> AtRes
     return AtRest(constants.parameter_bytes, constants.gradient_bytes, constants.optimizer_bytes, copy)
 
 
+@dataclass(frozen=True, slots=True)
+class _Parameter:
+    """What tells parameters apart here. wide_bytes, used_bytes: of an element at rest in the module, and as computed with."""
+
+    size_bytes: int
+    wide_bytes: int
+    used_bytes: int
+    trained: bool
+
+
 def stage_memory(
     graph: Graph,
     local: Callable[[int], LocalShapes],
     plan: Plan,
     index: int,
-    prices: Sequence[tuple[Block, Priced]],
+    runs: Sequence[BlockRun],
     constants: Constants,
 ) -> StageMemory:
-    """The memory of stage `index`, of blocks with these prices."""
+    """The memory of stage `index`, of these runs of blocks."""
     stage = plan.stages[index]
-    memories = [price.memory for _, price in prices]
-    sizes: dict[str, int] = {}
-    for (block, _), memory in zip(prices, memories, strict=True):
-        sizes.update(zip(block.parameters, memory.parameter_bytes, strict=True))
-    trainable = {name: size for name, size in sizes.items() if graph.tensors[name].requires_grad}
+    parameters = _parameters(graph, local(1), runs)
+    local_bytes = sum(one.size_bytes * count for one, count in parameters.items())
+    trainable_bytes = sum(one.size_bytes * count for one, count in parameters.items() if one.trained)
     group = stage.zero_group or stage.data
     cuts = [group if stage.zero >= level else 1 for level in (1, 2, 3)]
     if stage.zero == 1 and constants.slices_at_rest and scatters_each(stage, plan.microbatches, constants):
         cuts[1] = group  # the only microbatch's gradients are scattered block by block
     resting = [0.0, 0.0, 0.0]
-    held: dict[str, float] = {}
-    moved: dict[str, Sizes] = {}
-    tensors = local(1).tensors
-    for name, size in sizes.items():
-        elements = size // tensors[name].dtype.itemsize
-        rest = at_rest(graph.tensors[name].at_rest.itemsize, tensors[name].dtype.itemsize, constants)
-        moved[name] = (size, 0, 0)
+    held: dict[float, int] = {}
+    for one, count in parameters.items():
+        elements = one.size_bytes // one.used_bytes
+        rest = at_rest(one.wide_bytes, one.used_bytes, constants)
         if plan.offload:
             # On the device there are the copies that blocks compute with, and what their gradients are summed in.
-            resting[0] += size if stage.zero < 3 else 0.0
+            resting[0] += count * one.size_bytes if stage.zero < 3 else 0.0
         elif stage.zero in (1, 2) and constants.slices_at_rest:
-            resting[0] += elements * rest.parameter / group + size
+            resting[0] += count * (elements * rest.parameter / group + one.size_bytes)
         else:
-            resting[0] += elements * (rest.parameter / cuts[2] + (rest.narrow_copy if stage.zero < 3 else 0.0))
-        if name in trainable:
-            moved[name] = (size, size, int(elements * rest.gradient))
-            resting[1] += elements * rest.gradient / cuts[1]
-            resting[2] += 0.0 if plan.offload else elements * rest.optimizer / cuts[0]
-            held[name] = elements / cuts[0]
-    whole = gathered(
-        [block.parameters for block, _ in prices], moved.__getitem__, stage, plan.microbatches, constants
-    )
-    activation, forward_peak, backward_peak = _activations(
-        memories, stage.block_recompute, constants.selective_kept, whole
-    )
-    if index > 0 and stage.block_recompute[0] == "none":  # what arrives is kept, because its gradient travels on
-        first = memories[0]
-        activation += sum(b for b, saved in zip(first.input_bytes, first.saves_input, strict=True) if not saved)
+            whole_copy = rest.narrow_copy if stage.zero < 3 else 0.0
+            resting[0] += count * elements * (rest.parameter / cuts[2] + whole_copy)
+        if one.trained:
+            resting[1] += count * elements * rest.gradient / cuts[1]
+            resting[2] += 0.0 if plan.offload else count * elements * rest.optimizer / cuts[0]
+            held[elements / cuts[0]] = held.get(elements / cuts[0], 0) + count
+    whole = _whole(graph, local(1), stage, runs, plan.microbatches, constants)
+    activation, forward_peak, backward_peak = _activations(runs, constants.selective_kept, whole)
+    first, last = runs[0], runs[-1].memory
+    if index > 0 and first.recompute == "none":  # what arrives is kept, because its gradient travels on
+        memory = first.memory
+        activation += sum(b for b, saved in zip(memory.input_bytes, memory.saves_input, strict=True) if not saved)
     # The stage's last output waits for its gradient; a loss is a scalar.
     if index + 1 < len(plan.stages):
-        last = memories[-1]
         activation += sum(b for b, saved in zip(last.output_bytes, last.saves_output, strict=True) if not saved)
     slack = 1.0 + constants.allocator_share
-    inputs = _batch_inputs(graph, prices, local(stage_parts(stage, 1)))
+    inputs = _batch_inputs(graph, local(stage_parts(stage, 1)))
     return StageMemory(
         parameter_bytes=_ceil(resting[0]) + inputs,
         gradient_bytes=_ceil(resting[1]),
@@ -125,31 +140,81 @@ def stage_memory(
         activation_bytes=int(activation * slack),
         forward_peak_bytes=int(forward_peak * slack),
         backward_peak_bytes=int(backward_peak * slack),
-        local_bytes=sizes,
-        trainable_bytes=trainable,
+        local_bytes=local_bytes,
+        trainable_bytes=trainable_bytes,
         held_elements=held,
     )
+
+
+def _parameters(graph: Graph, local: LocalShapes, runs: Sequence[BlockRun]) -> Counter[_Parameter]:
+    """The distinct parameters of the runs, each as often as there are such; one that several blocks use counts once."""
+    found: Counter[_Parameter] = Counter()
+    shared: dict[str, _Parameter] = {}
+    for run in runs:
+        for name, one in _of_block(graph, local, run):
+            if run.shares_parameters:
+                shared[name] = one
+            else:
+                found[one] += run.count
+    found.update(shared.values())
+    return found
+
+
+def _of_block(graph: Graph, local: LocalShapes, run: BlockRun) -> list[tuple[str, _Parameter]]:
+    """The parameters of the first block of a run, by name."""
+    found = []
+    for name, size in zip(run.block.parameters, run.memory.parameter_bytes, strict=True):
+        tensor = graph.tensors[name]
+        used_bytes = local.tensors[name].dtype.itemsize
+        found.append((name, _Parameter(size, tensor.at_rest.itemsize, used_bytes, bool(tensor.requires_grad))))
+    return found
+
+
+def _whole(
+    graph: Graph, local: LocalShapes, stage: Stage, runs: Sequence[BlockRun], microbatches: int, constants: Constants
+) -> Gathered:
+    """What ZeRO gathers and scatters, see gathered.py."""
+    if stage.zero == 0:
+        return gathered([(run.count, (0, 0, 0)) for run in runs], (0, 0, 0), stage, microbatches, constants)
+    uses = Counter(name for run in runs if run.shares_parameters for name in run.block.parameters)
+    own: list[tuple[int, Sizes]] = []
+    common: dict[str, _Parameter] = {}
+    for run in runs:
+        named = _of_block(graph, local, run)
+        common |= {name: one for name, one in named if uses[name] > 1}
+        own.append((run.count, _sizes([one for name, one in named if uses[name] < 2], constants)))
+    return gathered(own, _sizes(list(common.values()), constants), stage, microbatches, constants)
+
+
+def _sizes(parameters: Sequence[_Parameter], constants: Constants) -> Sizes:
+    trained = [one for one in parameters if one.trained]
+    reduced = sum(
+        one.size_bytes // one.used_bytes * at_rest(one.wide_bytes, one.used_bytes, constants).gradient
+        for one in trained
+    )
+    return sum(one.size_bytes for one in parameters), sum(one.size_bytes for one in trained), int(reduced)
 
 
 def _ceil(size: float) -> int:
     return -int(-size // 1)
 
 
-def _activations(
-    memories: Sequence[BlockMemory], choices: Sequence[Recompute], selective_kept: float, whole: Gathered
-) -> tuple[int, int, int]:
-    """(activation, forward peak, backward peak) bytes of one microbatch, parameters and gradients that lie `whole` in
-    the peaks.
+def _activations(runs: Sequence[BlockRun], selective_kept: float, whole: Gathered) -> tuple[int, int, int]:
+    """(activation, forward peak, backward peak) bytes of one microbatch; in the peaks what ZeRO lays `whole` counts too.
 
     Both peaks are beyond `activation`, which counts from the forward's start to the backward's end: while a block runs
     forward, later blocks have not saved yet, and in its backward they have let go. A block that is computed again keeps
     its inputs and, if selectively, the results of its expensive ops; the rest comes back, whole, for its own backward.
+
+    From its second block on a run adds the same with each, and peaks in its last.
     """
-    held = []  # what each block adds to what is kept
-    kept = []  # of it, what the block makes
     sides: dict[str, int] = {}
     outputs_kept: Sequence[bool] = ()
-    for memory, choice in zip(memories, choices, strict=True):
+    forward = backward = done = 0
+    besides = iter(whole.blocks)
+
+    def keep(memory: BlockMemory, choice: Recompute) -> tuple[int, int]:
+        """What a block adds to what is kept, and what of it the block makes."""
         own = {"none": memory.saved_bytes, "selective": int(memory.selective_bytes * selective_kept), "full": 0}[choice]
         size = own
         for position, saved in enumerate(memory.saves_input):
@@ -161,38 +226,42 @@ def _activations(
             if name not in sides:
                 sides[name] = bytes_
                 size += bytes_
-        held.append(size)
-        kept.append(own)
+        return size, own
+
+    for run in runs:
+        memory, choice = run.memory, run.recompute
         # Passing through, an input stays counted where it was.
-        outputs_kept = memory.saves_output if choice == "none" else ()
-    activation = sum(held)
-    forward = backward = done = 0
-    for i, (memory, choice, size, own) in enumerate(zip(memories, choices, held, kept, strict=True)):
-        forward = max(forward, done + whole.gathering[i])
-        inputs = sum(memory.input_bytes)
-        # While it runs backward, the gradients of its outputs wait; `backward_peak_bytes` has them already.
-        waiting = sum(memory.output_bytes)
-        in_backward = memory.whole_gradients_peak_bytes if whole.whole_gradients else memory.backward_peak_bytes
-        before = done
-        if choice == "none":
-            forward = max(forward, done + (size - own) + memory.forward_peak_bytes + whole.forward[i])
-            done += size
-            backward = max(backward, done + in_backward + whole.backward[i])
-        else:
-            # The bare peak starts with the inputs, which `size` has counted.
-            least = done + max(0, size - own - inputs) + own
-            forward = max(forward, least + memory.bare_peak_bytes + whole.forward[i])
-            done += size
-            again = max(memory.forward_peak_bytes + waiting, memory.saved_bytes + in_backward)
-            backward = max(backward, done - own + again + whole.backward[i])
-        if whole.ending[i]:
-            backward = max(backward, done + waiting + whole.copying[i], before + inputs + whole.ending[i])
+        kept_after = memory.saves_output if choice == "none" else ()
+        for number in range(min(run.count, 2)):
+            size, own = keep(memory, choice)
+            outputs_kept = kept_after
+            if number:
+                done += (run.count - 2) * size
+            beside = next(besides)
+            before, inputs = done, sum(memory.input_bytes)
+            # While it runs backward, the gradients of its outputs wait; `backward_peak_bytes` has them already.
+            waiting = sum(memory.output_bytes)
+            passing = memory.whole_gradients_peak_bytes if whole.whole_gradients else memory.backward_peak_bytes
+            forward = max(forward, done + beside.gathering)
+            if choice == "none":
+                forward = max(forward, done + (size - own) + memory.forward_peak_bytes + beside.forward)
+                done += size
+                backward = max(backward, done + passing + beside.backward)
+            else:
+                # The bare peak starts with the inputs, which `size` has counted.
+                least = done + max(0, size - own - inputs) + own
+                forward = max(forward, least + memory.bare_peak_bytes + beside.forward)
+                done += size
+                again = max(memory.forward_peak_bytes + waiting, memory.saved_bytes + passing)
+                backward = max(backward, done - own + again + beside.backward)
+            if beside.ending:
+                backward = max(backward, done + waiting + beside.copying, before + inputs + beside.ending)
     # Side tensors are made once per microbatch and stay until its forward ends.
-    read = sum({name: size for memory in memories for name, size in memory.read_side_bytes}.values())
+    read = sum({name: size for run in runs for name, size in run.memory.read_side_bytes}.values())
     forward += max(0, read - sum(sides.values()))
-    return activation, max(0, forward - activation), max(0, backward - activation)
+    return done, max(0, forward - done), max(0, backward - done)
 
 
-def _batch_inputs(graph: Graph, prices: Sequence[tuple[Block, Priced]], local: LocalShapes) -> int:
+def _batch_inputs(graph: Graph, local: LocalShapes) -> int:
     """The local batch lies on every rank for the whole step."""
-    return sum(local.size_bytes(name) for name in graph.inputs) if prices else 0
+    return sum(local.size_bytes(name) for name in graph.inputs)

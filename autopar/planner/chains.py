@@ -177,7 +177,7 @@ class AxisPrices:
         cluster, data = self.problem.cluster, self.shape.data
         size = self._local.size_bytes(parameter, placement, self.shape.tensor)
         held = size / data if self.shape.zero == 3 else size
-        step_s = optimizer_s(cluster.device, [held], self._model.corrections, self._model.constants)
+        step_s = optimizer_s(cluster.device, {held: 1}, self._model.corrections, self._model.constants)
         each_s = 0.0
         if data > 1:
             ranks = self.shape.ranks(0)[:: self.shape.tensor]
