@@ -290,6 +290,7 @@ class Pricer:
             tuple(len(self.graph.consumers[name]) for name in op.inputs),
             self.constants.products_in,
             self.constants.fused_loss,
+            self.constants.wide_loss,
         )
 
 

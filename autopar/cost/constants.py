@@ -38,6 +38,7 @@ class Constants:
         collective that hides behind compute; the rest is what the transfer costs the compute beside it.
     update_overlap: share of ZeRO 1's and 2's gather of updated parameters that hides.
     fused_loss: whether the cross entropy reads narrow logits as they are and writes their gradient in their place.
+    wide_loss: whether the cross entropy else computes on a copy of narrow logits in float32, as under torch.autocast.
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
     slices_at_rest: with ZeRO 1 and 2, whether parameters at rest are slices too, and a step gathers what it computes with.
     selective_kept: share of products whose results selective recomputation keeps (torchtitan: every other one).
@@ -78,6 +79,7 @@ class Constants:
     tensor_overlap: float = 0.0
     update_overlap: float = 0.0
     fused_loss: bool = False
+    wide_loss: bool = True
     scatter_each: bool = False
     slices_at_rest: bool = False
     selective_kept: float = 1.0
@@ -122,7 +124,7 @@ HARDWARE: Mapping[str, Mapping[str, float]] = {
 
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     # autopar's own runtime: eager torch, fully_shard.
-    "": {"scatter_each": True, "slices_at_rest": True},
+    "": {"scatter_each": True, "slices_at_rest": True, "wide_loss": False},
     "torch": {
         "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.05, "product_scale": 0.97, "attention_scale": 0.87,
         "gather_overlap": 0.96, "scatter_each": True, "slices_at_rest": True, "context_bytes": 2e9,

@@ -73,6 +73,7 @@ class BlockView:
     input_placements: tuple[Places, ...]
     parameter_placements: tuple[Places, ...]
     fused_loss: bool = False
+    wide_loss: bool = True
 
     def size(self, tensor: str, places: Places) -> int:
         return self.local.held_bytes(tensor, places, self.degrees)
@@ -255,7 +256,8 @@ class _Walk:
                 share = self.view.size(*largest) / max(1, self.view.graph.tensors[largest[0]].size_bytes)
                 self.extra[index] = int(op.saved_extra_bytes * share)
             sizes = [self.view.size(n, p) for n, p in zip(op.inputs, in_places, strict=True)]
-            width = self.view.local.tensors[op.inputs[0]].dtype.itemsize if op.inputs else 4
+            wide = op.inputs and self.view.wide_loss
+            width = self.view.local.tensors[op.inputs[0]].dtype.itemsize if wide else 4
             self.scratch[index] = (0, 0) if in_place else scratch_bytes(op, sizes, mine, width)
 
     def forward_peak(self, saving: bool) -> int:

@@ -130,13 +130,16 @@ def stage_memory(
     # The stage's last output waits for its gradient; a loss is a scalar.
     if index + 1 < len(plan.stages):
         activation += sum(b for b, saved in zip(last.output_bytes, last.saves_output, strict=True) if not saved)
+    # Beside them: what is received one microbatch ahead, both ways, and the gradient that is being sent.
+    passing = 2 * sum(first.memory.input_bytes) if _receives(plan, index, index - 1) else 0
+    passing += sum(last.output_bytes) if _receives(plan, index, index + 1) else 0
     slack = 1.0 + constants.allocator_share
     inputs = _batch_inputs(graph, local(stage_parts(stage, 1)))
     return StageMemory(
         parameter_bytes=_ceil(resting[0]) + inputs,
         gradient_bytes=_ceil(resting[1]),
         optimizer_bytes=_ceil(resting[2]),
-        unsharded_bytes=int(whole.always * slack + constants.context_bytes),
+        unsharded_bytes=int((whole.always + passing) * slack + constants.context_bytes),
         activation_bytes=int(activation * slack),
         forward_peak_bytes=int(forward_peak * slack),
         backward_peak_bytes=int(backward_peak * slack),
@@ -193,6 +196,11 @@ def _sizes(parameters: Sequence[_Parameter], constants: Constants) -> Sizes:
         for one in trained
     )
     return sum(one.size_bytes for one in parameters), sum(one.size_bytes for one in trained), int(reduced)
+
+
+def _receives(plan: Plan, index: int, neighbour: int) -> bool:
+    """Whether messages come to a stage from another one, which exists and runs on other ranks."""
+    return 0 <= neighbour < len(plan.stages) and plan.stages[neighbour].ranks != plan.stages[index].ranks
 
 
 def _ceil(size: float) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..graph import Graph, torch_dtype
 from ..ops import mutated_inputs
 from ..plan import Plan, Stage
 from ..schedule.build import program_for
+from ..schedule.delivered import delivered, delivered_in_stream
 from ..schedule.instructions import Instruction
 from ..schedule.orders import schedule_named
 from ..sharding.axes import Places
@@ -222,6 +224,13 @@ def _transport(graph: Graph, plan: Plan, groups: Groups, device: torch.device) -
         routes[first, second] = route(list(crossing.values()), list(dtypes.values()), groups.rank)
         returning = {name: h.of_gradient() for name, h in crossing.items() if graph.tensors[name].requires_grad}
         routes[second, first] = route(list(returning.values()), [dtypes[name] for name in returning], groups.rank)
-    transport = Transport(groups, device, routes)
+    transport = Transport(groups, device, routes, _delivered(plan, groups))
     transport.connect()
     return transport
+
+
+def _delivered(plan: Plan, groups: Groups) -> Callable[[Instruction], Iterable[Instruction]]:
+    if not schedule_named(plan.schedule).flushes:
+        return partial(delivered_in_stream, num_stages=len(plan.stages))
+    found = delivered(program_for(plan), plan.groups.index(plan.stages[groups.stage].ranks))
+    return lambda receive: found.get(receive, ())

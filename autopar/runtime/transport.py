@@ -1,13 +1,12 @@
 """Activations and gradients between neighbouring stages, point to point, along planned routes.
 
-Sends are started and left behind; a receive is posted one instruction ahead of its use, so that the bytes travel while
-the stage computes.
+Sends are started and left behind, and let go of once they are known to have arrived; a receive is posted one instruction
+ahead of its use, so that the bytes travel while the stage computes.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,12 +42,14 @@ class _Arriving:
 
 @dataclass(eq=False)
 class Transport:
-    """routes: this rank's side of every hand-over that it takes part in."""
+    """routes: this rank's side of every hand-over that it takes part in. delivered(receive): the sends that have arrived when
+    this receive has (schedule/delivered.py)."""
 
     groups: Groups
     device: torch.device
     routes: Mapping[Way, Route]
-    _sends: deque[tuple[list[dist.Work], list[Tensor]]] = field(default_factory=deque)
+    delivered: Callable[[Receive], Iterable[Instruction]]
+    _sends: dict[Instruction, tuple[list[dist.Work], list[Tensor]]] = field(default_factory=dict)
     _posted: dict[Receive, _Arriving] = field(default_factory=dict)
     _ahead: dict[type, Iterator[Receive]] = field(default_factory=dict)
 
@@ -82,10 +83,11 @@ class Transport:
             buffer = _pack(message, tensors, self.device)
             operations.append((dist.isend, buffer, message.peer, self.groups.boundaries[way]))
             kept.append(buffer)
-        while self._sends and all(work.is_completed() for work in self._sends[0][0]):
-            self._sends.popleft()
+        # What the backend itself says to be done (NCCL does) need not wait for news of it.
+        while self._sends and all(work.is_completed() for work in next(iter(self._sends.values()))[0]):
+            del self._sends[next(iter(self._sends))]
         if operations:
-            self._sends.append((_started(operations, self.device), kept))
+            self._sends[action] = (_started(operations, self.device), kept)
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def receive(self, action: Receive) -> list[Tensor]:
@@ -95,6 +97,9 @@ class Transport:
         route, arriving = self.routes[way], self._posted.pop(action)
         for work in arriving.works:
             work.wait()
+        for send in self.delivered(action):
+            for work in self._sends.pop(send, ((), ()))[0]:
+                work.wait()
         for message, buffer in arriving.packed:
             for piece in message.pieces:
                 place, value = piece.of(arriving.outputs), _seen(buffer, piece, arriving.outputs)
@@ -107,7 +112,7 @@ class Transport:
 
     def finish(self) -> None:
         """Wait for all sends of the program."""
-        for works, _ in self._sends:
+        for works, _ in self._sends.values():
             for work in works:
                 work.wait()
         self._sends.clear()
