@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +43,10 @@ class RankMemory:
 
 @dataclass
 class _Live:
-    """Bytes of tensors made (less those freed) in regions of code, and the most that the latest region had."""
+    """Bytes of tensors made (less those freed) in regions of code, and the most that there were in the latest region."""
 
     bytes: int = 0
     peak_bytes: int = 0
-    most_deltas: list[int] = field(default_factory=list)
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -100,6 +99,7 @@ def rank_memory(
 
 
 def _trainer(graph, plan, hardware, module, batch, device, learning_rate):
+    """(step, model): one training step on this rank's rows of the batch."""
     model = Model(
         plan.graph_of(graph), plan, hardware, module,
         seed=0, device=device, initialise=None, constraints={}, timeout_s=600,
@@ -111,8 +111,8 @@ def _trainer(graph, plan, hardware, module, batch, device, learning_rate):
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=device.type == "cuda")
 
     def step() -> None:
-        loss = model(**batch) if isinstance(batch, dict) else model(*batch)
-        loss.backward()
+        result = model(**batch) if named else model(*batch)
+        (result if isinstance(result, Tensor) else result.loss).backward()
         optimizer.step()
         optimizer.zero_grad()
 

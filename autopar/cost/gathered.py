@@ -42,7 +42,8 @@ class Whole:
 
 @dataclass(frozen=True)
 class Gathered:
-    """always: bytes all the while. blocks: of each run of equal blocks the first and, where there are more, the last.
+    """always: bytes all the while. blocks: of each run of equal blocks the first and, where there are so many, the last but
+    one and the last.
     whole_gradients: whether the gradients of a block stay until its backward ends."""
 
     always: int
@@ -61,7 +62,7 @@ def gathered(
     runs: Sequence[tuple[int, Sizes]], common: Sizes, stage: Stage, microbatches: int, constants: Constants
 ) -> Gathered:
     """runs: of equal blocks, how many and the sizes of each. common: of the parameters that several blocks use."""
-    shown = [(number, count, sizes) for count, sizes in runs for number in range(min(count, 2))]
+    shown = [(number, count, sizes) for count, sizes in runs for number in range(min(count, 3))]
     if stage.zero == 0 or (stage.zero < 3 and not constants.slices_at_rest):
         scattering = 2 if stage.zero == 2 else 0
         return Gathered(0, [Whole(backward=scattering * o) for _, _, (o, _, _) in shown])
@@ -70,14 +71,13 @@ def gathered(
     later = sum(count * o for count, (o, _, _) in runs)
     for i, (number, count, (o, g, r)) in enumerate(shown):
         before = o if number else shown[i - 1][2][0] if i else 0
-        # The last block of a run stands for the one before it too, whose scattered gradients are those of its like.
-        after = max(r if count > 1 else 0, shown[i + 1][2][2] if i + 1 < len(shown) else 0) if each else 0
+        after = shown[i + 1][2][2] if each and i + 1 < len(shown) else 0
         end = common[1] + g + r if each else r
         after += common[1] if each else 0
         if stage.zero == 3:
             blocks.append(Whole(2 * o, before + o, o + before + after, 2 * o + after, end + before))
             continue
-        later -= (count - 1) * o if number else o
+        later -= (count - 2) * o if number == 1 and count > 2 else o
         if microbatches > 1:
             blocks.append(Whole(backward=after, ending=end if each else 0))
             continue

@@ -8,7 +8,7 @@ and communication buffers (`context_bytes`). Both are 0 on CPUs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,6 +57,7 @@ class StageMemory:
     local_bytes: int
     trainable_bytes: int
     held_elements: Mapping[float, int]
+    gradients_stay: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,7 @@ def stage_memory(
         local_bytes=local_bytes,
         trainable_bytes=trainable_bytes,
         held_elements=held,
+        gradients_stay=_gradients_stay(stage, parameters, constants),
     )
 
 
@@ -203,6 +205,13 @@ def _receives(plan: Plan, index: int, neighbour: int) -> bool:
     return 0 <= neighbour < len(plan.stages) and plan.stages[neighbour].ranks != plan.stages[index].ranks
 
 
+def _gradients_stay(stage: Stage, parameters: Iterable[_Parameter], constants: Constants) -> bool | None:
+    """As in `StageCost`. Gradients of narrow copies are summed in buffers of their own."""
+    if stage.zero:
+        return False if constants.slices_at_rest else None
+    return True if any(one.used_bytes < one.wide_bytes for one in parameters) else None
+
+
 def _ceil(size: float) -> int:
     return -int(-size // 1)
 
@@ -214,7 +223,7 @@ def _activations(runs: Sequence[BlockRun], selective_kept: float, whole: Gathere
     forward, later blocks have not saved yet, and in its backward they have let go. A block that is computed again keeps
     its inputs and, if selectively, the results of its expensive ops; the rest comes back, whole, for its own backward.
 
-    From its second block on a run adds the same with each, and peaks in its last.
+    From its second block on a run adds the same with each, and peaks in its last two.
     """
     sides: dict[str, int] = {}
     outputs_kept: Sequence[bool] = ()
@@ -240,11 +249,11 @@ def _activations(runs: Sequence[BlockRun], selective_kept: float, whole: Gathere
         memory, choice = run.memory, run.recompute
         # Passing through, an input stays counted where it was.
         kept_after = memory.saves_output if choice == "none" else ()
-        for number in range(min(run.count, 2)):
+        for number in range(min(run.count, 3)):
             size, own = keep(memory, choice)
             outputs_kept = kept_after
-            if number:
-                done += (run.count - 2) * size
+            if number == 1:
+                done += max(0, run.count - 3) * size
             beside = next(besides)
             before, inputs = done, sum(memory.input_bytes)
             # While it runs backward, the gradients of its outputs wait; `backward_peak_bytes` has them already.
