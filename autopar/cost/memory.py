@@ -241,7 +241,8 @@ class _Walk:
         in_place = self.view.fused_loss and is_loss(op) and self.view.local.tensors[op.inputs[0]].dtype.itemsize < 4
         for name in () if in_place else op.saves:
             key = keys.get(name)
-            if key is not None and self.view.graph.tensors[key[0]].role not in ("parameter", "input", "buffer"):
+            # What lies at rest is there anyway; a parameter that was gathered for this use is not.
+            if key is not None and not (key[1] == "rest" and self._lies_at_rest(key[0])):
                 self.saved[key] = self.sizes[key]
                 self.savers.setdefault(key, index)
         if op.outputs:
@@ -259,6 +260,9 @@ class _Walk:
             wide = op.inputs and self.view.wide_loss
             width = self.view.local.tensors[op.inputs[0]].dtype.itemsize if wide else 4
             self.scratch[index] = (0, 0) if in_place else scratch_bytes(op, sizes, mine, width)
+
+    def _lies_at_rest(self, name: str) -> bool:
+        return self.view.graph.tensors[name].role in ("parameter", "input", "buffer")
 
     def forward_peak(self, saving: bool) -> int:
         live = {(name, ""): self.sizes[name, ""] for name in self.view.block.inputs if (name, "") not in self.saved}
