@@ -87,7 +87,8 @@ class Model(ParallelModule):
         return super().stream(batches, optimizer)
 
     def _stream(self, device: torch.device) -> Callable[[str], AbstractContextManager[Any]]:
-        return lambda key: self.seeds.stream(key, device)
+        seeds = self.seeds  # not self: the runtime must not keep the model alive
+        return lambda key: seeds.stream(key, device)
 
     def loader(self, dataset: Any, batch_size: int, shuffle: bool = False, **options: Any) -> RankLoader:
         """Batches of just this rank's rows, `batch_size` being global; see runtime/loader.py."""

@@ -17,6 +17,7 @@ from .schedule.orders import SCHEDULES, schedule_named
 from .sharding.batch import batch_layout
 from .sharding.flow import find_strategies
 from .sharding.placement import REPLICATED, Split, parse_placement
+from .sharding.reasons import refusal
 from .sharding.rows import stage_units
 from .sharding.rule import divides
 from .sharding.strategies import strategies
@@ -373,9 +374,10 @@ def _check_layout(plan: Plan, graph: Graph, stage: Stage, block: Block, indices:
         legal = [strategy.key for strategy in strategies(graph, op, layout.degree, shards, around)]
         if key not in legal:
             inside = f", inside {' and '.join(map(repr, keys))} on the axes before," if outer else ""
+            why = refusal(graph, op, key, layout.degree, shards, around)
             raise ValueError(
                 f"{at}.strategies[{i}] is {key!r}, but {op.name} ({op.target} in {op.module or graph.name}){inside} "
-                f"can run on {layout.degree} ranks only as {', '.join(legal)}"
+                f"can run on {layout.degree} ranks only as {', '.join(legal)}{why and f': {why}'}"
             )
 
 

@@ -25,7 +25,7 @@ from autopar.sharding.strategies import strategies
 from autopar.sharding.strategy import Strategy
 
 # Algorithms whose backward communicates too; here one thread runs the backward of all ranks.
-BACKWARD_MEETS = ("ring_attention", "exchanged_groups")
+BACKWARD_MEETS = ("ring_attention", "exchanged_groups", "halo", "batch_norm", "group_norm", "instance_norm")
 
 Values = Mapping[str, torch.Tensor]
 

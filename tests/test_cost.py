@@ -144,7 +144,7 @@ def test_every_strategy_has_a_price_and_splits_save(name: str) -> None:
         for strategy in strategies(graph, op, 2):
             forward_s, backward_s = model.op_s(op, strategy, shards=1)
             assert 0 < forward_s < math.inf and 0 <= backward_s < math.inf
-            if not strategy.collective_bytes:
+            if not strategy.collective_bytes and strategy.special != "halo":
                 assert forward_s + backward_s <= whole * (1 + 1e-9), (op.name, strategy)
             checked += 1
     assert checked >= 50

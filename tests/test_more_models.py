@@ -6,6 +6,7 @@ import functools
 import math
 from typing import Any
 
+import models
 import more_models
 import pytest
 import torch
@@ -31,9 +32,13 @@ PLANS = [
 QUICK = ("build_bert", "build_resnet", "build_habits")
 
 
+def builder(name: str) -> Any:
+    return getattr(more_models, name, None) or getattr(models, name)
+
+
 @functools.cache
 def graph_of(name: str) -> Graph:
-    return autopar.capture(*getattr(more_models, name)())
+    return autopar.capture(*builder(name)())
 
 
 def gradient_error(model: autopar.Model, module: nn.Module) -> float:
@@ -56,7 +61,7 @@ def two_steps(name: str, plans: list[dict[str, Any]]) -> list[list[float]]:
     """Per plan: relative errors of two losses, of an evaluation and of the buffers, and a tenth of the gradients'."""
     found = []
     for plan in plans:
-        module, example, loss = getattr(more_models, name)()
+        module, example, loss = builder(name)()
         graph = graph_of(name)
         world = plan["data"] * plan["tensor"] * plan["pipeline"]
         if batch_layout(graph, 2).time_conflict:

@@ -1,16 +1,30 @@
-"""Ranks that hang, freeze or die end the run on all ranks, and the rank, the instruction and the stage are named."""
+"""Ranks that hang, freeze or die end the run on all ranks, and the rank, the instruction and the stage are named.
+
+And the watch leaves nothing behind: neither a thread nor a connection that would outlive its model or its world.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from plan_cases import random_plan
+from torch import nn
+
+import autopar
+from autopar.cluster.spec import Cluster
 
 pytestmark = pytest.mark.processes
 
@@ -48,6 +62,12 @@ model = autopar.parallelize(
     cluster=Cluster.preset("cpu", hosts=1, devices_per_host=2), pipeline=2, data=1, tensor=1, microbatches=1,
     timeout_s=timeout_s,
 )
+# Rests after one step, and must not speak for its ranks.
+other = autopar.parallelize(
+    nn.Linear(8, 8), (torch.randn(8, 8), torch.randn(8, 8)), nn.functional.mse_loss,
+    cluster=Cluster.preset("cpu", hosts=1, devices_per_host=2), data=2, timeout_s=timeout_s,
+)
+other(torch.randn(8, 8), torch.randn(8, 8)).backward()
 for step in range(5):
     if how == "sleeps outside" and step == 2 and rank == 1:
         say()
@@ -94,3 +114,75 @@ def test_every_rank_stops_and_the_guilty_one_is_named(tmp_path: Path, how: str) 
         for process in ranks:
             process.send_signal(signal.SIGKILL)
             process.wait()
+
+
+def trained(timeout_s: float, **options: Any) -> autopar.Model:
+    """A model after one step and one evaluation on two ranks."""
+    torch.manual_seed(0)
+    module, example = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), (torch.randn(8, 8), torch.randn(8, 8))
+    graph = autopar.capture(module, example, nn.functional.mse_loss)
+    plan = random_plan(graph, microbatches=2, **options)
+    cluster = Cluster.preset("cpu", hosts=1, devices_per_host=2)
+    model = autopar.parallelize(
+        module, example, nn.functional.mse_loss, plan=plan, cluster=cluster, timeout_s=timeout_s
+    )
+    model(*example).backward()
+    with torch.no_grad():
+        model(*example)
+    return model
+
+
+def threads_left(wait_s: float) -> int:
+    """Watchdogs that are still there after so many seconds."""
+    deadline = time.monotonic() + wait_s
+    while (found := sum(t.name == "autopar-watchdog" for t in threading.enumerate())) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return found
+
+
+def after_deletion(options: dict[str, Any]) -> tuple[int, int, bool, bool, bool]:
+    """Watchdogs while there is a model; after its deletion, without the garbage collector's help; and whether the model,
+    its store and, once garbage is collected, its parameters have gone too."""
+    gc.collect()
+    gc.disable()
+    try:
+        # At this timeout a pulse comes every two seconds, for which the thread must not wait.
+        model = trained(60.0, **options)
+        running = threads_left(0.0)
+        gone = weakref.ref(model)
+        store, kept = weakref.ref(model.watchdog._store), weakref.ref(model.runtime.storage)
+        dist.barrier()
+        del model
+        left = threads_left(1.5)
+        return running, left, gone() is None, store() is None, gc.collect() >= 0 and kept() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(data=2, tensor=1, pipeline=1),
+        dict(data=2, tensor=1, pipeline=1, zero=3),
+        dict(data=1, tensor=1, pipeline=2, schedule="zb-h1"),
+    ],
+    ids=lambda options: "-".join(f"{k}{v}" for k, v in options.items()),
+)
+def test_nothing_is_left_of_a_deleted_model(pool, options: dict[str, Any]) -> None:
+    for found in pool.run(after_deletion, options):
+        assert found == (1, 0, True, True, True)
+
+
+def after_the_world() -> tuple[int, int]:
+    """Watchdogs of a model that lives on when its process group is destroyed: before, and within some pulses."""
+    model = trained(2.0, data=2, tensor=1, pipeline=1)
+    running = threads_left(0.0)
+    dist.barrier()
+    dist.destroy_process_group()
+    left = threads_left(5.0)
+    assert model.plan.world_size == 2
+    return running, left
+
+
+def test_nothing_watches_without_a_world(pool) -> None:
+    assert pool.run(after_the_world) == [(1, 0)] * 2

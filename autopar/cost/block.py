@@ -19,6 +19,7 @@ from ..sharding.flow import Run, Step
 from ..sharding.placement import Action, Placement, Split, conversion
 from ..sharding.rows import Parts
 from ..sharding.strategy import Strategy
+from .borders import border_bytes, copies_input, copy_kernels
 from .collectives import collective_s
 from .compute import host_s, kernel_s, seconds_by_class
 from .constants import Constants, constants_of
@@ -182,17 +183,32 @@ class Pricer:
                 forward, backward = (
                     [replace(kernel, amount=kernel.amount * more) for kernel in part] for part in (forward, backward)
                 )
+            if copies_input(strategies):
+                tensor = self.tensors[op.inputs[0]]
+                places, degrees = [s.inputs[0] for s in strategies], [s.degree for s in strategies]
+                part_bytes = self.local(shards).held_bytes(tensor.name, places, degrees)
+                copies = copy_kernels(strategies, tensor, part_bytes)
+                forward, backward = [*forward, *copies[0]], [*backward, *copies[1]]
             self.structure.kernels[key] = forward, backward
         return self.structure.kernels[key]
 
     def collective_s(self, kind: str, size_bytes: float, ranks: Sequence[int]) -> float:
         return collective_s(self.cluster, kind, size_bytes, tuple(ranks), self.corrections, self.constants)
 
-    def inner_collective(self, strategy: Strategy | None, shards: int, ranks: Sequence[int]) -> float:
-        """Seconds of the small all-reduces inside a special algorithm, all in the forward."""
-        if strategy is None or not strategy.collective_bytes:
-            return 0.0
-        return self.collective_s("all_reduce", strategy.collective_bytes / shards, ranks)
+    def inner_seconds(
+        self, op: Op, strategies: Sequence[Strategy], axis: int, shards: int, ranks: Sequence[int]
+    ) -> dict[str, Both]:
+        """By collective, (forward, backward) seconds of what a special algorithm sends on one axis, of these ranks: small
+        all-reduces, all of them in the forward, and borders of neighbours."""
+        strategy = strategies[axis]
+        found: dict[str, Both] = {}
+        if strategy.collective_bytes:
+            each = strategy.collective_bytes / strategy.collectives / shards
+            found["all_reduce"] = strategy.collectives * self.collective_s("all_reduce", each, ranks), 0.0
+        if strategy.border_bytes:
+            seconds = self.collective_s("send", border_bytes(op, strategies, axis, shards), ranks)
+            found["send"] = seconds, seconds if self.graph.tensors[op.inputs[0]].requires_grad else 0.0
+        return found
 
     def conversion_actions(
         self, tensor: str, have: Placement, want: Placement
@@ -243,11 +259,11 @@ class Pricer:
                 if not any(name in FLOP_CLASSES for name in op.forward):
                     cheap_host_s += op.host[0]
                 for axis, strategy in enumerate(step.strategies):
-                    if strategy.collective_bytes:
-                        ranks = axes.ranks_of((axis,))
-                        inner_s = self.inner_collective(strategy, shards, ranks)
-                        add(collectives, f"{self._link(ranks)}/all_reduce", inner_s, 0.0)
-                        host[0] += launch_s
+                    ranks = axes.ranks_of((axis,))
+                    for name, both in self.inner_seconds(step.op, step.strategies, axis, shards, ranks).items():
+                        add(collectives, f"{self._link(ranks)}/{name}", *both)
+                        host[0] += launch_s * (strategy.collectives if name == "all_reduce" else 1)
+                        host[1] += launch_s if both[1] else 0.0
                 continue
             ranks = axes.ranks_of(step.axes)
             link = self._link(ranks)

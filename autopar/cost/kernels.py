@@ -220,6 +220,11 @@ def _convolution(call: Call) -> tuple[Kernels, Kernels]:
     return _products(call, flops, "convolution")
 
 
+def _transposed(call: Call) -> tuple[Kernels, Kernels]:
+    weight = call.shapes[1]  # [in, out / groups, kernel...]
+    return _products(call, 2.0 * math.prod(call.shapes[0]) * math.prod(weight[1:]), "convolution")
+
+
 def _attention(call: Call) -> tuple[Kernels, Kernels]:
     """Fused attention; with dropout on CPUs torch materialises the scores, which this counts as softmax and dropout."""
     query, key, value = call.shapes[:3]
@@ -360,6 +365,7 @@ _CLASSES: dict[Callable[[Call], tuple[Kernels, Kernels]], tuple[str, ...]] = {
     _einsum: ("einsum",),
     _routed: ("routed_rows",),
     _convolution: ("conv1d", "conv2d", "conv3d", "convolution"),
+    _transposed: ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     _attention: ("scaled_dot_product_attention",),
     _copy: ("clone", "cat", "stack", "roll", "constant_pad_nd", "pad", "repeat", "flip", "tril", "triu"),
     _cast: ("to", "_to_copy", "type_as", "contiguous", "float", "lift_fresh"),
@@ -374,7 +380,7 @@ _CLASSES: dict[Callable[[Call], tuple[Kernels, Kernels]], tuple[str, ...]] = {
         *("sum", "mean", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all"),
         *("var", "std", "var_mean", "linalg_vector_norm", "norm", "cumsum", "logsumexp"),
     ),
-    _pool: ("max_pool1d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
+    _pool: tuple(f"{name}{n}d" for name in ("max_pool", "avg_pool", "adaptive_avg_pool") for n in (1, 2, 3)),
     _gather: ("embedding", "index_select", "gather", "index", "index_put", "scatter", "take"),
     _dropout: ("dropout",),
     _loss: ("cross_entropy_sum", "cross_entropy_loss", "nll_loss_sum", "nll_loss", "nll_loss_nd"),
@@ -382,7 +388,7 @@ _CLASSES: dict[Callable[[Call], tuple[Kernels, Kernels]], tuple[str, ...]] = {
 }
 _TABLE = {name: function for function, names in _CLASSES.items() for name in names}
 _IN_FLOPS = frozenset(
-    name for f in (_linear, _matmul, _addmm, _einsum, _convolution, _attention) for name in _CLASSES[f]
+    name for f in (_linear, _matmul, _addmm, _einsum, _convolution, _transposed, _attention) for name in _CLASSES[f]
 )
 
 

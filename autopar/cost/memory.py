@@ -16,6 +16,7 @@ from ..graph import Block, Graph, Op
 from ..sharding.axes import Places, absolute
 from ..sharding.flow import Convert, Run, Step
 from ..sharding.placement import Split, conversion
+from .borders import copies_input, widening
 from .kernels import counted_in_flops
 from .local import LocalShapes
 from .storage import VIEWS, Storages, base_name
@@ -142,7 +143,7 @@ def scratch_bytes(op: Op, sizes: Sequence[int], out_bytes: int, logit_bytes: int
     if is_loss(op):
         wide = sizes[0] * 4 // logit_bytes
         return (wide, 2 * wide) if logit_bytes < 4 else (0, sizes[0])
-    if name in ("conv1d", "conv2d", "conv3d", "convolution"):
+    if name.startswith(("conv1d", "conv2d", "conv3d", "conv_transpose", "convolution")):
         return 0, sizes[0] + out_bytes
     if name in ("pow", "rsqrt", "square", "sqrt"):
         return 0, out_bytes
@@ -237,10 +238,15 @@ class _Walk:
                 )
                 self.put_off += sum(self.sizes[keys[name]] for name in op.outputs)
             self.expensive.update((keys[name], self.sizes[keys[name]]) for name in op.outputs)
+        bordered = self._with_borders(index, step) if copies_input(step.strategies) else None
         # A fused loss keeps nothing but the logits, and their gradient takes their place.
         in_place = self.view.fused_loss and is_loss(op) and self.view.local.tensors[op.inputs[0]].dtype.itemsize < 4
         for name in () if in_place else op.saves:
             key = keys.get(name)
+            if bordered is not None and name == op.inputs[0]:
+                self.saved[bordered] = self.sizes[bordered]
+                self.savers[bordered] = index
+                continue
             # What lies at rest is there anyway; a parameter that was gathered for this use is not.
             if key is not None and not (key[1] == "rest" and self._lies_at_rest(key[0])):
                 self.saved[key] = self.sizes[key]
@@ -260,6 +266,18 @@ class _Walk:
             wide = op.inputs and self.view.wide_loss
             width = self.view.local.tensors[op.inputs[0]].dtype.itemsize if wide else 4
             self.scratch[index] = (0, 0) if in_place else scratch_bytes(op, sizes, mine, width)
+            if bordered is not None:
+                forward, backward = self.scratch[index]
+                self.scratch[index] = forward, backward + self.sizes[bordered]
+
+    def _with_borders(self, index: int, step: Run) -> _Key:
+        """The copy of the op's first input in between its neighbours' borders."""
+        name = step.op.inputs[0]
+        key = (name, f"borders of {index}")
+        share = widening(step.strategies, self.view.graph.tensors[name])
+        self.sizes[key] = int(self.view.size(name, self.view.inputs_of(step)[0]) * share)
+        self.made[key] = self.last_use[key] = index
+        return key
 
     def _lies_at_rest(self, name: str) -> bool:
         return self.view.graph.tensors[name].role in ("parameter", "input", "buffer")

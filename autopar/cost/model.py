@@ -157,11 +157,12 @@ class CostModel:
         """
         pricer = self._pricer(precision)
         found = pricer.op_seconds(op, (strategy,) if strategy is not None else (), shards)
-        inner_s = 0.0
-        if strategy is not None and strategy.collective_bytes:
+        inner: list[Both] = []
+        if strategy is not None:
             ranks = tuple(range(min(max(2, strategy.degree), self.cluster.world_size)))
-            inner_s = pricer.inner_collective(strategy, shards, ranks)
-        return sum(found.forward.values()) + inner_s, sum(found.backward.values())
+            inner = list(pricer.inner_seconds(op, (strategy,), 0, shards, ranks).values())
+        forward_s, backward_s = (sum(seconds[way] for seconds in inner) for way in (0, 1))
+        return sum(found.forward.values()) + forward_s, sum(found.backward.values()) + backward_s
 
     def compute_class(self, op: Op) -> str:
         """The class of cluster/rates.py in which the op spends most of its forward; "view" where it spends nothing."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..graph import Shape
 from .torch_private import all_gather_single, reduce_scatter_single
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -103,6 +104,39 @@ class Axis:
 
         return wait
 
+    def swap(
+        self,
+        to_previous: Tensor | None,
+        to_next: Tensor | None,
+        from_previous: Shape | None,
+        from_next: Shape | None,
+        like: Tensor,
+    ) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+        """Start sending to and receiving from the ranks before and behind; the result waits for both.
+
+        from_previous, from_next: shapes of what comes, which is of `like`'s dtype; None where nothing does.
+        """
+        start = self._start(like.device)
+        arriving = [None if shape is None else like.new_empty(shape) for shape in (from_previous, from_next)]
+        operations = []
+        for tensor, received, step in zip((to_previous, to_next), arriving, (-1, 1), strict=True):
+            if tensor is not None:
+                operations.append(dist.P2POp(dist.isend, tensor, self.ranks[self.rank + step], self.group))
+            if received is not None:
+                operations.append(dist.P2POp(dist.irecv, received, self.ranks[self.rank + step], self.group))
+        works = dist.batch_isend_irecv(operations) if operations else []
+
+        def wait() -> tuple[Tensor | None, Tensor | None]:
+            for work in works:
+                work.wait()
+            if start is not None and works:
+                synchronize(like.device)
+                size_bytes = sum(t.numel() * t.element_size() for t in arriving if t is not None)
+                self.on_collective("send", self.ranks, size_bytes, time.perf_counter() - start)
+            return arriving[0], arriving[1]
+
+        return wait
+
     def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """All-to-all of rows: sent[r] of them, in order, to rank r; those that come, received[r] from rank r, in order."""
         out = rows.new_empty((sum(received), *rows.shape[1:]))
@@ -127,15 +161,20 @@ class Axis:
         """The tensor on rank 0 of the axis, zeros elsewhere."""
         return tensor if self.rank == 0 else torch.zeros_like(tensor)
 
-    def _timed(self, kind: str, whole: Tensor, call: Callable[[], object], parts: int = 1) -> None:
-        """parts: of how many such tensors the collective's whole consists."""
+    def _start(self, device: torch.device) -> float | None:
+        """The time, where collectives are measured."""
         assert self.group is not None, f"axis {self.name} of {self.size} ranks has no group (any more)"
         if self.on_collective is None:
-            call()
-            return
-        synchronize(whole.device)
-        start = time.perf_counter()
+            return None
+        synchronize(device)
+        return time.perf_counter()
+
+    def _timed(self, kind: str, whole: Tensor, call: Callable[[], object], parts: int = 1) -> None:
+        """parts: of how many such tensors the collective's whole consists."""
+        start = self._start(whole.device)
         call()
+        if start is None or self.on_collective is None:
+            return
         synchronize(whole.device)
         size_bytes = whole.numel() * whole.element_size() * parts
         self.on_collective(kind, self.ranks, size_bytes, time.perf_counter() - start)

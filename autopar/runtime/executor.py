@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -105,21 +106,6 @@ class Executor:
 
     def __post_init__(self) -> None:
         self.current: Instruction | None = None
-        self._handlers: dict[type, Callable[[_Step, Any], int]] = {
-            Prologue: self._prologue,
-            Forward: self._forward,
-            Backward: self._backward,
-            BackwardInput: self._backward,
-            BackwardWeight: self._backward_weight,
-            SendActivation: self._send_activation,
-            ReceiveActivation: self._receive_activation,
-            SendGradient: self._send_gradient,
-            ReceiveGradient: self._receive_gradient,
-            ReduceGradients: self._reduce,
-            StashWeights: self._stash,
-            RestoreWeights: self._restore,
-            Update: self._update,
-        }
 
     def run(
         self, actions: Sequence[Instruction], batch: Mapping[str, Tensor], training: bool, scale: Tensor | None = None
@@ -203,7 +189,7 @@ class Executor:
 
     def _execute(self, step: _Step, action: Instruction) -> None:
         self.current = action
-        self.recorder.run(str(action), self._handlers[type(action)], step, action)
+        self.recorder.run(str(action), _HANDLERS[type(action)], self, step, action)
 
     def _prologue(self, step: _Step, action: Prologue) -> int:
         part = self.parts[action.stage]
@@ -353,6 +339,26 @@ class Executor:
                 tensor = tensor.narrow(0, place * rows, rows)
             found.append(tensor)
         return found
+
+
+# Unbound, so that an executor does not refer to itself: with its model go the tensors that it holds.
+_HANDLERS: Mapping[type, Callable[[Executor, _Step, Any], int]] = MappingProxyType(
+    {
+        Prologue: Executor._prologue,
+        Forward: Executor._forward,
+        Backward: Executor._backward,
+        BackwardInput: Executor._backward,
+        BackwardWeight: Executor._backward_weight,
+        SendActivation: Executor._send_activation,
+        ReceiveActivation: Executor._receive_activation,
+        SendGradient: Executor._send_gradient,
+        ReceiveGradient: Executor._receive_gradient,
+        ReduceGradients: Executor._reduce,
+        StashWeights: Executor._stash,
+        RestoreWeights: Executor._restore,
+        Update: Executor._update,
+    }
+)
 
 
 def loss_dtype(captured: torch.dtype) -> torch.dtype:

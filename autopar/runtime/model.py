@@ -62,6 +62,7 @@ class ParallelModule(nn.Module):
         self._loss_scale = LossScale(loss, device) if graph.precision == "float16" else None
         self.install(runtime)
         self.watchdog = Watchdog(_instruction_of(weakref.ref(self)), timeout_s, device)
+        weakref.finalize(self, self.watchdog.close)
 
     def install(self, runtime: Runtime) -> None:
         """Run by `runtime` from now on."""

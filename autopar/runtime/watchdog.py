@@ -8,6 +8,10 @@ One thread per process. It answers for its rank even while the main thread waits
 - after a short wait the answers tell who is to blame: ranks without an answer are dead or frozen; else those that were
   not waiting for others; else all wait for each other.
 
+It ends with its model, and with the process group: a store that others have closed answers late, wrongly or (a FileStore
+whose file has been deleted and made anew) never. A process may have several models. Those that rest stay silent about it as
+long as another one has something to say.
+
 Gloo cannot be made to give up a collective from outside, so a process whose main thread is still stuck after that is
 ended, with the finding and its stacks on stderr, as NCCL's own watchdog does.
 """
@@ -21,6 +25,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -85,13 +90,14 @@ class Watchdog:
         self._seen: tuple[Any, float] = (None, time.monotonic())
         self._closed = threading.Event()
         self._store: dist.Store | None = None
+        self._world: Callable[[], dist.ProcessGroup | None] = lambda: None
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Watch what runs inside."""
         if self._thread is None and dist.get_world_size() > 1:
-            self._store = own_connection()
+            self._store, self._world = own_connection(), weakref.ref(dist.group.WORLD)
         if self._thread is None and self._store is not None:
             self._thread = threading.Thread(target=self._watch, name="autopar-watchdog", daemon=True)
             self._thread.start()
@@ -111,7 +117,12 @@ class Watchdog:
             self._seen = (None, time.monotonic())
 
     def close(self) -> None:
+        """End the watch; its thread goes within moments."""
         self._closed.set()
+
+    @property
+    def _in_step(self) -> bool:
+        return self._active or self._tail is not None
 
     def _doing(self) -> Doing | None:
         now = time.monotonic()
@@ -121,7 +132,7 @@ class Watchdog:
         instruction, stage = current
         if self._active:
             marker, waits = instruction, _waits_for_others(self._stepping)
-            words = str(instruction) if instruction is not None else "the end of a step"
+            words = str(instruction) if instruction is not None else "the beginning or the end of a step"
         elif self._tail is not None and not self._tail.query():
             marker, words, waits = self._tail, "the device's part of a step", True
         else:
@@ -133,24 +144,33 @@ class Watchdog:
 
     def _watch(self) -> None:
         pulse_s = min(_PULSE_S, self.timeout_s / 8)
-        rank = dist.get_rank()
-        try:
-            while (doing := self._doing()) is not None:
-                self._store.set(f"{_PULSE}{rank}", doing.dump())
-                in_step = self._active or self._tail is not None
+        rank, told = dist.get_rank(), ""
+        # The store is gone when the run is.
+        with contextlib.suppress(RuntimeError):
+            while not self._closed.is_set() and (doing := self._doing()) is not None and self._world_is_there():
+                in_step = self._in_step
+                if in_step or doing.words != told:
+                    self._store.set(f"{_PULSE}{rank}", doing.dump())
+                    told = doing.words
                 late = in_step and doing.seconds > self.timeout_s
                 if late:
                     self._store.set(_ALARM, f"rank {rank} has been in {doing.words} for {doing.seconds:.0f} s")
                 if late or self._store.check([_ALARM]):
-                    self._answer(rank, doing)
-                    return
-                if self._closed.wait(pulse_s):
-                    return
-        except RuntimeError:
-            return  # the store is gone, and the run with it
+                    self._answer(rank, doing, in_step)
+                    break
+                self._closed.wait(pulse_s)
+        self._store = None
 
-    def _answer(self, rank: int, doing: Doing) -> None:
-        self._store.set(f"{_ANSWER}{rank}", doing.dump())
+    def _world_is_there(self) -> bool:
+        world = self._world()
+        return world is not None and world is dist.group.WORLD
+
+    def _answer(self, rank: int, doing: Doing, in_step: bool) -> None:
+        key = f"{_ANSWER}{rank}"
+        if in_step:
+            self._store.set(key, doing.dump())
+        else:
+            self._store.compare_set(key, "", doing.dump())
         self._closed.wait(_GRACE_S)
         finding = published(self._store) or verdict(self._store, dist.get_world_size())
         publish_text(self._store, finding)

@@ -5,7 +5,7 @@ Those that take an axis take it first, then the op's own arguments at their own 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -108,26 +108,28 @@ def causal_rows(
 
 @dataclass(frozen=True, slots=True)
 class BatchNorm:
-    """batch_norm of some rows of the batch, of some channels, or of both; `rows`: for each axis, which of the two it cuts.
+    """batch_norm of a part of each channel (rows of the batch, places), of some channels, or of both.
+
+    inside: for each axis, whether it cuts channels' insides, over which statistics run, and not the channels.
 
     Running statistics come whole and are whole again afterwards. In evaluation nothing is communicated.
     """
 
-    rows: tuple[bool, ...]
+    inside: tuple[bool, ...]
 
     def __call__(self, *given: Any) -> Tensor:
         axes, (input, weight, bias, mean, variance, training, momentum, eps, *_) = (
-            given[: len(self.rows)],
-            given[len(self.rows) :],
+            given[: len(self.inside)],
+            given[len(self.inside) :],
         )
-        over_rows = next((axis for axis, rows in zip(axes, self.rows, strict=True) if rows), None)
-        over_channels = next((axis for axis, rows in zip(axes, self.rows, strict=True) if not rows), None)
+        over_rows = [axis for axis, inside in zip(axes, self.inside, strict=True) if inside]
+        over_channels = next((axis for axis, inside in zip(axes, self.inside, strict=True) if not inside), None)
         statistics = [mean, variance]
         if over_channels is not None and mean is not None:
             size = mean.shape[0] // over_channels.size
             # copies, because autograd keeps them and the whole is written below
             statistics = [s.narrow(0, over_channels.rank * size, size).clone() for s in statistics]
-        if not training or over_rows is None:
+        if not training or not over_rows:
             output = F.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
         else:
             output, batch_mean, batch_variance, count = _BatchNormRows.apply(input, weight, bias, over_rows, eps)
@@ -144,8 +146,15 @@ class BatchNorm:
         return output
 
 
+def _all_reduce(axes: Sequence[Axis], tensor: Tensor) -> Tensor:
+    """The sum over the ranks of all these axes."""
+    for axis in axes:
+        tensor = axis.all_reduce(tensor)
+    return tensor
+
+
 class _BatchNormRows(torch.autograd.Function):
-    """Normalises [n, c, ..] by mean and variance over the rows of all ranks (Ioffe and Szegedy 2015, algorithm 1).
+    """Normalises [n, c, ..] by mean and variance over all but channels, on all ranks (Ioffe and Szegedy 2015, algorithm 1).
 
     Gives the output, mean and biased variance [c], and the number of elements per channel []. Gradients of weight and bias
     are this rank's summands.
@@ -153,22 +162,22 @@ class _BatchNormRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, axis: Axis, eps: float
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, axes: Sequence[Axis], eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dims = [i for i in range(input.dim()) if i != 1]
         shape = [-1 if i == 1 else 1 for i in range(input.dim())]
         values = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         count = values.new_full((1,), values.numel() / values.shape[1])
-        sums = axis.all_reduce(torch.cat([values.sum(dims), count]))
+        sums = _all_reduce(axes, torch.cat([values.sum(dims), count]))
         count, mean = sums[-1], sums[:-1] / sums[-1]
         centred = values - mean.view(shape)
-        variance = axis.all_reduce(centred.square().sum(dims)) / count
+        variance = _all_reduce(axes, centred.square().sum(dims)) / count
         inverse = (variance + eps).rsqrt()
         normal = centred * inverse.view(shape)
         output = normal if weight is None else normal * weight.view(shape)
         output = output if bias is None else output + bias.view(shape)
         ctx.save_for_backward(normal, inverse, weight, count)
-        ctx.axis, ctx.dims, ctx.shape, ctx.has_bias = axis, dims, shape, bias is not None
+        ctx.axes, ctx.dims, ctx.shape, ctx.has_bias = axes, dims, shape, bias is not None
         ctx.mark_non_differentiable(mean, variance, count)
         return output.to(input.dtype), mean, variance, count
 
@@ -177,7 +186,7 @@ class _BatchNormRows(torch.autograd.Function):
         normal, inverse, weight, count = ctx.saved_tensors
         given = gradient.to(normal.dtype)
         to_bias, to_weight = given.sum(ctx.dims), (given * normal).sum(ctx.dims)
-        of_all = ctx.axis.all_reduce(torch.cat([to_bias, to_weight])) / count
+        of_all = _all_reduce(ctx.axes, torch.cat([to_bias, to_weight])) / count
         shift, scale = (part.view(ctx.shape) for part in of_all.chunk(2))
         to_input = (given - shift - normal * scale) * inverse.view(ctx.shape)
         if weight is not None:

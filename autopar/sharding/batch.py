@@ -191,6 +191,8 @@ class _BatchAxis:
     def _splits(self, op_rule: Rule, gradient: tuple[bool, ...], have: tuple[Placement, ...]) -> Iterator[Strategy]:
         for i, placement in enumerate(have):
             found = name_of(op_rule, i, placement) if isinstance(placement, Split) else None
+            if found and _needs_others(op_rule, found[0]):
+                continue
             strategy = found and split_strategy(op_rule, *found, self.shards, gradient)
             if strategy:
                 yield strategy
@@ -233,6 +235,8 @@ class _BatchAxis:
                 continue
             op_rule, gradient = self.found.rule(op), self.found.gradient(op)
             found = name_of(op_rule, len(op.inputs), want)
+            if found and _needs_others(op_rule, found[0]):
+                continue
             smaller = found and split_strategy(op_rule, *found, self.shards, gradient)
             if not smaller or smaller.outputs != (want,):
                 continue
@@ -240,6 +244,12 @@ class _BatchAxis:
             if all(_is_local(p, q) for p, q in zip(have, smaller.inputs, strict=True)):
                 self.chosen[op.name] = smaller
                 self.produced[output] = want
+
+
+def _needs_others(op_rule: Rule, name: str) -> bool:
+    """Whether a split of this dim asks other parts for borders or sums, which may be computed at another time."""
+    special = op_rule.specials.get(name)
+    return special is not None and special.composes and not special.meets
 
 
 def _is_local(have: Placement, want: Placement) -> bool:

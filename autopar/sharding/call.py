@@ -143,11 +143,12 @@ class Call:
         shapes = tuple(t.shape for t in self.inputs + self.outputs)
         everything = (*dims, *outputs)
         found: dict[str, int] = dict(sizes or {})
+        windows = {name for name, special in (specials or {}).items() if special.window}
         for one, shape in zip(everything, shapes, strict=True):
             assert len(one) == len(shape), f"{self.op.target}: dims {one} for shape {shape}"
             spread: dict[str, int] = {}
             for dim, size in zip(one, shape, strict=True):
-                if len(dim) == 1:
+                if len(dim) == 1 and dim[0] not in windows:
                     spread[dim[0]] = spread.get(dim[0], 1) * size
             for name, size in spread.items():
                 assert found.setdefault(name, size) == size, f"{self.op.target}: {name} is {found[name]} and {size}"

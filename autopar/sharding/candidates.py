@@ -176,7 +176,7 @@ def _splits(rule: Rule, option: Option) -> Splits | None:
     if name not in rule.splits or name in rule.batch_only:
         return None
     size = rule.sizes[name]
-    if size % outer or size // outer < 2:
+    if size % outer or size // outer < 2 or (outer > 1 and name in rule.specials and rule.specials[name].window):
         return None
     found: list[Split | None] = []
     for index, (dims, shape) in enumerate(rule.tensors):

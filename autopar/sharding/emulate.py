@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..graph import Shape
 from .axes import Places
 from .placement import PARTIAL, REPLICATED, SHARED, Placement, Split
 
@@ -150,6 +151,28 @@ class EmulatedAxis:
         self.meeting.barrier.wait()
         assert len(arrived) == sum(received)
         return arrived.detach().clone()
+
+    def swap(
+        self,
+        to_previous: Tensor | None,
+        to_next: Tensor | None,
+        from_previous: Shape | None,
+        from_next: Shape | None,
+        like: Tensor,
+    ) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+        assert self.meeting, "this axis has a rank and a size only"
+        self.meeting.values[self.rank] = (to_previous, to_next)
+        self.meeting.barrier.wait()
+        arrived = (
+            self.meeting.values[self.rank - 1][1] if from_previous else None,
+            self.meeting.values[self.rank + 1][0] if from_next else None,
+        )
+        self.meeting.barrier.wait()
+        for tensor, shape in zip(arrived, (from_previous, from_next), strict=True):
+            assert (None if tensor is None else tuple(tensor.shape)) == shape and (
+                tensor is None or tensor.dtype == like.dtype
+            )
+        return lambda: arrived
 
     def pass_on(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         assert self.meeting, "this axis has a rank and a size only"

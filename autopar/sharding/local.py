@@ -18,6 +18,8 @@ from ..ops import resolve
 from . import algorithms
 from .analysis import analysis
 from .call import Call, schema
+from .group_norm import GroupNorm, InstanceNorm
+from .local_window import Cut, groups, own_size, transposed_groups, windowed
 from .placement import Placement, Split
 from .ring import ring_attention
 from .routed import exchanged_groups, own_groups
@@ -26,6 +28,7 @@ from .rows import Parts, parts_of
 from .rules_loss import MEAN
 from .rules_pointwise import CREATIONS
 from .rules_views import CUTS
+from .rules_window import ADAPTIVE_AVERAGES, UPSAMPLING
 from .strategy import Strategy
 
 Placed = Sequence[tuple[Placement, Parts]]
@@ -104,12 +107,15 @@ def localize(
     special = {side.special: None for side, n in sides if side.special and n > 1}
     if special:
         (name,) = special
-        on_batch = [BATCH] if batch.special == name and sides[0][1] > 1 else []
-        # Model axes that run one algorithm cut its dim one inside the other, and so count as one axis.
-        on_model = tuple(i for i, (side, n) in enumerate(sides[1:]) if side.special == name and n > 1)
-        counts = [shards] * len(on_batch) + ([math.prod(degrees[i] for i in on_model)] if on_model else [])
-        cuts = _Cuts(tuple(counts), length if on_batch else 1)
-        return _SPECIALS[name](local, (*on_batch, *([on_model] if on_model else [])), cuts)
+        on_batch = {batch.key: BATCH} if batch.special == name and sides[0][1] > 1 else {}
+        # Model axes that cut one dim, one inside the other, count as one axis.
+        on_model: dict[str, Axes] = {}
+        for i, (side, n) in enumerate(sides[1:]):
+            if side.special == name and n > 1:
+                on_model[side.key] = (*on_model.get(side.key, ()), i)
+        counts = [shards] * len(on_batch) + [math.prod(degrees[i] for i in axes) for axes in on_model.values()]
+        cuts = _Cuts((*on_batch, *on_model), tuple(counts), length if on_batch else 1)
+        return _SPECIALS[name](local, (*on_batch.values(), *on_model.values()), cuts)
     changed = _ADAPT[call.packet](local) if call.packet in _ADAPT and local.is_smaller else {}
     function: Callable[..., Any] = resolve(op.target, graph.opaque_modules)
     args, kwargs = _arguments(op, changed)
@@ -185,17 +191,6 @@ def _narrow(local: Local) -> Mapping[str, Any]:
     return {"length": local.outputs[0][local.call.dim("dim", len(local.outputs[0]))]}
 
 
-def _groups(local: Local) -> Mapping[str, Any]:
-    weight = local.shape("weight")
-    channels = local.shape("input")[-len(weight) + 1]
-    return {"groups": channels // weight[1]}
-
-
-def _transposed_groups(local: Local) -> Mapping[str, Any]:
-    weight = local.shape("weight")
-    return {"groups": local.outputs[0][-len(weight) + 1] // weight[1]}
-
-
 def _num_groups(local: Local) -> Mapping[str, Any]:
     call = local.call
     return {"num_groups": call["num_groups"] * local.shape("input")[1] // call.shape("input")[1]}
@@ -217,8 +212,9 @@ _ADAPT: Mapping[str, Callable[[Local], Mapping[str, Any]]] = MappingProxyType(
         "aten.tile": _repeats,
         "aten.repeat_interleave": _interleave,
         "aten.narrow": _narrow,
-        **{f"aten.conv{n}d": _groups for n in (1, 2, 3)},
-        **{f"aten.conv_transpose{n}d": _transposed_groups for n in (1, 2, 3)},
+        **{f"aten.conv{n}d": lambda local: groups(local.inputs) for n in (1, 2, 3)},
+        **{f"aten.conv_transpose{n}d": lambda local: transposed_groups(local.inputs, local.outputs) for n in (1, 2, 3)},
+        **dict.fromkeys((*ADAPTIVE_AVERAGES, *UPSAMPLING), lambda local: own_size(local.call, local.outputs[0])),
         "aten.group_norm": _num_groups,
         "autopar.routed_rows": _body,
     }
@@ -237,6 +233,11 @@ def _squeeze(local: Local) -> LocalCall:
 def _mean_share(local: Local) -> float:
     """What the mean over this rank's elements contributes to the mean over all: the share of its elements."""
     call = local.call
+    if call.packet in ADAPTIVE_AVERAGES:
+        sizes = list(zip(call.out, call.inputs[0].shape, local.inputs[0], strict=True))[
+            -ADAPTIVE_AVERAGES[call.packet] :
+        ]
+        return math.prod(part / whole for out, whole, part in sizes if out == 1)
     if call.packet == "aten.mean":
         whole, part = math.prod(call.shape("self")), math.prod(local.shape("self"))
         kept = math.prod(call.out), math.prod(local.outputs[0])
@@ -254,9 +255,10 @@ def _mean_share(local: Local) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Cuts:
-    """counts: ranks of the axes that an algorithm asks about, outermost first. length: how many parts of the first axis
-    are this rank's, each of which the second axis cuts."""
+    """keys: of the strategies of the axes that an algorithm asks about, outermost first. counts: their ranks.
+    length: how many parts of the first axis are this rank's, each of which the second axis cuts."""
 
+    keys: tuple[str, ...]
     counts: tuple[int, ...]
     length: int
 
@@ -283,9 +285,23 @@ def _index_rows(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
     return LocalCall(function, call.op.args, call.op.kwargs, axes)
 
 
-def _batch_norm(local: Local, axes: tuple[Axes, ...], _: _Cuts) -> LocalCall:
-    function = algorithms.BatchNorm(tuple(axis == BATCH for axis in axes))
+def _halo(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
+    dims = tuple(int(key.removeprefix("s")) for key in cuts.keys)
+    function, changed = windowed(Cut(local.call, local.inputs, local.outputs, dims, cuts.counts))
+    return LocalCall(function, *_arguments(local.call.op, changed), axes)
+
+
+def _batch_norm(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
+    function = algorithms.BatchNorm(tuple(key != "c" for key in cuts.keys))
     return LocalCall(function, local.call.op.args, local.call.op.kwargs, axes)
+
+
+def _group_norm(local: Local, axes: tuple[Axes, ...], _: _Cuts) -> LocalCall:
+    return LocalCall(GroupNorm(len(axes)), *_arguments(local.call.op, _num_groups(local)), axes)
+
+
+def _instance_norm(local: Local, axes: tuple[Axes, ...], _: _Cuts) -> LocalCall:
+    return LocalCall(InstanceNorm(len(axes)), local.call.op.args, local.call.op.kwargs, axes)
 
 
 def _is_cut(local: Local, name: str) -> bool:
@@ -309,6 +325,9 @@ _SPECIALS: Mapping[str, Callable[[Local, tuple[Axes, ...], _Cuts], LocalCall]] =
     {
         "arange": _arange,
         "batch_norm": _batch_norm,
+        "group_norm": _group_norm,
+        "halo": _halo,
+        "instance_norm": _instance_norm,
         "index_rows": _index_rows,
         "inverse_order": _as_is(algorithms.inverse_order),
         "ring_attention": _as_is(ring_attention),

@@ -16,6 +16,7 @@ from ..graph import Shape
 from .notation import Dims
 from .placement import PARTIAL, REPLICATED, SHARED, Placement, Split
 from .strategy import Strategy
+from .window import Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +26,12 @@ class Special:
     output: placement of the outputs that lack the dim, where it is not PARTIAL (SHARED: where a
         gradient flows, else REPLICATED).
     work: factor on the share of the op's compute. collective_bytes: see `Strategy`. exchanged_bytes: the same of
-        tensors of which each rank exchanges its part only.
+        tensors of which each rank exchanges its part only. collectives: see `Strategy`.
     meets: why rows of the batch meet there, where the algorithm communicates over data and so cannot run in time; "" where
         it needs no more than its place.
+    window: where neighbours' borders are fetched ("halo"), what of them; the dim then has a length of its own in each
+        tensor, and its size is what these have in common. row_bytes: of the input at one place along the dim.
+    composes: whether other axes may split other dims by the same algorithm.
     """
 
     name: str
@@ -35,7 +39,11 @@ class Special:
     work: float = 1.0
     collective_bytes: int = 0
     exchanged_bytes: int = 0
+    collectives: int = 1
     meets: str = ""
+    window: Window | None = None
+    row_bytes: int = 0
+    composes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +173,8 @@ def split_strategy(rule: Rule, name: str, outer: int, degree: int, gradient: Seq
     special = rule.specials.get(name)
     if special and special.name and outer > 1:
         return None  # the local algorithms count on a contiguous part
+    if special and special.window and special.window.parts(degree) is None:
+        return None
     placements: list[Placement] = []
     pending = name in rule.sums and not (special and special.output != PARTIAL)
     for index, (dims, shape) in enumerate(rule.tensors):
@@ -192,6 +202,8 @@ def split_strategy(rule: Rule, name: str, outer: int, degree: int, gradient: Seq
         work=min(1.0, (special.work if special else 1.0) / degree),
         special=special.name if special else "",
         collective_bytes=special.collective_bytes if special else 0,
+        collectives=special.collectives if special else 1,
+        border_bytes=special.window.border(degree) * special.row_bytes if special and special.window else 0,
         degree=degree,
     )
 

@@ -27,6 +27,7 @@ from . import (
     rules_reduce,
     rules_routed,
     rules_views,
+    rules_window,
 )
 from .call import Call
 from .notation import parse
@@ -100,6 +101,7 @@ DEFAULT = RuleTable(
             **rules_recurrent.RULES,
             **rules_reduce.RULES,
             **rules_norm.RULES,
+            **rules_window.RULES,
             **rules_loss.RULES,
             **rules_opaque.RULES,
             **rules_routed.RULES,

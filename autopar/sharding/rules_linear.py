@@ -1,4 +1,4 @@
-"""Rules of contractions: matrix products, convolutions, attention. Their flops are 2 x the product of all dims."""
+"""Rules of contractions: matrix products, attention. Their flops are 2 x the product of all dims."""
 
 from __future__ import annotations
 
@@ -151,67 +151,6 @@ def einsum(call: Call) -> Rule | None:
     return replace(rule, linear=tuple(frozenset({i}) for i in range(len(named))))
 
 
-def convolution(call: Call) -> Rule:
-    """input [b, (g i), *space], weight [(g o), i, *kernel], bias [(g o)] -> [b, (g o), *space'].
-
-    Space is not split (neighbouring windows overlap), except where the kernel is a single point with no stride.
-    """
-    groups = call["groups"]
-    kernel = call.shape("weight")[2:]
-    spatial = len(kernel)
-    batched = len(call.shape("input")) == spatial + 2
-    pointlike = all(k == 1 for k in kernel) and _all(call["stride"], 1) and _all(call["padding"], 0)
-    space_in = tuple((f"s{i}",) if pointlike else (f"x{i}",) for i in range(spatial))
-    space_out = tuple((f"s{i}",) if pointlike else (f"y{i}",) for i in range(spatial))
-    taps = tuple((f"k{i}",) for i in range(spatial))
-    g = ("g",) if groups > 1 else ()
-    lead: Dims = (("b",),) if batched else ()
-    sizes = {"o": call.shape("weight")[0] // groups, "i": call.shape("weight")[1], **({"g": groups} if g else {})}
-    blocked = {f"k{i}": "the taps of a kernel stay together" for i in range(spatial)}
-    if not pointlike:
-        blocked |= {f"{c}{i}": "windows of neighbouring places overlap" for i in range(spatial) for c in "xy"}
-    bias: Dims = ((*g, "o"),)
-    additive = ("bias",) if call.has("bias") else ()
-    out = call.out
-    return call.rule(
-        {"input": (*lead, (*g, "i"), *space_in), "weight": ((*g, "o"), ("i",), *taps), "bias": bias},
-        [(*lead, (*g, "o"), *space_out)],
-        splits=["b", "g", "i", "o", *(f"s{i}" for i in range(spatial))] if pointlike else ["b", "g", "i", "o"],
-        sums={"i"},
-        blocked=blocked,
-        additive=additive,
-        linear=[["input", *additive], ["weight", *additive]],
-        sizes=sizes,
-        flops=2 * math.prod(out) * sizes["i"] * math.prod(kernel),
-    )
-
-
-def transposed_convolution(call: Call) -> Rule:
-    """input [b, (g i), *space], weight [(g i), o, *kernel], bias [(g o)] -> [b, (g o), *space']."""
-    groups, weight = call["groups"], call.shape("weight")
-    spatial = len(weight) - 2
-    lead: Dims = (("b",),) if len(call.shape("input")) == spatial + 2 else ()
-    g = ("g",) if groups > 1 else ()
-    additive = ("bias",) if call.has("bias") else ()
-    sizes = {"i": weight[0] // groups, "o": weight[1], **({"g": groups} if g else {})}
-    blocked = {f"{c}{i}": "windows of neighbouring places overlap" for i in range(spatial) for c in "xky"}
-    x, k, y = (tuple((f"{c}{i}",) for i in range(spatial)) for c in "xky")
-    return call.rule(
-        {"input": (*lead, (*g, "i"), *x), "weight": ((*g, "i"), ("o",), *k), "bias": ((*g, "o"),)},
-        [(*lead, (*g, "o"), *y)],
-        sums={"i"},
-        blocked=blocked,
-        additive=additive,
-        linear=[["input", *additive], ["weight", *additive]],
-        sizes=sizes,
-        flops=2 * math.prod(call.shape("input")) * math.prod(weight[1:]),
-    )
-
-
-def _all(value, wanted: int) -> bool:
-    return all(v == wanted for v in value) if isinstance(value, tuple | list) else value in (wanted, "valid")
-
-
 def attention(call: Call) -> Rule:
     """query [.., q, d], key [.., k, d], value [.., k, e] -> [.., q, e]; with enable_gqa the query has (h r) heads.
 
@@ -303,10 +242,6 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         "aten.outer": outer,
         "aten.ger": outer,
         "aten.einsum": einsum,
-        "aten.conv1d": convolution,
-        "aten.conv2d": convolution,
-        "aten.conv3d": convolution,
-        **{f"aten.conv_transpose{n}d": transposed_convolution for n in (1, 2, 3)},
         "aten.scaled_dot_product_attention": attention,
     }
 )

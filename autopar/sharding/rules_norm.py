@@ -1,4 +1,4 @@
-"""Rules of normalisations and pooling."""
+"""Rules of normalisations."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def layer_norm(call: Call) -> Rule:
 
 
 def group_norm(call: Call) -> Rule:
-    """Channels are (groups, channels of a group): whole groups may be split."""
+    """Channels are (groups, channels of a group): whole groups may be split, and space, over which statistics are summed."""
     shape = call.shape("input")
     groups = call["num_groups"]
     inner = tuple((f"x{i}",) for i in range(len(shape) - 2))
     dims = (("b",), ("g", "c"), *inner)
-    reason = "a group's statistics run over it"
     return call.rule(
         {"input": dims, "weight": (("g", "c"),), "bias": (("g", "c"),)},
         [dims],
         sizes={"g": groups, "c": shape[1] // groups},
-        blocked={"c": reason, **{f"x{i}": reason for i in range(len(inner))}},
+        blocked={"c": "a group's statistics run over it"},
+        specials={f"x{i}": _summed("group_norm", shape[0] * groups) for i in range(len(inner))},
         flops=8 * math.prod(shape),
     )
 
 
 def batch_norm(call: Call) -> Rule:
-    """In training every channel's statistics run over the whole batch, so rows meet; in evaluation none do."""
+    """In training every channel's statistics run over the whole batch and all places, so rows meet; in evaluation none do."""
     shape = call.shape("input")
     channel: Dims = (("c",),)
     dims = tuple(("c",) if i == 1 else (f"d{i}",) for i in range(len(shape)))
@@ -54,13 +54,15 @@ def batch_norm(call: Call) -> Rule:
     blocked = {f"d{i}": reason for i in range(len(shape)) if i != 1} if training else {}
     running, specials = channel, {}
     if training and call.packet == "aten.batch_norm":
-        # The rows of data ranks reduce their statistics; running statistics are whole on every rank, and stay so.
-        del blocked["d0"]
-        specials["d0"] = Special("batch_norm", meets=reason)
+        # The statistics of parts of the batch or of space are reduced; running statistics are whole on every rank, and
+        # stay so. Forward: sums and a count, then squares; backward: two sums, in float32.
+        inner = Special("batch_norm", collective_bytes=4 * (4 * shape[1] + 1), collectives=3, composes=True)
+        specials |= {**dict.fromkeys(blocked, inner), "d0": Special("batch_norm", meets=reason)}
+        blocked.clear()
         if call.has("running_mean"):
             running = (("s",),)
             blocked["s"] = "running statistics are whole on every rank"
-            specials["c"] = Special("batch_norm", collective_bytes=8 * shape[1])
+            specials["c"] = Special("batch_norm", collective_bytes=8 * shape[1], composes=True)
     return call.rule(
         {
             "input": dims,
@@ -76,44 +78,24 @@ def batch_norm(call: Call) -> Rule:
 
 
 def instance_norm(call: Call) -> Rule:
-    """Every row and channel by itself."""
+    """Every row and channel by itself; space may be split where no running statistics are kept."""
     shape = call.shape("input")
     channel: Dims = (("c",),)
     dims = (("b",), ("c",), *((f"x{i}",) for i in range(len(shape) - 2)))
-    blocked = {f"x{i}": "the statistics run over it" for i in range(len(shape) - 2)}
+    places = [f"x{i}" for i in range(len(shape) - 2)]
+    blocked, specials = {}, {name: _summed("instance_norm", shape[0] * shape[1]) for name in places}
     if call.has("running_mean"):
+        specials = {}
+        blocked = dict.fromkeys(places, "the statistics run over it")
         blocked["b"] = "running statistics average over the batch"
     inputs = {"input": dims, **dict.fromkeys(("weight", "bias", "running_mean", "running_var"), channel)}
-    return call.rule(inputs, [dims], blocked=blocked, flops=8 * math.prod(shape))
+    return call.rule(inputs, [dims], blocked=blocked, specials=specials, flops=8 * math.prod(shape))
 
 
-def pooling(call: Call, spatial: int) -> Rule:
-    """Leading dims (batch, channels) are independent; windows overlap in space."""
-    first = next(iter(call.positions()))
-    shape, out = call.shape(first), call.out
-    lead = len(shape) - spatial
-    ins = (*full(shape[:lead]), *((f"x{i}",) for i in range(spatial)))
-    outs = (*full(out[:lead]), *((f"y{i}",) for i in range(spatial)))
-    blocked = {f"{c}{i}": "windows of neighbouring places overlap" for i in range(spatial) for c in "xy"}
-    linear = () if "max" in call.packet else [[first]]
-    return call.rule({first: ins}, [outs] * len(call.outputs), blocked=blocked, linear=linear, flops=math.prod(shape))
+def _summed(name: str, count: int) -> Special:
+    """Sums and then squares of `count` groups are reduced in float32, and both ways."""
+    return Special(name, collective_bytes=16 * count, collectives=4, composes=True)
 
-
-def _pool(spatial: int) -> RuleFunction:
-    return lambda call: pooling(call, spatial)
-
-
-_POOLS = ("max_pool{}d", "max_pool{}d_with_indices", "avg_pool{}d", "adaptive_avg_pool{}d", "adaptive_max_pool{}d")
-
-_UPSAMPLING = (
-    ("nearest1d", 1),
-    ("linear1d", 1),
-    ("nearest2d", 2),
-    ("bilinear2d", 2),
-    ("bicubic2d", 2),
-    ("nearest3d", 3),
-    ("trilinear3d", 3),
-)
 
 RULES: Mapping[str, RuleFunction] = MappingProxyType(
     {
@@ -122,8 +104,5 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         "aten.group_norm": group_norm,
         "aten.batch_norm": batch_norm,
         "aten.instance_norm": instance_norm,
-        **{f"aten.{name.format(n)}": _pool(n) for n in (1, 2, 3) for name in _POOLS},
-        "aten._adaptive_avg_pool2d": _pool(2),
-        **{f"aten.upsample_{name}": _pool(n) for name, n in _UPSAMPLING},
     }
 )

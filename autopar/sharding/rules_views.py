@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
 from ..graph import Shape
@@ -212,15 +211,6 @@ def stack(call: Call) -> Rule:
     return call.rule({"tensors": ins}, [outs], blocked={"part": "pieces are joined along it"}, linear=[["tensors"]])
 
 
-def pad(call: Call) -> Rule:
-    amounts = call["pad"]
-    rank = len(call.out)
-    padded = {rank - 1 - i // 2: "padding is added at its ends" for i, n in enumerate(amounts) if n}
-    rule = _except(call, padded)
-    zero = call.get("mode", "constant") != "constant" or not call["value"]
-    return rule if zero else replace(rule, linear=())
-
-
 def roll(call: Call) -> Rule:
     rank = len(call.shape("self"))
     dims = call["dims"] or range(rank)
@@ -302,8 +292,6 @@ RULES: Mapping[str, RuleFunction] = MappingProxyType(
         "aten.concat": cat,
         "aten.concatenate": cat,
         "aten.stack": stack,
-        "aten.pad": pad,
-        "aten.constant_pad_nd": pad,
         "aten.unfold": unfold,
         "aten.view_as_complex": complex_view,
         "aten.view_as_real": complex_view,

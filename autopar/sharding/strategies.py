@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from ..graph import Graph, Op
@@ -92,11 +93,28 @@ def _cut_later(graph: Graph, op: Op, layout: BatchLayout) -> Iterator[tuple[int,
                     yield i, want
 
 
+def _go_together(op_rule: Rule, one: Strategy, other: Strategy) -> bool:
+    """Whether two axes may run their special algorithms in one op: the same one, which takes several dims or has one."""
+    if not (one.special and other.special) or one.key == other.key:
+        return True
+    composes = [key in op_rule.specials and op_rule.specials[key].composes for key in (one.key, other.key)]
+    return one.special == other.special and all(composes)
+
+
 def _fits(
     op_rule: Rule, strategy: Strategy, degree: int, on_batch: Sequence[Placement], shards: int, outer: Outer = ()
 ) -> bool:
-    """Whether a split divides what the batch and the outer axes leave; and one special algorithm is all an op can run."""
-    if any(other.special and strategy.special and other.key != strategy.key for other, _ in outer):
+    """Whether a split divides what the batch and the outer axes leave, and goes together with what these run."""
+    if not all(_go_together(op_rule, other, strategy) for other, _ in outer):
+        return False
+    # Axes that split one dim, one inside the other, are one line of ranks. A dim may be a factor of tensors' dims that
+    # would divide still.
+    line = degree * math.prod(n for other, n in outer if other.key == strategy.key)
+    name, _, at = strategy.key.partition("@")
+    if name in op_rule.sizes and op_rule.sizes[name] % (int(at or 1) * line):
+        return False
+    special = op_rule.specials.get(strategy.key)
+    if special and special.window and special.window.parts(line) is None:
         return False
     if not on_batch and not outer:
         return True

@@ -20,6 +20,9 @@ class Strategy:
     special: name of the local algorithm that replaces the op ("vocab_cross_entropy", ...), "" for the op itself.
     collective_bytes: bytes each rank contributes to small all-reduces inside a special algorithm, forward, at the
         global shape.
+    collectives: in how many all-reduces these bytes are sent.
+    border_bytes: bytes that a rank fetches from its two neighbours in the forward, as many as it gives back in the
+        backward, at the global shape of what is not split.
     degree: ranks that the op is split over; 1 where every rank runs the whole op.
     """
 
@@ -29,4 +32,6 @@ class Strategy:
     work: float
     special: str = ""
     collective_bytes: int = 0
+    border_bytes: int = 0
+    collectives: int = 1
     degree: int = 1

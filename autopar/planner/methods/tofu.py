@@ -73,7 +73,8 @@ class BytePrices(AxisPrices):
 
     def op_s(self, op: Op, strategy: Strategy) -> tuple[float, float]:
         n = self.shape.tensor
-        return 2 * (n - 1) / n * strategy.collective_bytes / self.shape.shards, 0.0
+        borders = strategy.border_bytes / self.shape.shards
+        return 2 * (n - 1) / n * strategy.collective_bytes / self.shape.shards + borders, borders
 
     def conversion_s(self, tensor: str, have: Placement, want: Placement) -> tuple[float, float]:
         if have == want:
