@@ -170,12 +170,15 @@ def build_runtime(
 
     storage = RankStorage(specs, build_storage, values(tuple(union.values())))
     recorder = Recorder(rank, device)
+    for mesh in groups.meshes.values():
+        for axis in (*mesh.lines.values(), *(mesh.hybrid or ())):
+            axis.on_transfer = recorder.transfer
     executor = Executor(
         graph=graph,
         parts={s: StagePart(compiled[s], mesh, storage.stages[s]) for s, mesh in groups.meshes.items()},
         microbatches=plan.microbatches,
         groups=groups,
-        transport=_transport(graph, plan, groups, device),
+        transport=_transport(graph, plan, groups, device, recorder),
         storage=storage,
         recorder=recorder,
         state=state,
@@ -212,7 +215,7 @@ def _with_reductions(
     return tuple(found)
 
 
-def _transport(graph: Graph, plan: Plan, groups: Groups, device: torch.device) -> Transport:
+def _transport(graph: Graph, plan: Plan, groups: Groups, device: torch.device, recorder: Recorder) -> Transport:
     """With the routes of activations and gradients over every boundary of this rank's stages."""
     routes = {}
     for first, second in zip(range(len(plan.stages) - 1), range(1, len(plan.stages)), strict=True):
@@ -224,7 +227,7 @@ def _transport(graph: Graph, plan: Plan, groups: Groups, device: torch.device) -
         routes[first, second] = route(list(crossing.values()), list(dtypes.values()), groups.rank)
         returning = {name: h.of_gradient() for name, h in crossing.items() if graph.tensors[name].requires_grad}
         routes[second, first] = route(list(returning.values()), [dtypes[name] for name in returning], groups.rank)
-    transport = Transport(groups, device, routes, _delivered(plan, groups))
+    transport = Transport(groups, device, routes, _delivered(plan, groups), recorder.transfer)
     transport.connect()
     return transport
 
