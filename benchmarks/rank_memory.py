@@ -9,9 +9,10 @@ kernels keep for themselves is not in them.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from autopar.cluster.spec import Cluster
 from autopar.graph import Graph
 from autopar.parallelize import Model
-from autopar.plan import Plan
+from autopar.plan import Plan, same_recompute
 from autopar.runtime.torch_private import pretended_world
 from autopar.torch_private import allocation_deltas
 
@@ -96,6 +97,17 @@ def rank_memory(
         model.watchdog.close()
         model.measurement.close()
         return RankMemory(rank, peak_bytes, predicted_bytes, counted_bytes)
+
+
+def with_stages(plan: Plan, fields: Mapping[str, Any]) -> Plan:
+    """The plan with these fields of its stages instead; `recompute` is one choice for all of their blocks."""
+    stages = []
+    for stage in plan.stages:
+        given = dict(fields)
+        if "recompute" in given:
+            given["recompute"] = same_recompute(given["recompute"], stage.num_blocks)
+        stages.append(replace(stage, **given))
+    return replace(plan, stages=tuple(stages))
 
 
 def _trainer(graph, plan, hardware, module, batch, device, learning_rate):

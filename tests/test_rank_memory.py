@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing as mp
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +10,7 @@ import torch
 
 import autopar
 from autopar.cluster.spec import Cluster
-from autopar.plan import Plan, same_recompute
-from benchmarks.rank_memory import RankMemory, rank_memory
+from benchmarks.rank_memory import RankMemory, rank_memory, with_stages
 from launch.model import LanguageModel, ModelConfig
 
 # (model, precision, what the search is held to, what its stages are given besides, ranks to look at)
@@ -57,16 +55,6 @@ def measure(results: Any) -> None:
         for rank in ranks:
             results.put((name, rank_memory(graph, plan, hardware, module, batch, rank, torch.device("cpu"))))
     results.put(None)
-
-
-def with_stages(plan: Plan, given: dict[str, Any]) -> Plan:
-    stages = []
-    for stage in plan.stages:
-        fields = dict(given)
-        if "recompute" in fields:
-            fields["recompute"] = same_recompute(fields["recompute"], stage.num_blocks)
-        stages.append(replace(stage, **fields))
-    return replace(plan, stages=tuple(stages))
 
 
 @pytest.mark.processes
