@@ -30,6 +30,7 @@ from autopar.cluster.presets import preset
 from autopar.cluster.spec import Cluster
 from autopar.cost.model import CostModel
 from autopar.graph import Graph
+from autopar.planner.budget import Budget
 from autopar.planner.chains import LayoutChains
 from autopar.planner.problem import Constraints, Problem
 from autopar.planner.search import METHODS
@@ -185,11 +186,11 @@ def run(instance: Instance, method: str, graph: Graph, limit_s: float) -> Row:
     problem = Problem(
         graph, instance.cluster, CostModel(graph, instance.cluster), LayoutChains(),
         Constraints(memory_limit_bytes=limit_bytes),
+        budget=Budget(None if method == "auto" else limit_s, progress=True),
     )  # fmt: skip
     start_s = time.process_time()
-    arguments = (problem, True) if method == "auto" else (problem, True, limit_s)
     try:
-        plan = METHODS[method](*arguments)
+        plan = METHODS[method](problem)
     except ValueError as error:
         return Row(instance.name, method, None, False, time.process_time() - start_s, str(error))
     planning_s = time.process_time() - start_s

@@ -73,7 +73,7 @@ def test_the_integer_program_finds_megatrons_mlp():
 @pytest.mark.parametrize("seed", range(6))
 def test_plans_of_captured_graphs_run(seed):
     problem = small_problem(seed, [2, 4, 8][seed % 3], **[{}, {"data": 1}, {"zero": 0}][seed % 3])
-    plan = alpa(problem, progress=False)
+    plan = alpa(problem)
     plan.validate(problem.graph, problem.cluster)
     assert plan.candidates[0].verdict == "chosen"
 
@@ -82,7 +82,7 @@ def test_unequal_submeshes(monkeypatch):
     """All submeshes at once are no slower than equal ones; all ranks are used, whole hosts stay whole."""
     for seed in range(4):
         problem = small_problem(seed, 8, num_blocks=5)
-        equal_s = alpa(problem, progress=False).prediction.step_time_s
-        plan = alpa(ungated(problem, monkeypatch), progress=False)
+        equal_s = alpa(problem).prediction.step_time_s
+        plan = alpa(ungated(problem, monkeypatch))
         assert plan.prediction.step_time_s <= equal_s
         assert sorted(rank for stage in plan.stages for rank in stage.ranks) == list(range(8))

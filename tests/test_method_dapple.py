@@ -94,7 +94,7 @@ def test_transfers_inside_and_between_machines():
 @pytest.mark.parametrize("seed", range(6))
 def test_plans_of_captured_graphs_run(seed):
     problem = small_problem(seed, [2, 4, 8][seed % 3], **[{}, {"pipeline": 2}][seed % 2])
-    plan = dapple(problem, progress=False)
+    plan = dapple(problem)
     plan.validate(problem.graph, problem.cluster)
     assert plan.prediction.step_time_s < math.inf and plan.stages[0].tensor == 1
     if problem.constraints.pipeline:
@@ -105,7 +105,7 @@ def test_unequal_stages(monkeypatch):
     """One heavy block among light ones: with free numbers of replicas the plan is no slower, and uses all ranks."""
     for seed in range(4):
         problem = small_problem(seed, 6, num_blocks=5, batch_size=12)
-        equal_s = dapple(problem, progress=False).prediction.step_time_s
-        plan = dapple(ungated(problem, monkeypatch), progress=False)
+        equal_s = dapple(problem).prediction.step_time_s
+        plan = dapple(ungated(problem, monkeypatch))
         assert plan.prediction.step_time_s <= equal_s
         assert sorted(rank for stage in plan.stages for rank in stage.ranks) == list(range(6))

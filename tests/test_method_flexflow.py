@@ -73,10 +73,10 @@ def test_delta_equals_full_on_a_model():
 
 
 def test_same_seed_same_plan_and_no_worse_than_data_parallel():
-    plan = flexflow(problem(), progress=False, seed=1, steps=150)
-    assert plan == flexflow(problem(), progress=False, seed=1, steps=150)
+    plan = flexflow(problem(), seed=1, steps=150)
+    assert plan == flexflow(problem(), seed=1, steps=150)
     assert plan.prediction.step_time_s <= max(one.step_time_s for one in plan.candidates)
-    start = flexflow(problem(), progress=False, seed=1, steps=0)
+    start = flexflow(problem(), seed=1, steps=0)
     assert plan.prediction.step_time_s <= start.prediction.step_time_s
     plan.validate(problem().graph, problem().cluster)
 

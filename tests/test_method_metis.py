@@ -84,7 +84,7 @@ def test_meshes_go_from_data_to_tensor_where_memory_is_least():
 @pytest.mark.parametrize("seed", range(8))
 def test_plans_of_captured_graphs_run(seed):
     problem = small_problem(seed, [2, 4, 6, 8][seed % 4], **[{}, {"pipeline": 2}, {"recompute": "full"}][seed % 3])
-    plan = metis(problem, progress=False)
+    plan = metis(problem)
     plan.validate(problem.graph, problem.cluster)
     assert plan.candidates[0].verdict == "chosen"
     if problem.constraints.pipeline:

@@ -103,7 +103,7 @@ def test_one_level_is_the_compute_time_of_the_next(seed):
 @pytest.mark.parametrize("seed", range(8))
 def test_plans_of_captured_graphs_run(seed):
     problem = small_problem(seed, [2, 4, 6, 8][seed % 4], **[{}, {"zero": 0}, {"tensor": 2}][seed % 3])
-    plan = pipedream(problem, progress=False)
+    plan = pipedream(problem)
     plan.validate(problem.graph, problem.cluster)
     assert {stage.zero for stage in plan.stages} == {0}
     assert {stage.tensor for stage in plan.stages} == {2 if problem.constraints.tensor else 1}

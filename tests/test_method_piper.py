@@ -179,7 +179,7 @@ def test_the_evaluation_refuses_what_is_no_plan():
 def test_plans_of_captured_graphs_run(seed):
     """A plan for each problem, that validate accepts and that the simulator prices as it says."""
     problem = small_problem(seed, [2, 4, 6, 8][seed % 4], **[{}, {"recompute": "full"}, {"microbatches": 2}][seed % 3])
-    plan = piper(problem, progress=False)
+    plan = piper(problem)
     plan.validate(problem.graph, problem.cluster)
     assert plan.candidates[0].verdict == "chosen"
     if "microbatches" in str(problem.constraints):

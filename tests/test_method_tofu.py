@@ -110,7 +110,7 @@ def test_only_powers_of_two():
 @pytest.mark.parametrize("model", ["llama", "mlp"])
 def test_moves_fewer_bytes_than_data_parallel_alone(model):
     problem = captured_problem(model, 4)
-    plan = tofu(problem, progress=False)
+    plan = tofu(problem)
     plan.validate(problem.graph, problem.cluster)
     moved = {
         (s.data, s.tensor): _least_bytes(problem, s)[1]

@@ -70,7 +70,7 @@ def test_two_steps_fall_for_what_the_joint_program_does_not():
 @pytest.mark.parametrize("seed", range(6))
 def test_plans_of_captured_graphs_run(seed):
     problem = small_problem(seed, [2, 4][seed % 2], **[{}, {"microbatches": 4}, {"recompute": "none"}][seed % 3])
-    plan = uniap(problem, progress=False)
+    plan = uniap(problem)
     plan.validate(problem.graph, problem.cluster)
     assert plan.candidates[0].verdict == "chosen"
 
@@ -78,7 +78,7 @@ def test_plans_of_captured_graphs_run(seed):
 def test_mixed_stages(monkeypatch):
     for seed in range(2):
         problem = small_problem(seed, 4, num_blocks=3, batch_size=4)
-        equal_s = uniap(problem, progress=False).prediction.step_time_s
-        plan = uniap(ungated(problem, monkeypatch), progress=False)
+        equal_s = uniap(problem).prediction.step_time_s
+        plan = uniap(ungated(problem, monkeypatch))
         assert plan.prediction.step_time_s <= equal_s * 1.2
         assert sorted(rank for stage in plan.stages for rank in stage.ranks) == list(range(4))

@@ -138,7 +138,7 @@ def test_joint_search_beats_rewriting_first():
     out in such a way that each half stays with what follows; a search that rewrites first has committed to it."""
     with torch.device("meta"):
         problem = problem_of(TwoBranches(1024), torch.zeros(512, 1024), 4, tensor=4, microbatches=1)
-    joint, stepwise = unity(problem, False), unity(problem, False, jointly=False)
+    joint, stepwise = unity(problem), unity(problem, jointly=False)
     assert [name.partition(":")[0] for name in stepwise.rewrites] == ["merge-parallel"] and not joint.rewrites
     assert joint.prediction.step_time_s < 0.9 * stepwise.prediction.step_time_s
 
@@ -156,7 +156,7 @@ def test_what_is_saved_is_found():
 
     with torch.device("meta"):
         problem = problem_of(Pooled(), torch.zeros(64, 128, 1024), 4)
-    plan = unity(problem, False)
+    plan = unity(problem)
     assert [name.partition(":")[0] for name in plan.rewrites] == ["reduce-first"]
     assert plan.prediction.step_time_s < 0.7 * max(one.step_time_s for one in plan.candidates)
     line = simulate(problem.graph, plan, problem.cluster)
@@ -186,7 +186,7 @@ def test_rewritten_plans_run(pins):
             problem = Problem(
                 other, cluster, CostModel(other, cluster), LayoutChains(), Constraints(**pins, pipeline=1)
             )
-            plan = replace(alpa(problem, False), rewrites=rewrites)
+            plan = replace(alpa(problem), rewrites=rewrites)
             plan.validate(graph, cluster)
             found = forked_parity.errors(module, example, plan.graph_of(graph), plan, expected)
             assert found.within(1e-5, 1e-4), (rewrites, found)

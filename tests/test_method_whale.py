@@ -54,7 +54,7 @@ def strategies_of(problem, plan) -> dict[str, str]:
 def test_replicate_here_and_split_there():
     """The classifier's weight is split, the body's are whole while its work is shared out by rows."""
     problem = captured_problem("classifier", 4, tensor=4)
-    plan = whale(problem, progress=False, annotations={"head": "split", "*": "replicate"})
+    plan = whale(problem, annotations={"head": "split", "*": "replicate"})
     plan.validate(problem.graph, problem.cluster)
     (stage,) = plan.stages
     at_rest = {}
@@ -62,7 +62,7 @@ def test_replicate_here_and_split_there():
         names = (problem.graph.tensors[name].fqn for name in block.parameters)
         at_rest |= dict(zip(names, plan.layouts[row].parameters, strict=True))
     assert at_rest["head.weight"].startswith("S") and at_rest["body.0.weight"] == "R"
-    everywhere = whale(problem, progress=False, annotations={"*": "replicate"})
+    everywhere = whale(problem, annotations={"*": "replicate"})
     assert "S" not in {place[0] for layout in everywhere.layouts for place in layout.parameters}
 
 
@@ -70,7 +70,7 @@ def test_the_large_classifier_is_split_without_being_told():
     problem = captured_problem("classifier", 4)
     assert suggested(problem.graph) == {"head": "split", "*": "replicate"}
     assert suggested(captured_problem("llama", 4).graph) == {"*": "replicate"}
-    plan = whale(problem, progress=False)
+    plan = whale(problem)
     plan.validate(problem.graph, problem.cluster)
     assert plan.stages[0].tensor == 4
 
@@ -78,6 +78,6 @@ def test_the_large_classifier_is_split_without_being_told():
 def test_annotations_that_make_no_sense():
     problem = captured_problem("classifier", 4)
     with pytest.raises(ValueError, match="expected 'replicate' or 'split'"):
-        whale(problem, progress=False, annotations={"head": "slice"})
+        whale(problem, annotations={"head": "slice"})
     with pytest.raises(ValueError, match="no module"):
-        whale(problem, progress=False, annotations={"tail": "split"})
+        whale(problem, annotations={"tail": "split"})

@@ -13,6 +13,7 @@ from models import build_llama
 from autopar import capture
 from autopar.cluster.presets import preset
 from autopar.cost.model import CostModel
+from autopar.planner.budget import Budget
 from autopar.planner.chains import LayoutChains
 from autopar.planner.methods import bench as bench_module
 from autopar.planner.methods.bench import Bench, Part
@@ -33,7 +34,7 @@ def test_time_is_up_after_the_first_plan(method):
     """With no time at all there is a plan all the same, and no search worth the name."""
     problem = problem_for(method, 5)
     start_s = time.process_time()
-    plan = METHODS[method](problem, False, 0.0)
+    plan = METHODS[method](replace(problem, budget=Budget(0.0)))
     assert time.process_time() - start_s < 5
     plan.validate(problem.graph, problem.cluster)
     assert plan.prediction is not None
@@ -54,7 +55,7 @@ def test_interrupted_with_the_best_plan_so_far(method, monkeypatch):
 
     original = bench_module.simulate
     monkeypatch.setattr(bench_module, "simulate", simulate)
-    plan = METHODS[method](problem, False)
+    plan = METHODS[method](problem)
     assert plan.prediction.step_time_s in seen
     plan.validate(problem.graph, problem.cluster)
 
@@ -66,7 +67,7 @@ def test_an_interrupt_before_any_plan_stays_one(method, monkeypatch):
 
     monkeypatch.setattr(bench_module, "simulate", simulate)
     with pytest.raises(KeyboardInterrupt):
-        METHODS[method](problem_for(method), False)
+        METHODS[method](problem_for(method))
 
 
 @pytest.mark.parametrize("method", PUBLISHED)
@@ -74,7 +75,7 @@ def test_what_does_not_fit_says_so(method):
     """A byte of memory: no plan fits, and the one that comes nearest is returned with what it lacks."""
     problem = problem_for(method)
     tight = replace(problem, constraints=replace(problem.constraints, memory_limit_bytes=1))
-    plan = METHODS[method](tight, False)
+    plan = METHODS[method](tight)
     assert plan.prediction.peak_memory_bytes > 1
     assert f"the smallest of what {method} finds, but needs" in plan.candidates[0].verdict
 
@@ -83,7 +84,7 @@ def test_what_does_not_fit_says_so(method):
 def test_constraints_are_kept(method):
     pinned = {"data": 2, "tensor": 2, "pipeline": 1, "microbatches": 2}
     problem = captured_problem("llama", 4, **pinned) if method in ON_OPS else small_problem(1, 4, **pinned)
-    plan = METHODS[method](problem, False)
+    plan = METHODS[method](problem)
     assert [(s.data, s.tensor) for s in plan.stages] == [(2, 2)] and plan.microbatches == 2
 
 
@@ -116,7 +117,7 @@ def test_plans_of_unequal_stages_run():
     graph, cluster = capture(module, example), preset("cpu", 1, 4)
     problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains())
     parts = [Part(0, 3, (0, 1, 2), 3, shares=(2, 1, 1)), Part(3, len(graph.blocks), (3,), 1)]
-    plan = Bench(problem, "none", False).plan(parts, 2)
+    plan = Bench(problem, "none").plan(parts, 2)
     expected = forked_parity.reference(module, example)
     found = forked_parity.errors(module, example, graph, plan, expected)
     assert found.within(1e-5, 1e-4), found

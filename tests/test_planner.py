@@ -74,7 +74,7 @@ def test_auto_finds_the_optimum_under_every_memory_limit(seed):
     peaks = sorted({peak for _, peak in all_plans})
     for share in (0.0, 0.05, 0.3, 1.0):
         problem = limited(free, peaks[int(share * (len(peaks) - 1))])
-        plan = auto(problem, progress=False)
+        plan = auto(problem)
         best_s = min(time_s for time_s, peak in all_plans if peak <= problem.memory_limit_bytes)
         assert plan.prediction.step_time_s == pytest.approx(best_s, rel=1e-8)
         line = simulate(problem.graph, plan, problem.cluster, model=problem.costs)
@@ -86,17 +86,17 @@ def test_auto_finds_the_optimum_under_every_memory_limit(seed):
         assert all(one.step_time_s >= best_s * (1 - 1e-9) for one in plan.candidates if "slower" in one.verdict)
     if peaks[0] > 1:
         with pytest.raises(ValueError, match=f"needs {peaks[0]} bytes .*, 1 bytes .*too many"):
-            auto(limited(free, peaks[0] - 1), progress=False)
+            auto(limited(free, peaks[0] - 1))
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_exhaustive_is_the_minimum_of_all_plans(seed):
     problem = small_enough(100 + seed, 100)
     times = simulated(problem)
-    assert exhaustive(problem, progress=False).prediction.step_time_s == min(time_s for time_s, _ in times)
+    assert exhaustive(problem).prediction.step_time_s == min(time_s for time_s, _ in times)
     least = min(peak for _, peak in times)
     with pytest.raises(ValueError, match=f"needs {least} bytes, 1 too many"):
-        exhaustive(limited(problem, least - 1), progress=False)
+        exhaustive(limited(problem, least - 1))
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -227,7 +227,7 @@ def test_layouts_that_take_less_memory_are_used_where_they_pay(graphs, name):
     for share in (0.02, 0.05, 0.2, 0.3, 0.5, 0.7):
         problem = limited(free, peaks[int(share * (len(peaks) - 1))])
         best_s = min(time_s for time_s, peak in all_plans if peak <= problem.memory_limit_bytes)
-        assert auto(problem, progress=False).prediction.step_time_s == pytest.approx(best_s, rel=1e-8)
+        assert auto(problem).prediction.step_time_s == pytest.approx(best_s, rel=1e-8)
 
 
 def test_real_prices_are_those_of_the_whole_plan(graphs):
@@ -315,7 +315,7 @@ def test_constraints_are_kept(seed):
         "schedule": plan.schedule, "zero": first.zero, "context": 1, "expert": 1,
     }  # fmt: skip
     pins = {name: pins[name] for name in draw.sample(list(pins), 4)}
-    found = auto(replace(problem, constraints=Constraints(**pins)), progress=False)
+    found = auto(replace(problem, constraints=Constraints(**pins)))
     said = {
         "data": found.stages[0].data, "tensor": found.stages[0].tensor, "pipeline": found.pipeline,
         "microbatches": found.microbatches, "schedule": found.schedule, "zero": found.stages[0].zero,
@@ -323,7 +323,7 @@ def test_constraints_are_kept(seed):
     }  # fmt: skip
     assert {name: said[name] for name in pins} == pins
     for choice in ("none", "full"):
-        pinned = auto(replace(problem, constraints=Constraints(recompute=choice)), progress=False)
+        pinned = auto(replace(problem, constraints=Constraints(recompute=choice)))
         assert {said for stage in pinned.stages for said in stage.block_recompute} == {choice}
 
 
@@ -404,8 +404,8 @@ def test_candidates_say_why_they_lost():
     cluster = small_cluster(8)
     costs = MadeUpCosts(graph, cluster, 3)
     problem = Problem(graph, cluster, costs, WholeLayouts())
-    roomy = auto(problem, progress=False)
-    tight = auto(limited(problem, roomy.prediction.peak_memory_bytes // 8), progress=False)
+    roomy = auto(problem)
+    tight = auto(limited(problem, roomy.prediction.peak_memory_bytes // 8))
     for plan in (roomy, tight):
         assert 5 <= len(plan.candidates) <= 20
         for one in plan.candidates:

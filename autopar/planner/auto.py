@@ -13,8 +13,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from tqdm import tqdm
-
 from ..plan import Plan
 from .candidates import MAX_CANDIDATES, TooLarge, Tried, conclude, nothing_fits
 from .floors import Floors
@@ -48,14 +46,14 @@ class _Entry:
     chains: Iterator[Chain] | None = field(compare=False, default=None)
 
 
-def auto(problem: Problem, progress: bool = True) -> Plan:
+def auto(problem: Problem) -> Plan:
     """The plan of least simulated step time that fits; ValueError, with the smallest plan found, when none does."""
-    return _Auto(problem, progress).run()
+    return _Auto(problem).run()
 
 
 class _Auto:
-    def __init__(self, problem: Problem, progress: bool) -> None:
-        self.problem, self._progress = problem, progress
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
         self.prices = StagePrices(problem)
         self.floors = Floors(problem, self.prices)
         self.best: Tried | None = None
@@ -63,24 +61,44 @@ class _Auto:
         self.tight: list[TooLarge] = []
         self.open_bound_s = math.inf
         self.heap: list[_Entry] = []
+        # The bound of the entry that is being advanced: an interrupt leaves it open.
+        self._advancing_s = math.inf
         # Per degrees, ZeRO level and schedule, up to how many microbatches nothing can fit: fewer are larger.
         self._hopeless: dict[tuple, int] = {}
 
     def run(self) -> Plan:
+        budget = self.problem.budget
+        try:
+            self._search()
+            if self.best is None and not budget.cut_short:
+                raise nothing_fits(self.problem, self.prices, self.tight)
+            if not budget.cut_short:
+                self.tight += [self._too_large(entry.shape) for entry in self.heap if entry.bound_s == math.inf]
+                self._represent(sorted(self.heap))
+        except KeyboardInterrupt:
+            if self.best is None:
+                raise
+            budget.interrupted()
+        if self.best is None:
+            raise budget.no_plan("auto")
+        if budget.cut_short:
+            # What would only fill the table of candidates is left out.
+            self.tight.clear()
+            self.open_bound_s = min(self.open_bound_s, self._advancing_s, *(entry.bound_s for entry in self.heap[:1]))
+        return conclude(self.problem, self.prices, self.best, self.tried, self.tight, self.open_bound_s)
+
+    def _search(self) -> None:
         shapes = self.problem.shapes
         self.heap = sorted(_Entry(self.floors.time_s(shape), i, shape) for i, shape in enumerate(shapes))
-        with tqdm(
-            total=len(shapes), desc="planning", unit="shape", delay=2, leave=False, disable=not self._progress
-        ) as bar:
+        with self.problem.budget.bar("planning", "shape", len(shapes)) as bar:
             while self.heap and not self._is_beaten(self.heap[0].bound_s):
+                if self.problem.budget.expired(has_plan=self.best is not None):
+                    return
                 entry = heapq.heappop(self.heap)
+                self._advancing_s = entry.bound_s
                 self._advance(entry)
+                self._advancing_s = math.inf
                 bar.update(entry.search is None and entry.chain is None and entry.refined)
-        if self.best is None:
-            raise nothing_fits(self.problem, self.prices, self.tight)
-        self.tight += [self._too_large(entry.shape) for entry in self.heap if entry.bound_s == math.inf]
-        self._represent(sorted(self.heap))
-        return conclude(self.problem, self.prices, self.best, self.tried, self.tight, self.open_bound_s)
 
     def _is_beaten(self, bound_s: float) -> bool:
         return self.best is not None and bound_s >= self.best.step_time_s * (1 - TOLERANCE)

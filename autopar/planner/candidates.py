@@ -98,7 +98,8 @@ def conclude(
     tried = [chosen if one is best else one for one in tried]
     best = chosen
     rows = {plan_in_words(one.plan): one for one in sorted(tried, key=lambda one: -one.step_time_s)}
-    kept = [_candidate(one, best, open_bound_s) for one in _choose(list(rows.values()), best)]
+    cut_short = problem.budget.cut_short
+    kept = [_candidate(one, best, open_bound_s, cut_short) for one in _choose(list(rows.values()), best)]
     fits = {one.shape.group for one in tried}
     lost = [_lacking(problem, prices, one) for one in _nearest(tight) if one.shape.group not in fits]
     # Layouts that were not looked at, because they are no faster than the best plan, may fit where others did not.
@@ -129,12 +130,15 @@ def nothing_fits(problem: Problem, prices: StagePrices, tight: Sequence[TooLarge
     )
 
 
-def _candidate(one: Tried, best: Tried, open_bound_s: float) -> Candidate:
+def _candidate(one: Tried, best: Tried, open_bound_s: float, cut_short: str) -> Candidate:
     verdict = f"{one.step_time_s / best.step_time_s:.2f}x slower: {_reason(one, best)}"
     if one.plan == best.plan:
         short = 1 - min(open_bound_s / best.step_time_s, 1.0)
+        why = f" {cut_short}" if cut_short else ""
         verdict = (
-            "chosen" if short < 5e-4 else f"chosen; the proof was cut short, no plan is more than {short:.1%} faster"
+            "chosen"
+            if short < 5e-4
+            else f"chosen; the proof was cut short{why}, no plan is more than {short:.1%} faster"
         )
     return Candidate(plan_in_words(one.plan), one.step_time_s, one.peak_memory_bytes, verdict)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Protocol
 
@@ -20,6 +20,7 @@ from ..plan import Layout, Plan, Recompute
 from ..plan_validate import nearest_divisors
 from ..sharding.batch import BatchLayout, batch_layout
 from ..sharding.strategies import strategies
+from .budget import Budget
 
 # Share of a device's memory that plans leave free for what the cost model does not count: the CUDA context, NCCL's
 # buffers, fragmentation of the allocator. An assumption; memory_limit_bytes= overrules it.
@@ -153,6 +154,8 @@ class Problem:
     constraints: Constraints = Constraints()
     # Whether the methods may put stages of different meshes beside each other.
     unequal_stages: bool = True
+    # How long the search may go on; every method asks it in its loops.
+    budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
         self._check_batch()

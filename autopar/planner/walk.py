@@ -138,9 +138,17 @@ class Walk:
         self.open_bound_s = math.inf
 
     def run(self) -> Solution:
-        self._descend(_root(self.search))
-        while self.open_bound_s < self.best_s and self.best is not None and self._improve(self.best):
-            pass
+        budget = self.search.problem.budget
+        try:
+            self._descend(_root(self.search))
+        except KeyboardInterrupt:
+            if self.best is None:
+                raise
+            budget.interrupted()
+            self.open_bound_s = self.search.root_bound_s
+        while self.open_bound_s < self.best_s and self.best is not None and not budget.expired():
+            if not self._improve(self.best):
+                break
         return Solution(self.best, self.best_s, self.open_bound_s, self.num_simulated, self.num_visited)
 
     def _cutoff(self) -> float:
@@ -171,7 +179,9 @@ class Walk:
     def _descend(self, node: _Node) -> None:
         if node.bound_s >= self._cutoff():
             return
-        if self.max_visits is not None and self.num_visited >= self.max_visits and self.best_s < math.inf:
+        has_plan = self.best_s < math.inf
+        over = self.max_visits is not None and self.num_visited >= self.max_visits and has_plan
+        if over or self.search.problem.budget.expired(has_plan):
             self.open_bound_s = min(self.open_bound_s, node.bound_s)
             return
         self.num_visited += 1

@@ -112,8 +112,6 @@ MOVES = {
 
 def aceso(
     problem: Problem,
-    progress: bool = True,
-    limit_s: float | None = None,
     start: Config | None = None,
     shuffle: random.Random | None = None,
     max_judged: int = MAX_JUDGED,
@@ -122,7 +120,7 @@ def aceso(
 
     shuffle: take the moves in random order instead (to see what the order is worth).
     """
-    with Bench(problem, "aceso", progress, limit_s) as bench:
+    with Bench(problem, "aceso") as bench:
         shapes = bench.shapes(lambda s: s.zero == 0)
         starts = [start] if start else [_even(bench, shapes, stages) for stages in sorted({s.pipeline for s in shapes})]
         for one in starts:

@@ -29,9 +29,9 @@ MAX_LAYERS = 24
 GAP = 0.01
 
 
-def alpa(problem: Problem, progress: bool = True, limit_s: float | None = None) -> Plan:
+def alpa(problem: Problem) -> Plan:
     """The best of Alpa's plans over the numbers of microbatches."""
-    with Bench(problem, "alpa", progress, limit_s) as bench:
+    with Bench(problem, "alpa") as bench:
         shapes = bench.shapes()
         for shape in shapes:
             if bench.spent:

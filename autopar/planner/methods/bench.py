@@ -9,12 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-
-from tqdm import tqdm
 
 from ...cost.types import StageCost
 from ...plan import Candidate, Plan, Prediction, Recompute, Stage, same_recompute, tensor_axes
@@ -48,16 +45,13 @@ class Part:
 
 @dataclass
 class Bench:
-    """One run of one method: `with Bench(problem, "alpa", progress, limit_s) as bench: ...; return bench.best_plan()`.
+    """One run of one method: `with Bench(problem, "alpa") as bench: ...; return bench.best_plan()`.
 
-    limit_s: seconds of wall time after which `spent` is true. An interrupt (Ctrl-C) ends the `with` block in peace once
-    there is a plan.
+    An interrupt (Ctrl-C) ends the `with` block in peace once there is a plan; before, it goes on to the caller.
     """
 
     problem: Problem
     name: str
-    progress: bool = True
-    limit_s: float | None = None
     _best: Plan | None = None
     _smallest: Plan | None = None
     _offers: dict[Plan, None] = field(default_factory=dict)
@@ -65,22 +59,23 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.prices = StagePrices(self.problem)
-        self._start_s = time.monotonic()
         self._chains: dict[tuple, tuple[Chain, ...]] = {}
-        self._bar = tqdm(desc=self.name, unit=" plans", delay=2, leave=False, disable=not self.progress)
+        self._bar = self.problem.budget.bar(self.name, " plans")
 
     def __enter__(self) -> Bench:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> bool:
         self._bar.close()
-        return kind is KeyboardInterrupt and bool(self._offers)
+        if kind is not KeyboardInterrupt or not self._offers:
+            return False
+        self.problem.budget.interrupted()
+        return True
 
     @property
     def spent(self) -> bool:
-        """Whether the time is over; never before there is a plan."""
-        over = self.limit_s is not None and time.monotonic() - self._start_s >= self.limit_s
-        return over and bool(self._offers)
+        """Whether to end the search: its time is over and it has a plan, or it was asked to stop."""
+        return self.problem.budget.expired(has_plan=bool(self._offers))
 
     # -- the space
 
@@ -208,7 +203,7 @@ class Bench:
 
     def fall_back(self, shapes: Sequence[Shape]) -> None:
         """Where nothing that was offered fits: even cuts of the shapes that leave least to a device, recomputing."""
-        if self.best is not None:
+        if self.best is not None or self.problem.budget.expired(has_plan=False):
             return
         smallest = sorted(shapes, key=lambda s: (-s.pipeline * s.tensor, -s.microbatches))
         for shape in smallest[: 1 if self.spent else MAX_FALL_BACKS]:
@@ -256,9 +251,11 @@ class Bench:
     def best_plan(self) -> Plan:
         """The fastest offer that fits, with the others as its candidates; where none fits, the smallest, which says so.
 
-        ValueError when nothing was offered that the runtime can execute.
+        ValueError when nothing was offered that the runtime can execute, or the search was stopped before.
         """
-        chosen = self._best or self._smallest
+        chosen, budget = self._best or self._smallest, self.problem.budget
+        if chosen is None and budget.cut_short:
+            raise budget.no_plan(self.name)
         if chosen is None:
             why = f"; the first refusal: {self._refusal}" if self._refusal else ""
             raise ValueError(
@@ -284,6 +281,8 @@ class Bench:
             )
             if plan == chosen:
                 verdict = "chosen" if not over else f"the smallest of what {self.name} finds, but {over}"
+                if self.problem.budget.cut_short:
+                    verdict += f"; the search was cut short {self.problem.budget.cut_short}"
             else:
                 verdict = over or f"{step_s / chosen.prediction.step_time_s:.2f}x slower"
             yield Candidate(name, step_s, peak_bytes, verdict)

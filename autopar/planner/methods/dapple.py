@@ -22,9 +22,9 @@ from .dapple_placement import Layers, Machines, Placed, place
 MAX_FREE_REPLICAS = 16
 
 
-def dapple(problem: Problem, progress: bool = True, limit_s: float | None = None) -> Plan:
+def dapple(problem: Problem) -> Plan:
     """The best of DAPPLE's plans over the numbers of microbatches."""
-    with Bench(problem, "dapple", progress, limit_s) as bench:
+    with Bench(problem, "dapple") as bench:
         shapes = bench.shapes(lambda s: s.tensor == 1, lambda s: s.zero == 0)
         for shape in shapes:
             if bench.spent:

@@ -7,9 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tqdm import tqdm
-
-from ...plan import Plan, Prediction
+from ...plan import Candidate, Plan, Prediction
 from ...report.words import gib, plan_in_words
 from ...simulate import simulate
 from ..pricing import Piece, assemble
@@ -19,7 +17,7 @@ from ..problem import Problem
 MAX_PLANS = 200_000
 
 
-def exhaustive(problem: Problem, progress: bool = True) -> Plan:
+def exhaustive(problem: Problem) -> Plan:
     """The plan of least simulated step time that fits. ValueError when there are too many plans, or none fits."""
     num_plans = count_plans(problem)
     if num_plans > MAX_PLANS:
@@ -29,15 +27,27 @@ def exhaustive(problem: Problem, progress: bool = True) -> Plan:
         )
     best: Plan | None = None
     smallest: tuple[int, Plan] | None = None
-    for plan in tqdm(every_plan(problem), total=num_plans, desc="planning", delay=2, leave=False, disable=not progress):
-        line = simulate(problem.graph, plan, problem.cluster, model=problem.costs)
-        peak_bytes = max(line.peak_memory_bytes.values())
-        if smallest is None or peak_bytes < smallest[0]:
-            smallest = (peak_bytes, plan)
-        if peak_bytes <= problem.memory_limit_bytes and (
-            best is None or line.step_time_s < best.prediction.step_time_s
-        ):
-            best = replace(plan, prediction=Prediction(line.step_time_s, peak_bytes))
+    budget = problem.budget
+    try:
+        with budget.bar("exhaustive", " plans", num_plans) as bar:
+            for plan in every_plan(problem):
+                if budget.expired(has_plan=best is not None):
+                    break
+                line = simulate(problem.graph, plan, problem.cluster, model=problem.costs)
+                peak_bytes = max(line.peak_memory_bytes.values())
+                if smallest is None or peak_bytes < smallest[0]:
+                    smallest = (peak_bytes, plan)
+                if peak_bytes <= problem.memory_limit_bytes and (
+                    best is None or line.step_time_s < best.prediction.step_time_s
+                ):
+                    best = replace(plan, prediction=Prediction(line.step_time_s, peak_bytes))
+                bar.update()
+    except KeyboardInterrupt:
+        if best is None:
+            raise
+        budget.interrupted()
+    if best is None and budget.cut_short:
+        raise budget.no_plan("exhaustive")
     if best is None:
         peak_bytes, plan = smallest
         limit_bytes = problem.memory_limit_bytes
@@ -45,7 +55,10 @@ def exhaustive(problem: Problem, progress: bool = True) -> Plan:
             f"no plan of {problem.graph.name} fits in {limit_bytes} bytes ({gib(limit_bytes)}) per device; the "
             f"smallest ({plan_in_words(plan)}) needs {peak_bytes} bytes, {peak_bytes - limit_bytes} too many"
         )
-    return best
+    verdict = f"chosen; the search was cut short {budget.cut_short}" if budget.cut_short else "chosen"
+    found = best.prediction
+    row = Candidate(plan_in_words(best), found.step_time_s, found.peak_memory_bytes, verdict)
+    return replace(best, candidates=(row,))
 
 
 def every_plan(problem: Problem) -> Iterator[Plan]:

@@ -41,11 +41,9 @@ RETURNS = 100
 MAX_SIMULATED = 2_000_000
 
 
-def flexflow(
-    problem: Problem, progress: bool = True, limit_s: float | None = None, seed: int = 0, steps: int = STEPS
-) -> Plan:
+def flexflow(problem: Problem, seed: int = 0, steps: int = STEPS) -> Plan:
     """The best configuration found, over the degrees of the axis and the numbers of microbatches. Seeded."""
-    with Bench(problem, "flexflow", progress, limit_s) as bench:
+    with Bench(problem, "flexflow") as bench:
         shapes = bench.shapes(lambda s: s.pipeline == 1, lambda s: s.zero == 0)
         searched: set[tuple[int, int]] = set()
         for shape in sorted(shapes, key=lambda s: (-s.tensor, s.microbatches)):

@@ -26,9 +26,9 @@ MAX_ROWS = 12
 MAX_STAGES = 32
 
 
-def metis(problem: Problem, progress: bool = True, limit_s: float | None = None) -> Plan:
+def metis(problem: Problem) -> Plan:
     """The best of Metis's plans."""
-    with Bench(problem, "metis", progress, limit_s) as bench:
+    with Bench(problem, "metis") as bench:
         shapes = bench.shapes(lambda s: s.zero == 0, lambda s: s.pipeline <= MAX_STAGES)
         for shape in _first_of_each(shapes):
             for groups in _groups(bench, shape):

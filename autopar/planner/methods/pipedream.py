@@ -19,9 +19,9 @@ from .bench import Bench, Part, split_rows
 from .pipedream_levels import Heads, Level, PipeDreamPlan, chain_heads, pipedream_levels
 
 
-def pipedream(problem: Problem, progress: bool = True, limit_s: float | None = None) -> Plan:
+def pipedream(problem: Problem) -> Plan:
     """The best of PipeDream's plans over the numbers of microbatches."""
-    with Bench(problem, "pipedream", progress, limit_s) as bench:
+    with Bench(problem, "pipedream") as bench:
         shapes = bench.shapes(lambda s: s.tensor == 1, lambda s: s.zero == 0)
         for shape in shapes:
             if bench.spent:

@@ -22,9 +22,9 @@ from .bench import Bench, Part, split_rows
 from .piper_dag import DagPlan, piper_dag
 
 
-def piper(problem: Problem, progress: bool = True, limit_s: float | None = None) -> Plan:
+def piper(problem: Problem) -> Plan:
     """The best of Piper's plans over the sizes of microbatches."""
-    with Bench(problem, "piper", progress, limit_s) as bench:
+    with Bench(problem, "piper") as bench:
         shapes = bench.shapes(lambda s: s.zero == 0)
         for shape in shapes:
             if bench.spent:

@@ -23,9 +23,9 @@ from ..problem import Chain, Problem, Shape
 from .bench import Bench
 
 
-def tofu(problem: Problem, progress: bool = True, limit_s: float | None = None) -> Plan:
+def tofu(problem: Problem) -> Plan:
     """The plan that moves least bytes of those that fit."""
-    with Bench(problem, "tofu", progress, limit_s) as bench:
+    with Bench(problem, "tofu") as bench:
         shapes = bench.shapes(lambda s: s.pipeline == 1, lambda s: s.zero == 0)
         by_bytes = []
         for shape in shapes:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,17 +40,16 @@ class _Way:
         return self.shape.data, self.shape.tensor, self.shape.zero
 
 
-def uniap(problem: Problem, progress: bool = True, limit_s: float | None = None) -> Plan:
+def uniap(problem: Problem) -> Plan:
     """The best of UniAP's plans over the numbers of stages and microbatches."""
-    start_s = time.monotonic()
-    with Bench(problem, "uniap", progress, limit_s) as bench:
+    with Bench(problem, "uniap") as bench:
         groups: dict[tuple[int, int], list[Shape]] = {}
         for shape in bench.shapes():
             groups.setdefault((shape.pipeline, shape.microbatches), []).append(shape)
 
         def left_s() -> float:
-            spent_s = time.monotonic() - start_s
-            return PROGRAM_LIMIT_S if limit_s is None else max(1.0, min(PROGRAM_LIMIT_S, (limit_s - spent_s) / 2))
+            # the first program gets a second in any case, because a plan must come of it
+            return max(1.0, min(PROGRAM_LIMIT_S, problem.budget.left_s / 2))
 
         # one mesh in all stages first: these programs are small
         least_s: dict[tuple[int, int], float] = {}

@@ -37,20 +37,21 @@ MAX_GRAPHS = 40
 MAX_SHAPES = 8
 
 
-def unity(problem: Problem, progress: bool = True, limit_s: float | None = None, jointly: bool = True) -> Plan:
+def unity(problem: Problem, jointly: bool = True) -> Plan:
     """The best plan over rewritten graphs.
 
     jointly: False chooses the rewrites first, by what they are worth on one device, and parallelizes after (to see what
     searching together is worth).
     """
-    with Bench(problem, "unity", progress, limit_s) as bench:
+    with Bench(problem, "unity") as bench:
         shapes = bench.shapes(lambda s: s.pipeline == 1, lambda s: s.zero == 0)
         if jointly:
             _search(bench, shapes)
         else:
             alone = replace(problem.cluster, num_hosts=1, devices_per_host=1)
-            single = Problem(problem.graph, alone, CostModel(problem.graph, alone), LayoutChains())
-            with Bench(single, "unity", False) as one:
+            costs = CostModel(problem.graph, alone)
+            single = Problem(problem.graph, alone, costs, LayoutChains(), budget=problem.budget)
+            with Bench(single, "unity") as one:
                 _search(one, one.shapes(lambda s: s.microbatches == 1))
             _parallelize(bench, one.best_plan().rewrites, shapes)
         return bench.best_plan()
@@ -92,7 +93,7 @@ def _parallelize(bench: Bench, rewrites: tuple[str, ...], shapes: Sequence[Shape
     if rewrites:
         costs = CostModel(graph, problem.cluster, getattr(problem.costs, "corrections", None))
         own = replace(problem, graph=graph, costs=costs, chains=LayoutChains())
-    inner = Bench(own, "unity", False)
+    inner = Bench(own, "unity")
     times: dict[Shape, float] = {}
     for shape in shapes:
         if bench.spent:

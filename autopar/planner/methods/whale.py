@@ -35,8 +35,6 @@ LARGE = 0.25
 
 def whale(
     problem: Problem,
-    progress: bool = True,
-    limit_s: float | None = None,
     annotations: Mapping[str, Annotation] | None = None,
 ) -> Plan:
     """The best plan that does as the annotations say. annotations: by pattern of a module's name ("head*").
@@ -44,7 +42,7 @@ def whale(
     ValueError for an annotation that is neither, or a pattern that no module of the graph has.
     """
     given = _checked(problem.graph, annotations) if annotations is not None else suggested(problem.graph)
-    with Bench(problem, "whale", progress, limit_s) as bench:
+    with Bench(problem, "whale") as bench:
         shapes = bench.shapes(lambda s: s.pipeline == 1, lambda s: s.zero == 0)
         for shape in shapes:
             if bench.spent:
