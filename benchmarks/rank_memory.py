@@ -2,8 +2,8 @@
 
 The rank runs alone under torch's fake process group: it holds and computes what it does in the real world, and only the
 values that others would send are missing. On CUDA the caching allocator says what was allocated at most. On a CPU the
-bytes of live tensors are counted, allocation by allocation, from the building of the model on; what the C library and
-kernels keep for themselves is not in them.
+bytes of live tensors are counted, allocation by allocation, from the building of the model on; what the C library keeps
+for itself is not in them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from autopar.plan import Plan, same_recompute
 from autopar.runtime.torch_private import pretended_world
 from autopar.torch_private import allocation_deltas
 
-_DETAILED_STEP = 2  # the model profiles its third step itself, and profiles cannot be nested
+_DETAILED_STEP = 2  # the model profiles its third step itself
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,18 @@ class RankMemory:
         return self.predicted_bytes / self.measured_bytes - 1
 
 
-@dataclass
 class _Live:
-    """Bytes of tensors made (less those freed) in regions of code, and the most that there were in the latest region."""
+    """Bytes of the tensors made and not freed in a region of code; set when it ends."""
 
     bytes: int = 0
-    peak_bytes: int = 0
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        gc.collect()
+        gc.collect()  # what an earlier model has left must not go in here
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             yield
             gc.collect()
-        self.peak_bytes = self.bytes
-        for delta in allocation_deltas(profiled):
-            self.bytes += delta
-            self.peak_bytes = max(self.peak_bytes, self.bytes)
+        self.bytes = sum(allocation_deltas(profiled))
 
 
 def rank_memory(
@@ -89,9 +84,8 @@ def rank_memory(
                 for _ in range(_DETAILED_STEP):
                     step()
             step()
-            with live.counted():
-                step()
-            peak_bytes = live.peak_bytes
+            measurement = model.measurement
+            peak_bytes = live.bytes + measurement.peak_memory_bytes - measurement.at_rest_bytes
         predicted_bytes = model.prediction.peak_memory_bytes[rank]
         counted_bytes = model.measurement.peak_memory_bytes
         model.watchdog.close()

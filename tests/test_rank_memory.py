@@ -13,17 +13,16 @@ from autopar.cluster.spec import Cluster
 from benchmarks.rank_memory import RankMemory, rank_memory, with_stages
 from launch.model import LanguageModel, ModelConfig
 
-# (model, precision, what the search is held to, what its stages are given besides, ranks to look at)
-CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
-    "replicas": ("llama", "float32", {"data": 8, "zero": 0, "microbatches": 2}, {}, (3,)),
-    "zero 1": ("gpt", "float32", {"data": 8, "zero": 3, "microbatches": 2}, {"zero": 1}, (0,)),
-    "zero 2": ("gpt", "bfloat16", {"data": 8, "zero": 3}, {"zero": 2}, (7,)),
-    "zero 3": ("llama", "float32", {"data": 64, "zero": 3}, {}, (1,)),
-    "zero 3, recomputed": ("gpt", "bfloat16", {"data": 8, "zero": 3, "microbatches": 2}, {"recompute": "full"}, (0,)),
-    "selective": ("llama", "bfloat16", {"data": 8, "zero": 0}, {"recompute": "selective"}, (0,)),
-    "tensor": ("llama", "float32", {"data": 2, "tensor": 4, "zero": 0}, {}, (5,)),
-    "pipeline": ("gpt", "float32", {"pipeline": 4, "data": 2, "microbatches": 8, "zero": 0}, {}, (0, 7)),
-    "three axes": ("llama", "float32", {"pipeline": 2, "data": 8, "tensor": 2, "microbatches": 4, "zero": 3}, {}, (0, 31)),
+# (model, precision, what the search is held to, what its stages are given besides, the rank to look at)
+CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], int]] = {
+    "replicas": ("llama", "float32", {"data": 8, "zero": 0, "microbatches": 2}, {}, 3),
+    "zero 1": ("llama", "float32", {"data": 8, "zero": 3, "microbatches": 2}, {"zero": 1}, 0),
+    "zero 3": ("llama", "float32", {"data": 64, "zero": 3}, {}, 1),
+    "tensor": ("llama", "float32", {"data": 2, "tensor": 4, "zero": 0}, {}, 5),
+    "three axes": ("llama", "float32", {"pipeline": 2, "data": 8, "tensor": 2, "microbatches": 4, "zero": 3}, {}, 31),
+    "zero 2": ("gpt", "bfloat16", {"data": 8, "zero": 3}, {"zero": 2}, 7),
+    "recomputed": ("gpt", "bfloat16", {"data": 8, "zero": 3, "microbatches": 2}, {"recompute": "full"}, 0),
+    "pipeline": ("gpt", "bfloat16", {"pipeline": 4, "data": 2, "microbatches": 8, "zero": 0}, {}, 7),
 }  # fmt: skip
 
 
@@ -31,11 +30,11 @@ def build(model: str) -> tuple[torch.nn.Module, Any]:
     tokens = torch.randint(0, 256, (64, 33))
     if model == "llama":
         with torch.device("meta"):
-            module = LanguageModel(ModelConfig(256, 4, 96, 4, 2, 256))
+            module = LanguageModel(ModelConfig(256, 4, 128, 4, 2, 256))
         return module, (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=256, n_positions=32, n_embd=96, n_layer=4, n_head=4, loss_type="ForCausalLM")
+    config = GPT2Config(vocab_size=256, n_positions=32, n_embd=128, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0)
     return GPT2LMHeadModel(config), {"input_ids": tokens[:, 1:], "labels": tokens[:, 1:].clone()}
 
 
@@ -43,7 +42,7 @@ def measure(results: Any) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     captured: dict[tuple[str, str], Any] = {}
-    for name, (model, precision, pins, given, ranks) in CASES.items():
+    for name, (model, precision, pins, given, rank) in CASES.items():
         if (model, precision) not in captured:
             module, batch = build(model)
             captured[model, precision] = module, batch, autopar.capture(module, batch, precision=precision)
@@ -52,8 +51,7 @@ def measure(results: Any) -> None:
         hosts = pins["data"] * pins["tensor"] * pins["pipeline"] // 8
         hardware = Cluster.preset("cpu", hosts=hosts, devices_per_host=8)
         plan = with_stages(autopar.search(graph, hardware, progress=False, **pins), given)
-        for rank in ranks:
-            results.put((name, rank_memory(graph, plan, hardware, module, batch, rank, torch.device("cpu"))))
+        results.put((name, rank_memory(graph, plan, hardware, module, batch, rank, torch.device("cpu"))))
     results.put(None)
 
 
@@ -64,7 +62,7 @@ def test_the_predicted_peak_is_within_five_percent_of_the_measured_one() -> None
     process = context.Process(target=measure, args=(results,))
     process.start()
     found: list[tuple[str, RankMemory]] = []
-    while (result := results.get(timeout=120)) is not None:
+    while (result := results.get(timeout=300)) is not None:
         found.append(result)
     process.join()
     assert {name for name, _ in found} == set(CASES)
