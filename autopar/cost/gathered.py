@@ -9,9 +9,10 @@ of these in the dtype of reductions, block i's forward and backward need beside 
     level 3         forward  o_i + o_i     backward  o_i + o_(i-1) + r_(i+1)     its end  g_i + r_i + o_(i-1)
     levels 1, 2     forward  o_i, once     backward  r_(i+1)                     its end  g_i + r_i
 
-where the parameters of levels 1 and 2 lie whole from first use to last and count as at rest. Parameters that several
-blocks use are gathered once for all, and their gradients stay whole to the last backward's end. Stacks that do not keep
-slices at rest under levels 1 and 2 are taken to need the gradients of a block, and the buffer to scatter them in.
+where r_(i+1) of the last block is the buffer that the microbatch before scattered last, which stays through the next
+forward too. The parameters of levels 1 and 2 lie whole from first use to last and count as at rest. Parameters that
+several blocks use are gathered once for all, and their gradients stay whole to the last backward's end. Stacks that do
+not keep slices at rest under levels 1 and 2 are taken to need the gradients of a block, and the buffer to scatter them in.
 
 Ignored: parts of the hybrid's copies, and the cast slices that a gather in a narrower dtype starts from.
 """
@@ -68,18 +69,21 @@ def gathered(
         return Gathered(0, [Whole(backward=scattering * o) for _, _, (o, _, _) in shown])
     each = scatters_each(stage, microbatches, constants)
     blocks = []
+    # The buffer that the microbatch before scattered last.
+    left = (common[2] or shown[0][2][2]) if each and microbatches > 1 else 0
     later = sum(count * o for count, (o, _, _) in runs)
     for i, (number, count, (o, g, r)) in enumerate(shown):
         before = o if number else shown[i - 1][2][0] if i else 0
-        after = shown[i + 1][2][2] if each and i + 1 < len(shown) else 0
+        after = (shown[i + 1][2][2] if i + 1 < len(shown) else left) if each else 0
         end = common[1] + g + r if each else r
         after += common[1] if each else 0
         if stage.zero == 3:
-            blocks.append(Whole(2 * o, before + o, o + before + after, 2 * o + after, end + before))
+            ahead = left + before + o
+            blocks.append(Whole(left + 2 * o, ahead, o + before + after, 2 * o + after, end + before))
             continue
         later -= (count - 2) * o if number == 1 and count > 2 else o
         if microbatches > 1:
-            blocks.append(Whole(backward=after, ending=end if each else 0))
+            blocks.append(Whole(left, left, after, after, end if each else 0))
             continue
         # What counts as at rest comes with the forward of the only microbatch and goes with its backward.
         blocks.append(Whole(o - later, before - later, after - later, after - later, end - later))
