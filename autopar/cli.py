@@ -150,7 +150,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
     plan = Plan.load(arguments.plan)
     cluster, graph = _task(arguments)
     plan.validate(graph, cluster)
-    print(prediction_text(plan, simulate(graph, plan, cluster), cluster.device.memory_bytes))
+    print(prediction_text(plan, simulate(graph, plan, cluster), cluster))
     _write_views(arguments, graph, plan, cluster)
 
 

@@ -7,9 +7,11 @@ nothing. The reduction of a stage's gradients starts inside its last backward (t
 split), which hides at most `reduce_overlap_s` of it and at most as long as it lasts itself; after that it goes on while
 other stages of the group compute, one stage's reduction at a time.
 
+Where devices differ, a StageCost is that of a stage's slowest ranks, and every rank's memory is its own.
+
 Ignored: a slowdown of compute while transfers run (a StageCost may include it), contention between different links,
-differences between the ranks of one group, and the wait of tied stages for each other's gradients (reduce_model_s is
-charged on each where its own gradients are whole).
+how long the faster ranks of a group wait for the slower ones, and the wait of tied stages for each other's gradients
+(reduce_model_s is charged on each where its own gradients are whole).
 
 A stream without flushes: an update takes its reduction, which nothing hides, and the optimizer; `simulate` shows one
 batch's time of the steady state.
@@ -20,6 +22,7 @@ schedule/step_time.py answers for the step time alone, without events and much f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from autopar.cluster.spec import Cluster
@@ -55,6 +58,12 @@ class Costs(Protocol):
     def stage(self, plan: Plan, index: int) -> StageCost: ...
 
 
+class RankCosts(Costs, Protocol):
+    """What it asks besides where devices differ."""
+
+    def of_rank(self, plan: Plan, index: int, rank: int) -> StageCost: ...
+
+
 def simulate(
     graph: Graph,
     plan: Plan,
@@ -72,7 +81,10 @@ def simulate(
     """
     model = model or CostModel(plan.graph_of(graph), cluster)
     costs = [model.stage(plan, index) for index in range(len(plan.stages))]
-    line = simulate_program(program_for(plan, training), costs, plan.groups, all_ranks=all_ranks)
+    program = program_for(plan, training)
+    line = simulate_program(program, costs, plan.groups, all_ranks=all_ranks)
+    if cluster is not None and cluster.hosts:
+        line = replace(line, peak_memory_bytes=_peaks_by_rank(program, plan, model))
     if training and not schedule_named(plan.schedule).flushes:
         return _steady_batch(line, plan.pipeline)
     return line
@@ -107,6 +119,20 @@ def simulate_program(
         peak = program_peak_bytes(row, {stage: stage_costs[stage] for stage in program.stages_of(group)})
         peaks |= dict.fromkeys(ranks[group], peak)
     return Timeline(tuple(events), step_s, peaks)
+
+
+def _peaks_by_rank(program: Program, plan: Plan, model: RankCosts) -> dict[int, int]:
+    """Peak bytes of every rank, where those of one group differ in their rows."""
+    found = {}
+    for group, row in enumerate(program.actions):
+        known: dict[tuple[StageCost, ...], int] = {}
+        stages = program.stages_of(group)
+        for rank in plan.groups[group]:
+            costs = tuple(model.of_rank(plan, stage, rank) for stage in stages)
+            if costs not in known:
+                known[costs] = program_peak_bytes(row, dict(zip(stages, costs, strict=True)))
+            found[rank] = known[costs]
+    return found
 
 
 def _spans(program: Program, stage_costs: Sequence[StageCost]) -> list[list[tuple[float, float]]]:

@@ -20,6 +20,8 @@ def rate(value_per_s: float, unit: str) -> str:
 
 
 def cluster_text(cluster: Cluster) -> str:
+    if cluster.hosts:
+        return f"Cluster ({cluster.source}): {cluster.describe()}"
     device = cluster.device
     peaks = ", ".join(f"{dtype} {rate(flops_per_s, 'flop')}" for dtype, flops_per_s in device.flops_per_s.items())
     lines = [

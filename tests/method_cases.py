@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from autopar import capture
 from autopar.cluster.presets import preset
+from autopar.cluster.spec import Cluster
 from autopar.cost.model import CostModel
 from autopar.graph import Graph
 from autopar.planner.chains import LayoutChains
@@ -59,16 +61,40 @@ class Classifier(nn.Module):
 
 @functools.cache
 def captured(model: str) -> Graph:
-    if model == "llama":
-        return capture(*build_llama())
+    if model in ("llama", "deep"):
+        return capture(*build_llama(layers=2 if model == "llama" else 4))
     with torch.device("meta"):
         if model == "classifier":
             return capture(Classifier(), torch.zeros(512, 256))
+        rows = 1536 if model == "rows" else 16
         wide = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512))
-        return capture(wide, torch.zeros(16, 512), loss=lambda out: out.sum())
+        return capture(wide, torch.zeros(rows, 512), loss=lambda out: out.sum())
 
 
 def captured_problem(model: str, world_size: int, **pinned) -> Problem:
     """A captured model ("llama", "mlp" or "classifier") on devices of one host, by the real cost model."""
     graph, cluster = captured(model), preset("a100-80gb", 1, world_size)
+    return Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), Constraints(**pinned))
+
+
+def half_as_fast(cluster: Cluster, factor: float = 2.0, memory: float = 1.0) -> Cluster:
+    """The same hosts with devices that take `factor` times as long for everything, and this share of the memory."""
+    device = cluster.device
+    return replace(
+        cluster,
+        device=replace(
+            device,
+            kind=f"{device.kind} / {factor:g}",
+            memory_bytes=int(memory * device.memory_bytes),
+            flops_per_s={dtype: flops / factor for dtype, flops in device.flops_per_s.items()},
+            memory_bytes_per_s=device.memory_bytes_per_s / factor,
+            launch_s=device.launch_s * factor,
+            backward_launch_s=device.backward_launch_s * factor,
+        ),
+    )
+
+
+def unequal_problem(model: str, clusters: Sequence[Cluster], **pinned) -> Problem:
+    """A captured model on the hosts of these clusters, by the real cost model."""
+    graph, cluster = captured(model), Cluster.join(*clusters)
     return Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), Constraints(**pinned))

@@ -186,11 +186,13 @@ def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather(ranks: int) -> None
 
 
 def test_ranks_must_be_numbered_host_by_host() -> None:
-    assert probe_module._hosts(["a", "a", "b", "b"]) == (2, 2)
-    assert probe_module._hosts(["a"]) == (1, 1)
-    for names in (["a", "b", "a", "b"], ["a", "a", "b"]):
+    assert probe_module._hosts(["a", "a", "b", "b"], ["cpu"] * 4) == [[0, 1], [2, 3]]
+    assert probe_module._hosts(["a"], ["cpu"]) == [[0]]
+    assert probe_module._hosts(["a", "a", "b"], ["cpu"] * 3) == [[0, 1], [2]]
+    assert probe_module._hosts(["a", "a", "b"], ["cpu", "gpu", "gpu"]) == [[0], [1], [2]]
+    for names in (["a", "b", "a", "b"], ["a", "b", "a"]):
         with pytest.raises(ValueError, match="host by host"):
-            probe_module._hosts(names)
+            probe_module._hosts(names, ["cpu"] * len(names))
 
 
 def test_the_slowest_rank_stands_for_all() -> None:

@@ -18,6 +18,7 @@ from autopar.schedule.build import build_program
 from autopar.schedule.check import ScheduleError
 from autopar.schedule.instructions import Program, SendActivation, parse_instruction
 from autopar.schedule.orders import SCHEDULES
+from autopar.schedule.residency import residency
 from autopar.schedule.step_time import lower_bound_s, step_time_s
 from autopar.simulate import simulate, simulate_program, stage_peak_bytes
 from autopar.timeline import Event, Timeline
@@ -197,9 +198,10 @@ def test_fast_step_time_over_many_microbatches_where_it_skips() -> None:
     rng = random.Random(6)
     for num_stages in (1, 2, 3, 5):
         for transfer_s in (0.0, 0.3, 4.0):
-            costs = [random_cost(rng, transfer_s) for _ in range(num_stages)]
-            expected_s = simulate_program(build_program(num_stages, 400, "1f1b"), costs).step_time_s
-            assert step_time_s(num_stages, 400, "1f1b", costs) == pytest.approx(expected_s, rel=1e-9)
+            for name in ("1f1b", "zb-h1"):
+                costs = [split_cost(rng, transfer_s) for _ in range(num_stages)]
+                expected_s = simulate_program(build_program(num_stages, 400, name), costs).step_time_s
+                assert step_time_s(num_stages, 400, name, costs) == pytest.approx(expected_s, rel=1e-9)
 
 
 def test_a_step_time_wants_the_stages_that_the_schedule_runs() -> None:
@@ -250,6 +252,20 @@ class MadeUpCosts:
 
     def stage(self, plan: Plan, index: int) -> StageCost:
         return replace(ZERO, forward_s=index + 1.0, backward_s=index + 1.0, parameter_bytes=100 * (index + 1))
+
+
+def test_peak_memory_from_residency_equals_the_walk() -> None:
+    """Also where `residency` looks at fewer microbatches than there are."""
+    rng = random.Random(9)
+    for _ in range(200):
+        num_groups, (name, virtual) = rng.randint(1, 5), rng.choice(CASES)
+        microbatches = rng.choice((rng.randint(1, 40), rng.randint(1, 12) * num_groups))
+        costs = [split_cost(rng, 1.0) for _ in range(num_groups * virtual)]
+        line = simulate_program(build_program(num_groups, microbatches, name, virtual=virtual), costs)
+        for group in range(num_groups):
+            mine = [cost for s, cost in enumerate(costs) if SCHEDULES[name].group_of(s, num_groups) == group]
+            found = residency(name, num_groups, microbatches, virtual, group)
+            assert found.peak_bytes(mine) == line.peak_memory_bytes[group], (name, num_groups, microbatches, virtual)
 
 
 def test_sixteen_thousand_ranks_fold_to_their_stages() -> None:

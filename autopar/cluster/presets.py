@@ -114,6 +114,15 @@ _PARTS: dict[str, _Part] = {
         _link(450e9, _NVLINK_LATENCY_S),
         _link(50e9, _NETWORK_LATENCY_S),
     ),
+    # NVIDIA P100 data sheet, SXM2: 10.6 Tflop/s FP32, 21.2 Tflop/s FP16, 732 GB/s, NVLink 160 GB/s both ways.
+    # Network: DGX-1, 4 x 100 Gb/s EDR for 8 GPUs.
+    "p100-16gb": _Part(
+        16e9,
+        732e9,
+        {"float32": 10.6e12, "float16": 21.2e12},
+        _link(80e9, _NVLINK_LATENCY_S),
+        _link(6.25e9, _NETWORK_LATENCY_S),
+    ),
     # NVIDIA T4 data sheet: 8.1 Tflop/s FP32, 65 Tflop/s FP16, 300 GB/s, PCIe 3.0 x16 at 32 GB/s both ways.
     # Network: AWS g4dn.metal, 100 Gb/s for 8 GPUs.
     "t4-16gb": _Part(

@@ -1,11 +1,14 @@
 """Measure the running world: `probe()` on every rank gives every rank the same `Cluster`.
 
-All ranks measure at the same time, because in training they share memory bandwidth, caches and cores. The slowest
-rank's figures stand for all, since training waits for it. With two CPU ranks it takes about five seconds.
+All ranks measure at the same time, because in training they share memory bandwidth, caches and cores. Of the ranks whose
+devices are of one kind the slowest's figures stand for all, since training waits for it; ranks of different kinds, or on
+hosts with different numbers of ranks, make a cluster of several kinds of hosts. With two CPU ranks it takes about five
+seconds.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import time
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .hosts import Hosts, cluster_of
 from .probe_compute import ComputeProbe, Sampler, probe_compute
 from .probe_links import probe_link
 from .probe_world import join_world
@@ -32,8 +36,7 @@ def probe(
     """The cluster of `process_group` (None: the launcher's world, or one rank where there is none).
 
     device: what this rank computes on; None takes the current accelerator where the group can use it, else the CPU.
-    Every rank of the group must call it. Raises ValueError when the hosts have different numbers of ranks, or the ranks
-    of a host do not follow one another.
+    Every rank of the group must call it. Raises ValueError when the ranks of a host do not follow one another.
     """
     if not dist.is_initialized() and dist.is_torchelastic_launched():
         join_world()
@@ -41,29 +44,32 @@ def probe(
     device = _device(device, process_group if distributed else None, distributed)
     world_size = dist.get_world_size(process_group) if distributed else 1
     together = (lambda: _barrier(device, process_group)) if world_size > 1 else (lambda: None)
-    hosts = _gather(platform.node(), process_group, world_size)
-    num_hosts, devices_per_host = _hosts(hosts)
-    sampler = Sampler(device, _compute_clock(device, devices_per_host), together)
-    measured = _slowest(_gather(probe_compute(sampler), process_group, world_size))
-    memory_bytes = min(_gather(_memory_bytes(device, devices_per_host), process_group, world_size))
-    intra, inter = _links(Sampler(device, time.perf_counter, together), process_group, num_hosts, devices_per_host)
-    found = Cluster(
-        Device(
-            kind=_kind(device),
-            memory_bytes=memory_bytes,
+    names = _gather(platform.node(), process_group, world_size)
+    mine = names.count(platform.node())
+    kinds = _gather(_kind(device), process_group, world_size)
+    hosts = _hosts(names, kinds)
+    sampler = Sampler(device, _compute_clock(device, mine), together)
+    probes = _gather(probe_compute(sampler), process_group, world_size)
+    memories = _gather(_memory_bytes(device, mine), process_group, world_size)
+    asynchronous = _gather(device.type != "cpu", process_group, world_size)
+    labels = [(kinds[ranks[0]], len(ranks)) for ranks in hosts]
+    within, between = _links(Sampler(device, time.perf_counter, together), process_group, hosts, labels)
+    runs = []
+    for ranks, label in zip(hosts, labels, strict=True):
+        alike = [rank for other, its in zip(hosts, labels, strict=True) if its == label for rank in other]
+        measured = _slowest([probes[rank] for rank in alike])
+        one = Device(
+            kind=label[0],
+            memory_bytes=min(memories[rank] for rank in alike),
             flops_per_s=measured.flops_per_s,
             memory_bytes_per_s=measured.memory_bytes_per_s,
             launch_s=measured.launch_s,
             backward_launch_s=measured.backward_launch_s,
             rates=measured.rates,
-            asynchronous=device.type != "cpu",
-        ),
-        num_hosts,
-        devices_per_host,
-        intra,
-        inter,
-        "probe",
-    )
+            asynchronous=asynchronous[ranks[0]],
+        )
+        runs.append(Hosts(one, 1, len(ranks), within[label], between))
+    found = cluster_of(runs, "probe")
     # Ranks compute the same from gathered figures; rank 0's is sent all the same, so that nothing can tell them apart.
     return Cluster.from_json(_from_first(found.to_json(), device, process_group, world_size))
 
@@ -109,16 +115,19 @@ def _from_first(text: str, device: torch.device, group: dist.ProcessGroup | None
     return box[0]
 
 
-def _hosts(names: list[str]) -> tuple[int, int]:
-    """(hosts, ranks per host) from the host name of each rank."""
-    distinct = list(dict.fromkeys(names))
-    per_host = len(names) // len(distinct)
-    if names != [name for name in distinct for _ in range(per_host)]:
-        raise ValueError(
-            f"ranks must be numbered host by host, equally many on each; they run on {names}: "
-            "start equally many processes on every host"
-        )
-    return len(distinct), per_host
+def _hosts(names: list[str], kinds: list[str]) -> list[list[int]]:
+    """The ranks of each host, from the host name and the kind of device of each rank; a machine with devices of several
+    kinds is a host for each run of equal ones."""
+    seen: list[str] = []
+    for name in names:
+        if name in seen[:-1]:
+            raise ValueError(
+                f"ranks must be numbered host by host; they run on {names}: start the processes of a host one after another"
+            )
+        if name not in seen:
+            seen.append(name)
+    grouped = itertools.groupby(range(len(names)), key=lambda rank: (names[rank], kinds[rank]))
+    return [list(ranks) for _, ranks in grouped]
 
 
 def _slowest(probes: list[ComputeProbe]) -> ComputeProbe:
@@ -139,25 +148,28 @@ def _slowest(probes: list[ComputeProbe]) -> ComputeProbe:
 
 
 def _links(
-    sampler: Sampler, group: dist.ProcessGroup | None, num_hosts: int, devices_per_host: int
-) -> tuple[Link, Link]:
-    """(within a host, between hosts); where there is only one of the two it stands for both."""
-    if num_hosts * devices_per_host == 1:
-        return _NO_LINK, _NO_LINK
-    whole = _slowest_link(_gather(probe_link(sampler, group), group, num_hosts * devices_per_host))
-    if num_hosts == 1 or devices_per_host == 1:
-        return whole, whole
+    sampler: Sampler, group: dist.ProcessGroup | None, hosts: list[list[int]], labels: list[tuple[str, int]]
+) -> tuple[dict[tuple[str, int], Link], Link]:
+    """(within a host, by its label; between hosts). Where there is only one of the two it stands for both.
+
+    labels: of each host, what kind it is.
+    """
+    world_size = sum(len(ranks) for ranks in hosts)
+    if world_size == 1:
+        return dict.fromkeys(labels, _NO_LINK), _NO_LINK
+    whole = _slowest_link(_gather(probe_link(sampler, group), group, world_size))
+    if len(hosts) in (1, world_size):
+        return dict.fromkeys(labels, whole), whole
     rank = dist.get_rank(group)
     everyone = dist.get_process_group_ranks(group or dist.group.WORLD)
     # Every process must take part in making every group.
-    groups = [
-        dist.new_group([everyone[host * devices_per_host + local] for local in range(devices_per_host)])
-        for host in range(num_hosts)
-    ]
-    own = groups[rank // devices_per_host]
-    within = _slowest_link(_gather(probe_link(sampler, own), group, num_hosts * devices_per_host))
-    dist.destroy_process_group(own)
-    return within, whole
+    groups = [dist.new_group([everyone[member] for member in ranks]) for ranks in hosts]
+    place = next(i for i, ranks in enumerate(hosts) if rank in ranks)
+    own = probe_link(sampler, groups[place]) if len(hosts[place]) > 1 else None
+    measured = _gather((labels[place], own), group, world_size)
+    dist.destroy_process_group(groups[place])
+    found = {label: [link for there, link in measured if there == label and link is not None] for label in labels}
+    return {label: _slowest_link(links) if links else whole for label, links in found.items()}, whole
 
 
 def _slowest_link(links: list[Link]) -> Link:

@@ -10,17 +10,20 @@ from .spec import Cluster
 @dataclass(frozen=True, slots=True)
 class Span:
     """ranks: of the group. hosts: that hold any of them. per_host: the most on one host. leaves: switches that these
-    hosts hang on."""
+    hosts hang on. runs: which of `Cluster.hosts` these belong to; () where all hosts are alike."""
 
     ranks: int
     hosts: int
     per_host: int
     leaves: int
+    runs: tuple[int, ...] = ()
 
 
 def span(cluster: Cluster, ranks: tuple[int, ...]) -> Span:
     """The span of a group of distinct global ranks; evenly spaced ones, as meshes have them, take no walk."""
     count, width = len(ranks), cluster.devices_per_host
+    if cluster.hosts:
+        return _of_kinds(cluster, ranks)
     if count <= 1:
         return Span(count, count, count, count)
     step = ranks[1] - ranks[0]
@@ -36,3 +39,13 @@ def span(cluster: Cluster, ranks: tuple[int, ...]) -> Span:
     for rank in ranks:
         hosts[rank // width] = hosts.get(rank // width, 0) + 1
     return Span(count, len(hosts), max(hosts.values()), len({host // per_leaf for host in hosts}))
+
+
+def _of_kinds(cluster: Cluster, ranks: tuple[int, ...]) -> Span:
+    hosts: dict[int, int] = {}
+    for rank in ranks:
+        host = cluster.host(rank)
+        hosts[host] = hosts.get(host, 0) + 1
+    leaves = {host // cluster.hosts_per_switch if cluster.hosts_per_switch else 0 for host in hosts}
+    runs = tuple(sorted({cluster.run_of(rank) for rank in ranks}))
+    return Span(len(ranks), len(hosts), max(hosts.values(), default=0), len(leaves), runs)

@@ -16,6 +16,8 @@ leaf's uplinks with all other groups that do the same at that moment, and gets 1
 leaves the leaf; a ring crosses each leaf's edge once whatever its length, and so takes its full rate up to an
 oversubscription of as many hosts as a leaf has.
 
+On hosts of several kinds the slowest link of those that a group lies on counts, within hosts and between them.
+
 All groups of a stage run the same collective at once, one per port: a port's share is never counted twice. Where a
 probe has measured a link, its latency per ring step and bandwidth are taken as they are: they hold all of this.
 """
@@ -55,7 +57,7 @@ def collective_s(
     if len(ranks) <= 1:
         return 0.0
     where = span(cluster, ranks)
-    link = cluster.inter if where.hosts > 1 else cluster.intra
+    link = cluster.links(where.runs)[where.hosts > 1]
     factors = (1.0, 1.0)
     if corrections is not None:
         factors = corrections.link("inter" if where.hosts > 1 else "intra", kind)
@@ -100,10 +102,11 @@ def _bandwidth(cluster: Cluster, kind: str, where: Span, constants: Constants | 
     if cluster.device.asynchronous:
         constants = constants or constants_of(cluster)
         link_share, network_share = constants.link_share, constants.network_share
-    inside = cluster.intra.bandwidth_bytes_per_s * link_share
+    intra, inter = cluster.links(where.runs)
+    inside = intra.bandwidth_bytes_per_s * link_share
     if where.hosts == 1:
         return inside
-    port = cluster.inter.bandwidth_bytes_per_s * network_share
+    port = inter.bandwidth_bytes_per_s * network_share
     if kind == "send":
         return port
     over = cluster.oversubscription if where.leaves > 1 else 1.0
@@ -117,16 +120,18 @@ def _bandwidth(cluster: Cluster, kind: str, where: Span, constants: Constants | 
 
 
 def _ring_latency_s(cluster: Cluster, kind: str, steps: int, where: Span) -> float:
+    intra, inter = cluster.links(where.runs)
     if where.hosts == 1:
-        return steps * cluster.intra.latency_s
+        return steps * intra.latency_s
     if where.per_host == 1 or kind == "send":
-        return steps * cluster.inter.latency_s
+        return steps * inter.latency_s
     crossing = min(steps, steps * where.hosts // where.ranks + 1)
     if kind == "all_to_all":
         crossing = where.ranks - where.per_host
-    return crossing * cluster.inter.latency_s + (steps - crossing) * cluster.intra.latency_s
+    return crossing * inter.latency_s + (steps - crossing) * intra.latency_s
 
 
 def _tree_latency_s(cluster: Cluster, where: Span) -> float:
-    inside = (where.per_host - 1) * cluster.intra.latency_s
-    return 2 * (inside + math.ceil(math.log2(where.hosts)) * cluster.inter.latency_s)
+    intra, inter = cluster.links(where.runs)
+    inside = (where.per_host - 1) * intra.latency_s
+    return 2 * (inside + math.ceil(math.log2(where.hosts)) * inter.latency_s)

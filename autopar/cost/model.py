@@ -5,15 +5,17 @@
     reduction = over data, as the ZeRO level has it (cost/data_axis.py), part of it hidden
     memory    = what lies at rest by precision and ZeRO level, activations by storage (cost/memory.py)
 
-Assumed: the optimizer is AdamW. Ignored: differences between the ranks of a stage.
+Assumed: the optimizer is AdamW. Ranks of a stage differ by their devices and the links among them (cost/mixed.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 
+from ..cluster.hosts import seen_by
 from ..cluster.span import span
 from ..cluster.spec import Cluster
 from ..graph import Block, Graph, Op
@@ -31,6 +33,7 @@ from .corrections import Corrections
 from .data_axis import BlockLoad, DataTraffic, data_traffic
 from .kernels import Kernel
 from .memory import BlockMemory, BlockView, block_memory
+from .mixed import RankClass, boundary_pairs, rank_classes, slowest
 from .side_ops import SideOps
 from .stage_memory import OPTIMIZER_BYTES_PER_ELEMENT, StageMemory, stage_memory
 from .types import StageCost
@@ -103,6 +106,9 @@ class CostModel:
     """Prices of `graph` on `cluster`. Not thread-safe: answers are remembered.
 
     constants: in place of those that cost/constants.py has for the cluster.
+
+    Where devices differ, stages are priced by the devices of their ranks; single ops and conversions by what all devices
+    have in common (`Cluster.device`).
     """
 
     def __init__(
@@ -115,7 +121,10 @@ class CostModel:
     ) -> None:
         self.graph, self.cluster = graph, cluster
         self.corrections = corrections or Corrections()
+        self._given = constants
         self.constants = constants or constants_of(cluster)
+        self._seen: dict[int, CostModel] = {}
+        self._classes: dict[tuple, tuple[RankClass, ...]] = {}
         self._pricers: dict[str, Pricer] = {}
         self._structures: dict[str, Structure] = {}
         self._flows: dict[tuple, tuple[tuple[Step, ...], BlockMemory, _Summed]] = {}
@@ -141,7 +150,14 @@ class CostModel:
 
     def with_constants(self, constants: Constants) -> CostModel:
         """The same model with other constants; what they do not change is shared."""
-        other = CostModel(self.graph, self.cluster, self.corrections, constants=constants)
+        return self._sharing(self.cluster, constants)
+
+    def on(self, cluster: Cluster) -> CostModel:
+        """The same model on another cluster; what that does not change is shared."""
+        return self._sharing(cluster, self._given)
+
+    def _sharing(self, cluster: Cluster, constants: Constants | None) -> CostModel:
+        other = CostModel(self.graph, cluster, self.corrections, constants=constants)
         shared = ("_structures", "_flows", "_layouts", "_layout_ids", "_sides")
         for name in shared:
             setattr(other, name, getattr(self, name))
@@ -189,7 +205,34 @@ class CostModel:
     # -- stages
 
     def stage(self, plan: Plan, index: int) -> StageCost:
-        """The cost of stage `index` of `plan`."""
+        """The cost of stage `index` of `plan`: of its slowest rank, and of its fullest."""
+        if not self.cluster.hosts:
+            return self._stage_of(plan, index, None)
+        return slowest([self._of_class(plan, index, one) for one in self._classes_of(plan.stages[index])])
+
+    def of_rank(self, plan: Plan, index: int, rank: int) -> StageCost:
+        """The cost of stage `index` as one of its ranks has it, alone."""
+        classes = self._classes_of(plan.stages[index])
+        return self._of_class(plan, index, next(one for one in classes if rank in one.ranks))
+
+    def _classes_of(self, stage: Stage) -> tuple[RankClass, ...]:
+        key = (stage.ranks, stage.data, stage.shares)
+        if key not in self._classes:
+            self._classes[key] = rank_classes(self.cluster, stage)
+        return self._classes[key]
+
+    def _of_class(self, plan: Plan, index: int, one: RankClass) -> StageCost:
+        return self._as_if(one.device)._stage_of(plan, index, one.data_rank)
+
+    def _as_if(self, device: int) -> CostModel:
+        """The model as if all devices were this one of `Cluster.devices`, the links as they are."""
+        if self.cluster.is_equal:
+            return self
+        if device not in self._seen:
+            self._seen[device] = self.on(seen_by(self.cluster, self.cluster.devices[device]))
+        return self._seen[device]
+
+    def _stage_of(self, plan: Plan, index: int, data_rank: int | None) -> StageCost:
         stage = plan.stages[index]
         following = plan.stages[index + 1] if index + 1 < len(plan.stages) else None
         key = (
@@ -197,24 +240,35 @@ class CostModel:
             stage.ranks,
             index > 0,
             self._first_of_group(plan, index),
-            (following.ranks, following.data, following.tensor) if following else None,
+            (following.ranks, following.data, following.tensor, following.shares) if following else None,
             tuple((s.start, s.stop, s.ranks) for s in plan.stages) if self._ties(stage) else None,
+            data_rank,
         )
         if key not in self._stages:
-            self._stages[key] = self._stage(plan, index)
+            self._stages[key] = self._stage(plan, index, data_rank)
         return self._stages[key]
 
     def breakdown(self, plan: Plan, index: int) -> Breakdown:
-        """Where the seconds of one microbatch of stage `index` go; what is computed again is in the backward's."""
+        """Where the seconds of one microbatch of stage `index` go; what is computed again is in the backward's. Where
+        ranks differ, those of the slowest."""
+        if not self.cluster.hosts:
+            return self._breakdown(plan, index, None)
+        found = [
+            self._as_if(one.device)._breakdown(plan, index, one.data_rank)
+            for one in self._classes_of(plan.stages[index])
+        ]
+        return max(found, key=lambda one: sum(f + b for f, b in (*one.compute.values(), *one.collectives.values())))
+
+    def _breakdown(self, plan: Plan, index: int, data_rank: int | None) -> Breakdown:
         stage = plan.stages[index]
         compute: Table = {}
         collectives: Table = {}
-        for run in self._runs(plan, stage):
+        for run in self._runs(plan, stage, data_rank):
             parts = run.price.passes(run.recompute)
             for table, part in ((compute, parts[0]), (collectives, parts[1])):
                 for name, (forward_s, backward_s) in part.items():
                     add(table, name, run.count * forward_s, run.count * backward_s)
-        shards = stage_parts(stage, plan.microbatches)
+        shards = stage_parts(stage, plan.microbatches, data_rank)
         for op in self._sides.of(stage.start, stage.stop, shards)[1]:
             for name, seconds in self._pricer(plan.precision).op_seconds(op, (), shards).forward.items():
                 add(compute, name, seconds, 0.0)
@@ -231,14 +285,14 @@ class CostModel:
         """Whether no earlier stage runs on the same ranks."""
         return all(plan.stages[i].ranks != plan.stages[index].ranks for i in range(index))
 
-    def _stage(self, plan: Plan, index: int) -> StageCost:
+    def _stage(self, plan: Plan, index: int, data_rank: int | None) -> StageCost:
         stage = plan.stages[index]
-        runs = self._runs(plan, stage)
-        breakdown = self.breakdown(plan, index)
+        runs = self._runs(plan, stage, data_rank)
+        breakdown = self._breakdown(plan, index, data_rank)
         tables = (*breakdown.compute.values(), *breakdown.collectives.values())
         forward_s, backward_s = sum(f for f, _ in tables), sum(b for _, b in tables)
         pricer = self._pricer(plan.precision)
-        memory = stage_memory(self.graph, pricer.local, plan, index, runs, self.constants)
+        memory = stage_memory(self.graph, pricer.local, plan, index, runs, self.constants, data_rank)
         if plan.microbatches > 1:
             size = 3.0 * memory.local_bytes
             kernel = Kernel("pointwise", size, size, "")
@@ -250,12 +304,12 @@ class CostModel:
         return StageCost(
             forward_s=forward_s + traffic.forward_s,
             backward_s=backward_s + traffic.backward_s,
-            prologue_s=self._prologue(stage, plan.microbatches, plan.precision) + once_s,
+            prologue_s=self._prologue(stage, plan.microbatches, plan.precision, data_rank) + once_s,
             send_s=send_s,
             boundary_bytes=boundary_bytes,
             reduce_s=traffic.reduce_s,
             reduce_overlap_s=traffic.reduce_overlap_s,
-            reduce_model_s=self._model_reduction(plan, index, runs) + traffic.after_s,
+            reduce_model_s=self._model_reduction(plan, index, runs, data_rank) + traffic.after_s,
             optimizer_s=optimizer_s(
                 self.cluster.device,
                 {4.0 * elements: count for elements, count in memory.held_elements.items()},
@@ -276,9 +330,9 @@ class CostModel:
 
     # -- blocks
 
-    def _runs(self, plan: Plan, stage: Stage) -> list[_Run]:
-        axes = ModelAxes(stage.axes, stage.ranks[: stage.tensor])
-        setting = _Setting(stage_parts(stage, plan.microbatches), axes, plan.microbatches > 1, plan.precision)
+    def _runs(self, plan: Plan, stage: Stage, data_rank: int | None) -> list[_Run]:
+        parts = stage_parts(stage, plan.microbatches, data_rank)
+        setting = _Setting(parts, _axes(stage, data_rank), plan.microbatches > 1, plan.precision)
         where = setting.key(self.cluster)
         blocks = self.graph.blocks[stage.start : stage.stop]
         indices = list(zip(*stage.layouts, strict=True)) if stage.axes else [()] * len(blocks)
@@ -408,11 +462,11 @@ class CostModel:
     def _collective_s(self, kind: str, size_bytes: float, ranks: tuple[int, ...]) -> float:
         return collective_s(self.cluster, kind, size_bytes, ranks, self.corrections, self.constants)
 
-    def _model_reduction(self, plan: Plan, index: int, runs: Sequence[_Run]) -> float:
+    def _model_reduction(self, plan: Plan, index: int, runs: Sequence[_Run], data_rank: int | None) -> float:
         """Gradients summed once per step over the model axis, and over the stages that share a parameter."""
         stage = plan.stages[index]
         seconds = 0.0
-        axes = ModelAxes(stage.axes, stage.ranks[: stage.tensor])
+        axes = _axes(stage, data_rank)
         summed: dict[tuple[int, ...], float] = {}
         for run in runs:
             for over, size in run.price.shared_bytes.items():
@@ -442,17 +496,34 @@ class CostModel:
             return 0.0, 0
         stage, following = plan.stages[index], plan.stages[index + 1]
         sent = sum(output_bytes)
-        received = sent * stage.data // following.data
+        # What the fullest data ranks of both have of a microbatch.
+        received = int(sent * Fraction(stage_parts(stage, 1)) / stage_parts(following, 1))
         size = max(sent, received)
-        ranks = (stage.ranks[0], following.ranks[0])
-        return self._collective_s("send", size, ranks), size
+        return self._handing_s(size, stage.ranks, following.ranks), size
 
-    def _prologue(self, stage: Stage, microbatches: int, precision: str) -> float:
+    def boundary_s(self, size_bytes: float, sender: tuple[int, ...], receiver: tuple[int, ...]) -> float:
+        """Seconds to hand a message of this size from each of the sender's data ranks on to the receiver's."""
+        models = {id(model): model for model in (self._as_if(self.cluster.device_number(rank)) for rank in sender)}
+        return max(model._handing_s(size_bytes, sender, receiver) for model in models.values())
+
+    def _handing_s(self, size_bytes: float, sender: tuple[int, ...], receiver: tuple[int, ...]) -> float:
+        pairs = [(sender[0], receiver[0])]
+        if self.cluster.hosts:
+            pairs = boundary_pairs(self.cluster, sender, receiver)
+        return max(self._collective_s("send", size_bytes, ranks) for ranks in pairs)
+
+    def _prologue(self, stage: Stage, microbatches: int, precision: str, data_rank: int | None) -> float:
         """Batch-wide values, microbatch by microbatch, and their all-reduce over data."""
-        shards = stage_parts(stage, microbatches)
+        shards = stage_parts(stage, microbatches, data_rank)
         ops, _ = self._sides.of(stage.start, stage.stop, shards)
         pricer = self._pricer(precision)
         seconds = microbatches * sum(sum(pricer.op_seconds(op, (), shards).forward.values()) for op in ops)
         if ops:
             seconds += self._collective_s("all_reduce", 8, stage.ranks[:: stage.tensor])
         return seconds
+
+
+def _axes(stage: Stage, data_rank: int | None) -> ModelAxes:
+    """The model axes of a data rank's replica, by default the first one's."""
+    first = (data_rank or 0) * stage.tensor
+    return ModelAxes(stage.axes, stage.ranks[first : first + stage.tensor])

@@ -95,8 +95,9 @@ def stage_memory(
     index: int,
     runs: Sequence[BlockRun],
     constants: Constants,
+    data_rank: int | None = None,
 ) -> StageMemory:
-    """The memory of stage `index`, of these runs of blocks."""
+    """The memory of stage `index`, of these runs of blocks; of a data rank, by default the one with the most rows."""
     stage = plan.stages[index]
     parameters = _parameters(graph, local(1), runs)
     local_bytes = sum(one.size_bytes * count for one, count in parameters.items())
@@ -135,7 +136,7 @@ def stage_memory(
     passing = 2 * sum(first.memory.input_bytes) if _receives(plan, index, index - 1) else 0
     passing += sum(last.output_bytes) if _receives(plan, index, index + 1) else 0
     slack = 1.0 + constants.allocator_share
-    inputs = _batch_inputs(graph, local(stage_parts(stage, 1)))
+    inputs = _batch_inputs(graph, local(stage_parts(stage, 1, data_rank)))
     return StageMemory(
         parameter_bytes=_ceil(resting[0]) + inputs,
         gradient_bytes=_ceil(resting[1]),

@@ -8,12 +8,12 @@ a plan without the stages; `Problem.shapes` lists those that the constraints all
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Protocol
 
-from ..cluster.spec import Cluster
+from ..cluster.spec import Cluster, Device
 from ..cost.types import StageCost
 from ..graph import Graph
 from ..plan import Layout, Plan, Recompute
@@ -30,7 +30,10 @@ SEARCHED_SCHEDULES = ("1f1b", "gpipe")
 
 
 class Costs(Protocol):
-    """What the searches need of a cost model (cost/model.py has the real one, tests have made-up ones)."""
+    """What the searches need of a cost model (cost/model.py has the real one, tests have made-up ones).
+
+    Where devices differ they also need `CostModel.of_rank` and `CostModel.on`.
+    """
 
     def stage(self, plan: Plan, index: int) -> StageCost: ...
 
@@ -164,9 +167,35 @@ class Problem:
 
     @cached_property
     def memory_limit_bytes(self) -> int:
-        """What a plan may use of each device."""
+        """What a plan may use of each device; of the smallest, where they differ."""
+        return self._limit_of(self.cluster.device)
+
+    def memory_limit_of(self, rank: int) -> int:
+        """What a plan may use of the device of a rank."""
+        return self._limit_of(self.cluster.device_of(rank)) if self.cluster.hosts else self.memory_limit_bytes
+
+    def _limit_of(self, device: Device) -> int:
         given = self.constraints.memory_limit_bytes
-        return given if given is not None else int(self.cluster.device.memory_bytes * (1 - RESERVE_SHARE))
+        return given if given is not None else int(device.memory_bytes * (1 - RESERVE_SHARE))
+
+    def excess_bytes(self, peaks: Mapping[int, int]) -> int:
+        """By how much the fullest device is above its limit; not positive where all fit. peaks: bytes by rank."""
+        if not self.cluster.hosts:
+            return max(peaks.values()) - self.memory_limit_bytes
+        return max(peak_bytes - self.memory_limit_of(rank) for rank, peak_bytes in peaks.items())
+
+    @cached_property
+    def as_equal(self) -> Problem:
+        """The same on the equal cluster that is nowhere better than this one: itself where all hosts are alike.
+
+        Degrees that only unequal stages can have are left free.
+        """
+        if not self.cluster.hosts:
+            return self
+        cluster, pinned = self.cluster.as_equal, self.constraints
+        if cluster.world_size % ((pinned.data or 1) * (pinned.tensor or 1) * (pinned.pipeline or 1)):
+            pinned = replace(pinned, data=None, tensor=None, pipeline=None)
+        return replace(self, cluster=cluster, costs=self.costs.on(cluster), constraints=pinned)
 
     @property
     def recompute_choices(self) -> tuple[Recompute, ...]:
@@ -312,6 +341,8 @@ class Problem:
             words += f" = {product}"
         if len(given) == 3 and product != world:
             raise ValueError(f"{words}, but the cluster has {world} devices; change a degree, or leave one out")
+        if self.cluster.hosts and len(given) < 3 and product <= world:
+            return  # stages may have different numbers of devices
         if world % product:
             raise ValueError(
                 f"{words}, which does not divide the cluster's {world} devices; the product could be "

@@ -153,10 +153,12 @@ def _layout_words(plan: Plan, stage: Stage) -> str:
 def _layouts(plan: Plan, graph: Graph | None) -> str:
     lines = ["Layouts on the tensor axis:"]
     for index, layout in enumerate(plan.layouts):
-        lines.append(
-            f"- layout {index}: enters {boundary_in_words(layout.inputs)}, leaves {boundary_in_words(layout.outputs)}"
-        )
         block = first_block(plan, graph, index) if graph is not None else None
+        entering, leaving = ((), ()) if block is None else ((graph, block.inputs), (graph, block.outputs))
+        lines.append(
+            f"- layout {index}: enters {boundary_in_words(layout.inputs, *entering)}, "
+            f"leaves {boundary_in_words(layout.outputs, *leaving)}"
+        )
         if block is not None:
             shards = next(
                 stage_units(plan, stage) for stage in plan.stages if any(index in row for row in stage.layouts)
@@ -168,15 +170,19 @@ def _layouts(plan: Plan, graph: Graph | None) -> str:
     return "\n".join(lines)
 
 
-def boundary_in_words(tokens: tuple[str, ...]) -> str:
-    """Placements of a block's boundary in words. Dim 1 of the residual stream is the sequence, its last is hidden."""
+def boundary_in_words(tokens: tuple[str, ...], graph: Graph | None = None, names: tuple[str, ...] = ()) -> str:
+    """Placements of a block's boundary, of tensors of these names, in words. Dim 1 of the residual stream is the sequence,
+    its last is hidden; of images it is the channels, and space lies behind."""
     if not tokens:
         return "with the batch"
     words = []
-    for token in dict.fromkeys(tokens):
+    dims = [len(graph.tensors[name].shape) for name in names] if graph is not None else [3] * len(tokens)
+    for token, num_dims in dict(zip(tokens, dims, strict=True)).items():
         placement = parse_placement(token)
         if isinstance(placement, Split):
-            words.append(f"split along dim {placement.dim}" + (" (sequence parallel)" if placement.dim == 1 else ""))
+            name = {2: "features", 3: "sequence parallel"}.get(num_dims, "channels") if placement.dim == 1 else ""
+            name = "space" if num_dims > 3 and placement.dim > 1 else name
+            words.append(f"split along dim {placement.dim}{name and f' ({name})'}")
         else:
             words.append({"R": "replicated", "P": "as partial sums", "H": "replicated with partial gradients"}[token])
     return " and ".join(words)
@@ -222,6 +228,8 @@ def _common_name(op: Op, strategy: Strategy, parameters: list[str]) -> str:
     kind = op.target.split(".")[1]
     if op.target == "autopar.routed_rows":
         return _EXPERTS.get(strategy.key.partition("@")[0], "whole on every rank")
+    if strategy.special == "halo":
+        return f"on a slice of dim {strategy.outputs[0].dim}, with borders of its neighbours"
     if strategy.special:
         return f"as {strategy.special.replace('_', ' ')}"
     wanted = dict(zip(op.inputs, strategy.inputs, strict=True))
@@ -234,7 +242,8 @@ def _common_name(op: Op, strategy: Strategy, parameters: list[str]) -> str:
     if not parameters:
         return ""
     if isinstance(out, Split):
-        return f"on a slice of dim {out.dim}" + (" (sequence parallel)" if out.dim == 1 else "")
+        sequence = out.dim == 1 and not kind.startswith("conv")
+        return f"on a slice of dim {out.dim}" + (" (sequence parallel)" if sequence else "")
     return "whole on every rank" if strategy.work == 1 else f"as {strategy.key}"
 
 

@@ -72,12 +72,12 @@ def report_page(graph: Graph, plan: Plan, cluster: Cluster, line: Timeline) -> s
 
 
 def _figures(plan: Plan, cluster: Cluster, line: Timeline) -> str:
-    peak = max(line.peak_memory_bytes.values())
+    fullest, peak = max(line.peak_memory_bytes.items(), key=lambda item: item[1] / cluster.memory_bytes_of(item[0]))
     figures = (
         (seconds(line.step_time_s), "per step"),
         (f"{plan.batch_size / line.step_time_s:.4g}", "rows per second"),
         (f"{line.bubble_fraction():.1%}", "of the step idle"),
-        (gib(peak), f"on the fullest of the devices, which have {gib(cluster.device.memory_bytes)}"),
+        (gib(peak), f"on the fullest of the devices, which has {gib(cluster.memory_bytes_of(fullest))}"),
     )
     return (
         '<div class="figures">'
@@ -87,14 +87,14 @@ def _figures(plan: Plan, cluster: Cluster, line: Timeline) -> str:
 
 
 def _memory(plan: Plan, cluster: Cluster, line: Timeline) -> str:
-    """A bar for each group of ranks of a stage that need equally much, against what a device has."""
+    """A bar for each group of ranks of a stage that need equally much, against what their devices have."""
     groups = memory_groups(plan, line)
-    capacity = cluster.device.memory_bytes
+    capacities = [min(map(cluster.memory_bytes_of, ranks)) for _, ranks, _ in groups]
     room = WIDTH - LABEL_WIDTH - 170
-    scale = room / max(capacity, *(size for _, _, size in groups))
+    scale = room / max(*capacities, *(size for _, _, size in groups))
     height = 28 * len(groups) + 26
     parts = []
-    for index, (stage, ranks, size) in enumerate(groups):
+    for index, ((stage, ranks, size), capacity) in enumerate(zip(groups, capacities, strict=True)):
         y = 4 + 28 * index
         width = size * scale
         parts.append(
@@ -103,11 +103,12 @@ def _memory(plan: Plan, cluster: Cluster, line: Timeline) -> str:
             f"<title>stage {stage}: {size} bytes</title></rect>"
             f'<text x="{LABEL_WIDTH + width + 6:.2f}" y="{y + 14}">{gib(size)} ({size / capacity:.0%})</text>'
         )
-    x = LABEL_WIDTH + capacity * scale
-    parts.append(
-        f'<line x1="{x:.2f}" y1="0" x2="{x:.2f}" y2="{height - 20}" class="limit"/>'
-        f'<text x="{x:.2f}" y="{height - 5}" class="time">device: {gib(capacity)}</text>'
-    )
+        x = LABEL_WIDTH + capacity * scale
+        parts.append(f'<line x1="{x:.2f}" y1="{y - 4}" x2="{x:.2f}" y2="{y + 24}" class="limit"/>')
+    parts += [
+        f'<text x="{LABEL_WIDTH + capacity * scale:.2f}" y="{height - 5}" class="time">device: {gib(capacity)}</text>'
+        for capacity in sorted(set(capacities))
+    ]
     return (
         f'<div class="scroll"><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="peak memory of each rank">'
         + "".join(parts)
@@ -148,7 +149,10 @@ def _layout(graph: Graph, plan: Plan, block_index: int, index: int | None) -> st
         return f"<details><summary>whole</summary>{_list(names)}</details>"
     layout = plan.layouts[index]
     shards = next(stage_units(plan, stage) for stage in plan.stages if stage.start <= block_index < stage.stop)
-    enters, leaves = boundary_in_words(layout.inputs), boundary_in_words(layout.outputs)
+    enters, leaves = (
+        boundary_in_words(tokens, graph, crossing)
+        for tokens, crossing in ((layout.inputs, block.inputs), (layout.outputs, block.outputs))
+    )
     words = f"{describe_layout(graph, block, layout, shards)}; enters {enters}, leaves {leaves}"
     return f"<details><summary>{escape(words)}</summary>{_list(ops_in_words(graph, block, layout, shards))}</details>"
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from ..cluster.spec import Cluster
 from ..plan import Plan
 from ..timeline import Timeline
 from .explain import table
 from .words import gib, plan_in_words, ranges, seconds
 
 
-def prediction_text(plan: Plan, line: Timeline, memory_bytes: int) -> str:
-    """Some lines on `line`, the predicted step of `plan`. memory_bytes: what each device has."""
+def prediction_text(plan: Plan, line: Timeline, cluster: Cluster) -> str:
+    """Some lines on `line`, the predicted step of `plan` on `cluster`."""
     rows = [
-        (str(stage), ranges(ranks), gib(size), f"{size / memory_bytes:.0%}")
+        (str(stage), ranges(ranks), gib(size), f"{size / min(map(cluster.memory_bytes_of, ranks)):.0%}")
         for stage, ranks, size in memory_groups(plan, line)
     ]
     return "\n".join(

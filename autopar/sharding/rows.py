@@ -61,11 +61,12 @@ def stage_units(plan: Plan, stage: Stage) -> int:
     return rows_of(plan, stage, 0).units
 
 
-def stage_parts(stage: Stage, microbatches: int) -> Parts:
-    """`Rows.parts` of the data rank with the most rows. Its numerator divides `stage_units`."""
+def stage_parts(stage: Stage, microbatches: int, data_rank: int | None = None) -> Parts:
+    """`Rows.parts` of a data rank, by default the one with the most rows. Its numerator divides `stage_units`."""
     if not stage.shares:
         return stage.data * microbatches
-    return parts_of(microbatches * sum(stage.shares), max(stage.shares))
+    share = max(stage.shares) if data_rank is None else stage.shares[data_rank]
+    return parts_of(microbatches * sum(stage.shares), share)
 
 
 def parts_of(whole: int, part: int) -> Parts:

@@ -54,11 +54,11 @@ class Bench:
     name: str
     _best: Plan | None = None
     _smallest: Plan | None = None
-    _offers: dict[Plan, None] = field(default_factory=dict)
+    _offers: dict[Plan, int] = field(default_factory=dict)
     _refusal: str = ""
 
     def __post_init__(self) -> None:
-        self.prices = StagePrices(self.problem)
+        self.prices = StagePrices(self.problem.as_equal)
         self._chains: dict[tuple, tuple[Chain, ...]] = {}
         self._bar = self.problem.budget.bar(self.name, " plans")
 
@@ -113,14 +113,14 @@ class Bench:
         """The fastest layouts of a shape first."""
         key = (shape.data, shape.tensor, shape.microbatches, shape.zero, shape.schedule, shape.pipeline)
         if key not in self._chains:
-            self._chains[key] = tuple(self.problem.chains.of(self.problem, shape))
+            self._chains[key] = tuple(self.problem.chains.of(self.problem.as_equal, shape))
         return self._chains[key]
 
     def fastest(self, shape: Shape) -> Chain:
         """The fastest chain alone."""
         key = (shape.data, shape.tensor, shape.microbatches, shape.zero)
         if key not in self._chains:
-            self._chains[key] = (next(iter(self.problem.chains.of(self.problem, shape))),)
+            self._chains[key] = (next(iter(self.problem.chains.of(self.problem.as_equal, shape))),)
         return self._chains[key][0]
 
     # -- prices
@@ -192,10 +192,9 @@ class Bench:
         if "full" not in self.problem.recompute_choices:
             return plan
         line = simulate(self.problem.graph, plan, self.problem.cluster, model=self.problem.costs)
-        limit = self.problem.memory_limit_bytes
         stages = tuple(
             replace(stage, recompute=same_recompute("full", stage.num_blocks))
-            if line.peak_memory_bytes[stage.ranks[0]] > limit
+            if self.problem.excess_bytes({rank: line.peak_memory_bytes[rank] for rank in stage.ranks}) > 0
             else stage
             for stage in plan.stages
         )
@@ -230,10 +229,10 @@ class Bench:
         peak_bytes = max(line.peak_memory_bytes.values())
         plan = replace(plan, prediction=Prediction(line.step_time_s, peak_bytes))
         self._bar.update()
-        self._offers.setdefault(plan)
-        if self._smallest is None or peak_bytes < self._smallest.prediction.peak_memory_bytes:
+        excess_bytes = self._offers[plan] = self.problem.excess_bytes(line.peak_memory_bytes)
+        if self._smallest is None or excess_bytes < self._offers[self._smallest]:
             self._smallest = plan
-        if peak_bytes > self.problem.memory_limit_bytes:
+        if excess_bytes > 0:
             return math.inf
         if self._best is None or line.step_time_s < self._best.prediction.step_time_s:
             self._best = plan
@@ -266,7 +265,6 @@ class Bench:
         return replace(chosen, candidates=tuple(self._rows(rows, chosen)))
 
     def _rows(self, plans: Iterable[Plan], chosen: Plan) -> Iterator[Candidate]:
-        limit_bytes = self.problem.memory_limit_bytes
         seen: set[str] = set()
         for plan in plans:
             name = plan_in_words(plan)
@@ -274,11 +272,9 @@ class Bench:
                 continue
             seen.add(name)
             step_s, peak_bytes = plan.prediction.step_time_s, plan.prediction.peak_memory_bytes
-            over = (
-                f"needs {gib(peak_bytes - limit_bytes)} more than {gib(limit_bytes)}"
-                if peak_bytes > limit_bytes
-                else ""
-            )
+            excess_bytes = self._offers[plan]
+            limit = "its devices have" if self.problem.cluster.hosts else gib(self.problem.memory_limit_bytes)
+            over = f"needs {gib(excess_bytes)} more than {limit}" if excess_bytes > 0 else ""
             if plan == chosen:
                 verdict = "chosen" if not over else f"the smallest of what {self.name} finds, but {over}"
                 if self.problem.budget.cut_short:

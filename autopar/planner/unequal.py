@@ -1,0 +1,181 @@
+"""The search for clusters of several kinds of hosts.
+
+Space: the order of the devices along the pipeline and which of them a stage has (planner/unequal_room.py); per stage data
+and tensor degree, ZeRO 0 or 3, recomputation or none, and the rows of unlike replicas in proportion to their speed
+(planner/unequal_ways.py); microbatches; and where the layers are cut.
+
+Method: best first over numbers of microbatches and of stages. A number of microbatches starts with the bound that holds
+without memory; when it comes up it gets tables with memory, of which each number of stages has a bound; when that comes
+up, its pipelines are walked (planner/unequal_walk.py). The search ends when the least bound left is no better than the
+best plan, or when each walk has used up its visits; then the gap to the least bound is told.
+
+On small clusters the plans of Metis, of Whale, and of the exact search for what all devices have in common are where it
+starts from.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import replace
+
+from ..plan import Candidate, Plan
+from ..report.words import plan_in_words
+from ..simulate import simulate
+from .candidates import MAX_CANDIDATES
+from .problem import Problem
+from .stages import TOLERANCE
+from .unequal_bounds import Bounds
+from .unequal_room import Room
+from .unequal_walk import Judge, Walk
+from .unequal_ways import WayFinder
+
+# Partial plans looked at per numbers of microbatches and stages: in small problems all, in others a few.
+MAX_VISITS = 20_000
+MAX_VISITS_OF_SUMS = 60
+# Up to so many devices other methods' plans are tried first.
+MAX_SEEDED = 8
+# Longer pipelines are not looked at: with more stages a device holds too little to be kept busy.
+MAX_STAGES = 32
+
+
+def unequal(problem: Problem) -> Plan:
+    """The best plan found; ValueError, with the smallest for what all devices have in common, when none fits."""
+    return _Unequal(problem).run()
+
+
+class _Unequal:
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.room, self.finder, self.judge = Room(problem.cluster), WayFinder(problem), Judge(problem)
+        self.open_bound_s = math.inf
+        pinned = problem.constraints
+        self.schedule = pinned.schedule or "1f1b"
+        most = min(MAX_STAGES, len(problem.graph.blocks), problem.cluster.world_size)
+        self.most_stages = pinned.pipeline or most
+
+    def run(self) -> Plan:
+        budget = self.problem.budget
+        try:
+            self._search()
+        except KeyboardInterrupt:
+            if self.judge.best is None:
+                raise
+            budget.interrupted()
+        if self.judge.best is None:
+            if budget.cut_short:
+                raise budget.no_plan("auto")
+            return self._nothing_fits()
+        self._other_schedule()
+        return self._concluded()
+
+    @property
+    def _expired(self) -> bool:
+        return self.problem.budget.expired(has_plan=self.judge.best is not None)
+
+    def _search(self) -> None:
+        if self.problem.cluster.world_size <= MAX_SEEDED:
+            self._seed()
+        # (bound, order, microbatches, stages, tables): stages 0 where no tables with memory were made yet.
+        heap: list[tuple[float, int, int, int, Bounds | None]] = []
+        counts = list(self._microbatches())
+        with self.problem.budget.bar("planning", " counts", len(counts)) as bar:
+            for count in counts:
+                quick = self._bounds(count, quick=True).root_s()
+                if quick < math.inf:
+                    heapq.heappush(heap, (quick, len(heap), count, 0, None))
+            order = len(heap)
+            while heap and not self._is_beaten(heap[0][0]):
+                bound_s, _, count, stages, tables = heapq.heappop(heap)
+                if self._expired:
+                    self.open_bound_s = min(self.open_bound_s, bound_s)
+                    return
+                if tables is None:
+                    bar.update()
+                    tables = self._bounds(count, quick=False)
+                    for stages in self._stages():
+                        found_s = max(bound_s, tables.root_s(stages))
+                        if found_s < math.inf:
+                            order += 1
+                            heapq.heappush(heap, (found_s, order, count, stages, tables))
+                    continue
+                visits = MAX_VISITS if self.finder.is_exact else MAX_VISITS_OF_SUMS
+                self.open_bound_s = min(self.open_bound_s, Walk(tables, self.judge, stages, visits).run())
+
+    def _microbatches(self):
+        rows, pinned = self.problem.graph.batch_size, self.problem.constraints.microbatches
+        for count in [pinned] if pinned else range(1, rows + 1):
+            if rows % count == 0 and (count == 1 or not self.problem.time_conflict):
+                yield count
+
+    def _stages(self):
+        pinned = self.problem.constraints.pipeline
+        return [pinned] if pinned else range(1, self.most_stages + 1)
+
+    def _bounds(self, count: int, quick: bool) -> Bounds:
+        return Bounds(self.problem, self.room, self.finder, count, self.schedule, self.most_stages, quick)
+
+    def _is_beaten(self, bound_s: float) -> bool:
+        return bound_s >= self.judge.best_s * (1 - TOLERANCE)
+
+    def _seed(self) -> None:
+        from .auto import auto
+        from .methods.metis import metis
+        from .methods.whale import whale
+
+        for method, problem in ((auto, self.problem.as_equal), (metis, self.problem), (whale, self.problem)):
+            try:
+                plan = method(problem)
+            except ValueError:  # it finds none; others may
+                continue
+            if self._is_allowed(plan):
+                self.judge.offer(replace(plan, prediction=None, candidates=(), precision=self.problem.graph.precision))
+
+    def _is_allowed(self, plan: Plan) -> bool:
+        """Whether a plan of another method keeps the constraints on degrees that only unequal stages can meet."""
+        pinned = self.problem.constraints
+        meshes = {(stage.data, stage.tensor) for stage in plan.stages}
+        return pinned.pipeline in (None, plan.pipeline) and all(
+            pinned.data in (None, data) and pinned.tensor in (None, tensor) for data, tensor in meshes
+        )
+
+    def _other_schedule(self) -> None:
+        best = self.judge.best
+        if self.problem.constraints.schedule is None and len(best.stages) > 1 and best.microbatches > 1:
+            self.judge.offer(replace(best, schedule="gpipe" if best.schedule == "1f1b" else "1f1b", prediction=None))
+
+    def _nothing_fits(self) -> Plan:
+        """Where what all devices have in common has a plan, that one; else the error that names the smallest of these."""
+        from .auto import auto
+
+        plan = auto(self.problem.as_equal)
+        if self._is_allowed(plan):
+            return plan
+        raise ValueError(
+            f"no plan of {self.problem.graph.name} on {self.problem.cluster.world_size} devices of "
+            f"{len(self.problem.cluster.devices)} kinds fits in their memory under {self.problem.constraints}; use more "
+            "devices, a smaller batch, or fewer constraints"
+        )
+
+    def _concluded(self) -> Plan:
+        """The best plan, by the simulator's own figures, with the best of other shapes beside it."""
+        best, seconds = self.judge.best, self.judge.best_s
+        best.validate(self.problem.graph, self.problem.cluster)
+        line = simulate(self.problem.graph, best, self.problem.cluster, model=self.problem.costs)
+        assert abs(line.step_time_s - seconds) <= 1e-6 * seconds, (line.step_time_s, seconds)
+        assert self.problem.excess_bytes(line.peak_memory_bytes) <= 0
+        short = max(0.0, 1 - min(self.open_bound_s / seconds, 1.0))
+        verdict = "chosen"
+        if short >= 5e-4:
+            verdict += f"; the proof was cut short, no plan of the space is more than {short:.1%} faster"
+        if self.problem.budget.cut_short:
+            verdict += f"; the search was cut short {self.problem.budget.cut_short}"
+        rows = [Candidate(plan_in_words(best), seconds, best.prediction.peak_memory_bytes, verdict)]
+        others = sorted(self.judge.tried.values(), key=lambda plan: plan.prediction.step_time_s)
+        for plan in others:
+            name, step_s = plan_in_words(plan), plan.prediction.step_time_s
+            if all(name != row.name for row in rows) and len(rows) < MAX_CANDIDATES:
+                rows.append(
+                    Candidate(name, step_s, plan.prediction.peak_memory_bytes, f"{step_s / seconds:.2f}x slower")
+                )
+        return replace(best, candidates=tuple(rows))

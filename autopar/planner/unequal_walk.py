@@ -1,0 +1,163 @@
+"""The walk over the pipelines of an unequal cluster: depth first, best bound first, dropping what cannot beat the best.
+
+A node has decided its first stages, their devices and their blocks; each way to decide one more is bounded by what is
+decided and by the tables of planner/unequal_bounds.py. Whole plans are priced and held against every device's memory
+exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..cost.mixed import rank_classes
+from ..plan import Plan, Prediction
+from ..schedule.step_time import step_time_s
+from ..simulate import stage_peak_bytes
+from .problem import Problem
+from .stages import TOLERANCE
+from .unequal_bounds import TIME_SLACK, Bounds
+from .unequal_room import START, State
+from .unequal_ways import Mesh
+
+Part = tuple[Mesh, int, int]
+
+
+class Judge:
+    """Prices whole plans exactly and keeps the best that fits."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.best: Plan | None = None
+        self.best_s = math.inf
+        self.tried: dict[tuple, Plan] = {}
+
+    def plan(self, parts: tuple[Part, ...], microbatches: int, schedule: str) -> Plan:
+        layouts: dict = {}
+        stages = tuple(mesh.stage(start, stop, layouts) for mesh, start, stop in parts)
+        graph = self.problem.graph
+        return Plan(
+            graph.name, graph.fingerprint, self.problem.cluster.world_size, graph.batch_size, microbatches, schedule,
+            stages, tuple(layouts), precision=graph.precision,
+        )  # fmt: skip
+
+    def offer(self, plan: Plan) -> bool:
+        """Whether this is the best plan so far; then it is kept."""
+        costs = [self.problem.costs.stage(plan, s) for s in range(len(plan.stages))]
+        seconds = step_time_s(len(costs), plan.microbatches, plan.schedule, costs)
+        key = (len(costs), plan.microbatches, plan.stages[0].data, plan.stages[0].tensor)
+        before = self.tried.get(key)
+        better = seconds < self.best_s * (1 - TOLERANCE)
+        if not better and before is not None and before.prediction.step_time_s <= seconds:
+            return False
+        peak_bytes = self._peak_bytes(plan)
+        if peak_bytes is None:
+            return False
+        plan = replace(plan, prediction=Prediction(seconds, peak_bytes))
+        if before is None or seconds < before.prediction.step_time_s:
+            self.tried[key] = plan
+        if better:
+            self.best, self.best_s = plan, seconds
+        return better
+
+    def _peak_bytes(self, plan: Plan) -> int | None:
+        """Of the fullest rank; None where a device has not enough."""
+        most = 0
+        for s, stage in enumerate(plan.stages):
+            for one in rank_classes(self.problem.cluster, stage):
+                cost = self.problem.costs.of_rank(plan, s, one.ranks[0])
+                peak = stage_peak_bytes(cost, plan.schedule, s, len(plan.stages), plan.microbatches)
+                if peak > min(map(self.problem.memory_limit_of, one.ranks)):
+                    return None
+                most = max(most, peak)
+        return most
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """The first stages, decided. before_s: the sum of their c + 2 h; down_s: of f + h; tail_s: of the first one; path_s:
+    the longest path found so far; bound_s: no completion is faster."""
+
+    state: State
+    start: int
+    parts: tuple[Part, ...]
+    before_s: float
+    down_s: float
+    tail_s: float
+    path_s: float
+    bound_s: float
+
+
+class Walk:
+    """One branch and bound over the pipelines of `stages` stages."""
+
+    def __init__(self, bounds: Bounds, judge: Judge, stages: int, max_visits: int) -> None:
+        self.bounds, self.judge, self.stages, self.max_visits = bounds, judge, stages, max_visits
+        self.slack = 1.0 if bounds.finder.is_exact else TIME_SLACK
+        self.num_visited = 0
+        self.open_bound_s = math.inf
+
+    def run(self) -> float:
+        """The bound of what was not looked at, infinite where all was."""
+        self._descend(_Node(START, 0, (), 0.0, 0.0, 0.0, 0.0, self.bounds.root_s(self.stages)))
+        return self.open_bound_s
+
+    def _cutoff(self) -> float:
+        return self.judge.best_s * (1 - TOLERANCE)
+
+    def _descend(self, node: _Node) -> None:
+        if node.bound_s >= self._cutoff():
+            return
+        if self.num_visited >= self.max_visits:
+            self.open_bound_s = min(self.open_bound_s, node.bound_s)
+            return
+        self.num_visited += 1
+        if len(node.parts) == self.stages:
+            self.judge.offer(self.judge.plan(node.parts, self.bounds.microbatches, self.bounds.schedule))
+            return
+        for child in sorted(self._children(node), key=lambda child: child.bound_s):
+            if child.bound_s >= self._cutoff():
+                break
+            self._descend(child)
+
+    def _children(self, node: _Node) -> Iterator[_Node]:
+        bounds, count = self.bounds, self.bounds.microbatches
+        behind = self.stages - len(node.parts) - 1
+        first = not node.parts
+        window = slice(node.start + 1, bounds.num_blocks - behind + 1)
+        if not behind:
+            window = slice(bounds.num_blocks, bounds.num_blocks + 1)
+        for move in bounds.room.moves(node.state):
+            if bounds.room.is_end(move.after) != (behind == 0):
+                continue
+            passing, drain, work = (table[window] for table in bounds.rest(move.after, behind))
+            if not np.isfinite(drain).any():
+                continue
+            for way in bounds.ways(move):
+                forward_s, backward_s = way.forward_s[node.start, window], way.backward_s[node.start, window]
+                send_s, tail_s = bounds.send_s(move, way)[window], way.tail_s[node.start, window]
+                own_s = count * (forward_s + backward_s)
+                before_s = node.before_s + forward_s + backward_s + 2 * send_s
+                down_s = node.down_s + forward_s + send_s
+                first_tail_s = tail_s if first else node.tail_s
+                path_s = np.maximum(node.path_s, node.before_s + own_s + first_tail_s)
+                path_s = np.maximum(path_s, node.down_s + own_s + tail_s)
+                bound_s = np.maximum(path_s, before_s + drain + first_tail_s)
+                bound_s = np.maximum(bound_s, before_s + passing + (count - 1) * send_s + first_tail_s)
+                bound_s = self.slack * np.maximum(bound_s, down_s + work)
+                fits = bounds.fits(way, behind)[node.start, window]
+                for i in np.nonzero(fits & (bound_s < self._cutoff()))[0]:
+                    stop = window.start + int(i)
+                    yield _Node(
+                        move.after,
+                        stop,
+                        (*node.parts, (replace(way.mesh, ranks=move.ranks), node.start, stop)),
+                        float(before_s[i]),
+                        float(down_s[i]),
+                        float(first_tail_s[i] if first else node.tail_s),
+                        float(path_s[i]),
+                        max(node.bound_s, float(bound_s[i])),
+                    )

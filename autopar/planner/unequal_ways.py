@@ -1,0 +1,245 @@
+"""What a group of devices makes of every run of blocks: each mesh, ZeRO level and recompute choice that it may use.
+
+Ranks of a group differ in their devices and rows, so each class of them (cost/mixed.py) has its own figures; seconds are
+the slowest class's, memory is held against each class's own. Models of few blocks are asked for every run of blocks. For
+others a run is taken to be the sum of its blocks but for what a stage has once, told apart by one block and two of the
+commonest kind: a bound and an order for the search, which prices what it returns exactly.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..cost.mixed import rank_classes
+from ..cost.types import StageCost
+from ..plan import Plan, Recompute, Stage, same_recompute, tensor_axes
+from .methods.bench import split_rows
+from .problem import Chain, Problem, Shape
+from .replicas import replica_speeds
+from .runs import FIELDS, Runs, figures
+
+# Up to so many blocks every run is priced exactly.
+EXACT_BLOCKS = 8
+# Up to so many devices in a cluster a replica may span hosts.
+MAX_SPREAD = 16
+_PEAKS = [FIELDS.index(name) for name in ("transient_bytes", "forward_peak_bytes", "backward_peak_bytes", "reduces")]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A group of devices as a stage uses it: all of a `Stage` but its blocks."""
+
+    ranks: tuple[int, ...]
+    data: int
+    tensor: int
+    zero: int
+    recompute: Recompute
+    shares: tuple[int, ...]
+    chain: Chain
+
+    def stage(self, start: int, stop: int, layouts: dict | None = None) -> Stage:
+        """layouts: those of the plan so far, numbered; by default the chain's own."""
+        rows = ()
+        if self.tensor > 1:
+            index = self.chain.index[start:stop]
+            if layouts is not None:
+                index = tuple(layouts.setdefault(self.chain.unique[i], len(layouts)) for i in index)
+            rows = (index,)
+        return Stage(
+            start, stop, self.ranks, self.data, tensor_axes(self.tensor), rows,
+            same_recompute(self.recompute, stop - start), self.zero, 0, self.shares,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Way:
+    """A mesh with its figures for runs of blocks [start, stop): seconds as arrays, and per class of ranks (runs, limit)."""
+
+    mesh: Mesh
+    forward_s: np.ndarray
+    backward_s: np.ndarray
+    tail_s: np.ndarray
+    boundary_bytes: np.ndarray
+    classes: tuple[tuple[Runs, int], ...]
+    _fits: dict = field(default_factory=dict)
+
+    def fits(self, schedule: str, behind: int, microbatches: int, slack: float) -> np.ndarray:
+        """Whether each run fits in memory with `behind` stages behind it."""
+        key = (schedule, min(behind, microbatches), behind < microbatches)
+        if key not in self._fits:
+            found = self.classes[0][0].exists > 0
+            for runs, limit_bytes in self.classes:
+                peaks = runs.peak_bytes(schedule, 0, behind + 1, microbatches)
+                found = found & (peaks <= limit_bytes * (1 + slack))
+            self._fits[key] = found
+        return self._fits[key]
+
+
+class WayFinder:
+    """The ways of every kind of group, per number of microbatches."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.num_blocks = len(problem.graph.blocks)
+        self._ways: dict[tuple, tuple[Way, ...]] = {}
+        self._chains: dict[tuple[int, int], Chain] = {}
+
+    @property
+    def is_exact(self) -> bool:
+        return self.num_blocks <= EXACT_BLOCKS
+
+    def ways(self, kind: tuple, ranks: tuple[int, ...], microbatches: int, fastest: bool) -> tuple[Way, ...]:
+        """Of groups of this kind, of which `ranks` is one. fastest: those without recomputation and ZeRO alone."""
+        key = (kind, microbatches, fastest)
+        if key not in self._ways:
+            self._ways[key] = tuple(self._find(ranks, microbatches, fastest))
+        return self._ways[key]
+
+    def _find(self, ranks: tuple[int, ...], microbatches: int, fastest: bool) -> Iterator[Way]:
+        problem, pinned = self.problem, self.problem.constraints
+        choices = problem.recompute_choices[:1] if fastest else problem.recompute_choices
+        for data, tensor in self._meshes(ranks):
+            shares = self._shares(ranks, data, tensor, microbatches)
+            if shares is None:
+                continue
+            units = self._units(data, shares, microbatches)
+            if tensor > 1 and not problem.splits(tensor, units):
+                continue
+            levels = (pinned.zero,) if pinned.zero is not None else (0,) if fastest else (0, 3)
+            for zero in dict.fromkeys(level if data > 1 else 0 for level in levels):
+                if pinned.zero not in (None, zero):
+                    continue
+                for recompute in choices:
+                    mesh = Mesh(ranks, data, tensor, zero, recompute, shares, self._chain(tensor, units))
+                    yield self._price(mesh, microbatches)
+
+    def _meshes(self, ranks: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+        cluster, pinned = self.problem.cluster, self.problem.constraints
+        widths = Counter(map(cluster.host, ranks)).values()
+        for tensor in range(1, len(ranks) + 1):
+            data = len(ranks) // tensor
+            if data * tensor != len(ranks) or pinned.tensor not in (None, tensor) or pinned.data not in (None, data):
+                continue
+            inside = all(width % tensor == 0 for width in widths)
+            if not inside and cluster.world_size > MAX_SPREAD:
+                continue
+            if data == 1 or not self.problem.batch_conflict:
+                yield data, tensor
+
+    def _shares(self, ranks: tuple[int, ...], data: int, tensor: int, microbatches: int) -> tuple[int, ...] | None:
+        """Rows of a microbatch in proportion to the replicas' speeds; () where they are equal, None for too few."""
+        rows = self.problem.graph.batch_size // microbatches
+        if rows < data:
+            return None
+        speeds = [1.0] * data
+        if len({self.problem.cluster.kind_number(rank) for rank in ranks}) > 1:
+            # As many as the rows allow.
+            parts = microbatches * next(d for d in range(data, 0, -1) if rows % d == 0)
+            speeds = replica_speeds(self.problem, ranks, self._chain(tensor, parts), tensor, parts)
+        if rows % data == 0 and len(set(speeds)) == 1:
+            return ()
+        shares = split_rows(rows, speeds)
+        return shares if len(set(shares)) > 1 else ()
+
+    def _units(self, data: int, shares: tuple[int, ...], microbatches: int) -> int:
+        return microbatches * (sum(shares) // int(np.gcd.reduce(shares)) if shares else data)
+
+    def _chain(self, tensor: int, units: int) -> Chain:
+        """The fastest layouts for what all devices have in common, where the batch is cut into so many parts."""
+        if (tensor, units) not in self._chains:
+            shape = Shape(1, 1, tensor, units, "1f1b", 0)
+            self._chains[tensor, units] = next(iter(self.problem.chains.of(self.problem.as_equal, shape)))
+        return self._chains[tensor, units]
+
+    def _price(self, mesh: Mesh, microbatches: int) -> Way:
+        classes = rank_classes(self.problem.cluster, mesh.stage(0, self.num_blocks))
+        tables, edges = [], np.zeros(self.num_blocks + 1)
+        for one in classes:
+            tables.append(self._table(mesh, microbatches, one.ranks[0], edges))
+        limits = [min(map(self.problem.memory_limit_of, one.ranks)) for one in classes]
+        return Way(
+            mesh,
+            np.maximum.reduce([table.forward_s for table in tables]),
+            np.maximum.reduce([table.backward_s for table in tables]),
+            np.maximum.reduce([table.tail_s for table in tables]),
+            edges,
+            tuple(zip(tables, limits, strict=True)),
+        )
+
+    def _table(self, mesh: Mesh, microbatches: int, rank: int, edges: np.ndarray) -> Runs:
+        """Figures of one rank. edges: [stop], the bytes that leave, to be raised."""
+
+        def ask(start: int, stop: int) -> np.ndarray:
+            cost = self.cost(mesh, microbatches, rank, start, stop)
+            edges[stop] = max(edges[stop], cost.boundary_bytes)
+            return np.array(figures(cost))
+
+        build = _every_run if self.is_exact else _sums
+        table = build(self._kinds(mesh.chain), ask)
+        if not self.is_exact:
+            by_kind = {kind: edges[i + 1] for i, kind in enumerate(self._kinds(mesh.chain)) if edges[i + 1]}
+            for i, kind in enumerate(self._kinds(mesh.chain)[:-1]):
+                edges[i + 1] = by_kind.get(kind, edges[i + 1])
+        return Runs(*table)
+
+    def _kinds(self, chain: Chain) -> list[tuple]:
+        index = chain.index or (0,) * self.num_blocks
+        return [(block.kind, layout) for block, layout in zip(self.problem.graph.blocks, index, strict=True)]
+
+    def cost(self, mesh: Mesh, microbatches: int, rank: int, start: int, stop: int) -> StageCost:
+        """Of a pipeline in which others have the blocks before and behind; what parameters shared with them cost apart."""
+        graph = self.problem.graph
+        around = Mesh(mesh.ranks, mesh.data, 1, 0, "none", mesh.shares, Chain())
+        stages = [Stage(0, 0, (), 1)] if start else []
+        stages.append(mesh.stage(start, stop))
+        if stop < self.num_blocks:
+            stages.append(around.stage(stop, stop))
+        plan = Plan(
+            graph.name, graph.fingerprint, self.problem.cluster.world_size, graph.batch_size, microbatches, "1f1b",
+            tuple(stages), mesh.chain.unique, precision=graph.precision,
+        )  # fmt: skip
+        return self.problem.costs.of_rank(plan, int(start > 0), rank)
+
+
+def _every_run(kinds: Sequence[tuple], ask: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    count = len(kinds)
+    table = np.zeros((len(FIELDS), count + 1, count + 1))
+    for start in range(count):
+        for stop in range(start + 1, count + 1):
+            table[:, start, stop] = ask(start, stop)
+    return table
+
+
+def _sums(kinds: Sequence[tuple], ask: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """Runs as sums of their blocks, of which each kind is asked once, and ends once more."""
+    count = len(kinds)
+    known: dict[tuple, np.ndarray] = {}
+    for i, kind in enumerate(kinds):
+        key = (kind, i == 0, i == count - 1)
+        if key not in known:
+            known[key] = ask(i, i + 1)
+    blocks = np.array([known[kind, i == 0, i == count - 1] for i, kind in enumerate(kinds)])
+    pairs = Counter(kinds[i] for i in range(1, count - 2) if kinds[i] == kinds[i + 1])
+    once = np.zeros(len(FIELDS))
+    if pairs:
+        kind = pairs.most_common(1)[0][0]
+        i = next(i for i in range(1, count - 2) if kinds[i] == kinds[i + 1] == kind)
+        once = np.clip(2 * blocks[i] - ask(i, i + 2), 0.0, blocks[i])
+        pair_transient = ask(i, i + 2)[_PEAKS[0]]
+    else:
+        pair_transient = 0.0
+    ends = np.concatenate([np.zeros((1, len(FIELDS))), np.cumsum(blocks - once, axis=0)])
+    table = once[:, None, None] + (ends[None, :, :] - ends[:, None, :]).transpose(2, 0, 1)
+    for field_ in _PEAKS:
+        values = blocks[:, field_]
+        for start in range(count):
+            table[field_, start, start + 1 :] = np.maximum.accumulate(values[start:])
+    transient = table[_PEAKS[0]]
+    table[_PEAKS[0]] = np.where(transient > 0, np.maximum(transient, pair_transient), transient)
+    exists = np.triu(np.ones((count + 1, count + 1)), 1)
+    table[FIELDS.index("exists")] = 1.0
+    return table * exists

@@ -1,0 +1,194 @@
+"""`auto` on unequal clusters: equal to trying every plan of its space, never worse than others, proven bounds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from method_cases import half_as_fast, unequal_problem
+
+from autopar.cluster.spec import Cluster
+from autopar.plan import Plan
+from autopar.planner.auto import auto
+from autopar.planner.methods.metis import metis
+from autopar.planner.methods.whale import whale
+from autopar.planner.problem import Problem
+from autopar.planner.unequal_bounds import Bounds
+from autopar.planner.unequal_room import START, Room, State
+from autopar.planner.unequal_walk import Judge
+from autopar.planner.unequal_ways import WayFinder
+from autopar.simulate import simulate
+
+CPU = Cluster.preset("cpu", 1, 2)
+LINK = replace(CPU.inter, latency_s=1e-5)
+
+
+def clusters(seed: int) -> list[Cluster]:
+    """Up to 8 devices of two or three kinds, fast and slow links, ample and scarce memory."""
+    draw = random.Random(seed)
+    kinds = []
+    for _ in range(draw.choice([2, 2, 3])):
+        hosts, width = draw.choice([(1, 1), (1, 2), (2, 1), (1, 4), (2, 2)])
+        kind = half_as_fast(CPU, draw.choice([0.05, 0.1, 0.2, 0.3]), memory=draw.choice([3e-5, 6e-5, 1.0]))
+        kinds.append(replace(kind, num_hosts=hosts, devices_per_host=width, inter=draw.choice([LINK, CPU.inter])))
+    return kinds if sum(kind.world_size for kind in kinds) <= 8 else clusters(seed + 1000)
+
+
+def pipelines(room: Room, state: State = START) -> Iterator[tuple]:
+    """Every way to take all devices, as moves."""
+    for move in room.moves(state):
+        if room.is_end(move.after):
+            yield (move,)
+        else:
+            for rest in pipelines(room, move.after):
+                yield (move, *rest)
+
+
+def every_plan(problem: Problem) -> Iterator[Plan]:
+    """All plans of the space."""
+    room, finder, judge = Room(problem.cluster), WayFinder(problem), Judge(problem)
+    blocks, rows, pinned = len(problem.graph.blocks), problem.graph.batch_size, problem.constraints
+    counts = [pinned.microbatches] if pinned.microbatches else [m for m in range(1, rows + 1) if rows % m == 0]
+    for count, moves in itertools.product(counts, list(pipelines(room))):
+        if len(moves) > blocks or len(moves) != (pinned.pipeline or len(moves)):
+            continue
+        ways = [finder.ways(move.kind, move.ranks, count, False) for move in moves]
+        for cuts in itertools.combinations(range(1, blocks), len(moves) - 1):
+            edges = list(itertools.pairwise((0, *cuts, blocks)))
+            for chosen in itertools.product(*ways):
+                parts = tuple(
+                    (replace(way.mesh, ranks=move.ranks), *edge)
+                    for way, move, edge in zip(chosen, moves, edges, strict=True)
+                )
+                yield judge.plan(parts, count, pinned.schedule or "1f1b")
+
+
+def best_of_all(problem: Problem) -> tuple[float, int]:
+    """(step time of the best plan that fits, number of plans), by the simulator."""
+    best_s, number = math.inf, 0
+    judge = Judge(problem)
+    for plan in every_plan(problem):
+        number += 1
+        judge.offer(plan)
+    if judge.best is not None:
+        line = simulate(problem.graph, judge.best, problem.cluster)
+        assert problem.excess_bytes(line.peak_memory_bytes) <= 0
+        best_s = line.step_time_s
+    return best_s, number
+
+
+PINS = [
+    {"microbatches": 2, "tensor": 1, "zero": 0},
+    {"microbatches": 4, "recompute": "none", "zero": 0},
+    {"pipeline": 2, "zero": 0, "microbatches": 8},
+    {"schedule": "gpipe", "microbatches": 4, "tensor": 1, "zero": 0},
+]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_equal_to_trying_every_plan(seed: int) -> None:
+    problem = unequal_problem("deep" if seed % 2 else "llama", clusters(seed), **PINS[seed % 4])
+    best_s, number = best_of_all(problem)
+    try:
+        plan = auto(problem)
+    except ValueError as error:
+        assert best_s == math.inf and "fits in" in str(error)
+        return
+    plan.validate(problem.graph, problem.cluster)
+    line = simulate(problem.graph, plan, problem.cluster)
+    assert line.step_time_s == pytest.approx(plan.prediction.step_time_s, rel=1e-9)
+    assert problem.excess_bytes(line.peak_memory_bytes) <= 0
+    # Plans that it starts from may lie outside the space.
+    assert plan.prediction.step_time_s <= best_s * (1 + 1e-9), (number, plan.explain())
+    assert plan.candidates[0].verdict == "chosen"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_walk_alone_finds_it(seed: int, monkeypatch) -> None:
+    """Without plans to start from, also where no number of microbatches is given."""
+    monkeypatch.setattr("autopar.planner.unequal.MAX_SEEDED", 0)
+    pinned = {"tensor": 1, "zero": 0, "recompute": "none"} if seed % 2 else PINS[seed // 2]
+    problem = unequal_problem("llama", clusters(seed), **pinned)
+    best_s, _ = best_of_all(problem)
+    if best_s < math.inf:
+        # The other schedule is tried for the best plan of this one.
+        assert auto(problem).prediction.step_time_s <= best_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_plan_is_faster_than_the_bounds(seed: int) -> None:
+    problem = unequal_problem("llama", clusters(seed), microbatches=4, tensor=1, zero=0)
+    room, finder = Room(problem.cluster), WayFinder(problem)
+    most = min(len(problem.graph.blocks), problem.cluster.world_size)
+    tables = Bounds(problem, room, finder, 4, "1f1b", most, False)
+    quick = Bounds(problem, room, finder, 4, "1f1b", most, True)
+    best: dict[int, float] = {}
+    for plan in every_plan(problem):
+        judge = Judge(problem)
+        if judge.offer(plan):
+            best[len(plan.stages)] = min(best.get(len(plan.stages), math.inf), judge.best_s)
+    for stages in range(1, most + 1):
+        assert tables.root_s(stages) <= best.get(stages, math.inf) * (1 + 1e-9)
+        # Memory is decided stage by stage, so a bound is infinite exactly where nothing fits.
+        assert (tables.root_s(stages) == math.inf) == (stages not in best)
+    assert quick.root_s() <= min(best.values(), default=math.inf) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_path_takes_every_device_once(seed: int) -> None:
+    room = Room(Cluster.join(*clusters(seed)))
+    world_size, orders = room.cluster.world_size, set()
+    for moves in pipelines(room):
+        taken = [rank for move in moves for rank in move.ranks]
+        assert sorted(taken) == list(range(world_size))
+        for move in moves:
+            assert list(move.ranks) == sorted(move.ranks)
+            hosts = {room.cluster.host(rank) for rank in move.ranks}
+            if len(hosts) > 1:  # whole hosts
+                assert all(
+                    set(host) <= set(move.ranks)
+                    for kind in room.hosts
+                    for host in kind
+                    if hosts & {room.cluster.host(host[0])}
+                )
+        orders.add(tuple(tuple(move.kind) for move in moves))
+    assert len(orders) > 1
+    states = room.states()
+    position = {state: i for i, state in enumerate(states)}
+    for state in states:
+        assert room.left(state) > 0
+        for move in room.moves(state):
+            assert room.is_end(move.after) or position[move.after] < position[state]
+
+
+@pytest.mark.parametrize("seed", [0, 3, 4, 9])
+def test_never_worse_than_others(seed: int) -> None:
+    """Than Metis, than Whale, and than if all devices were like the slowest, both there and on the real ones."""
+    problem = unequal_problem("llama", clusters(seed), microbatches=4, recompute="none")
+    plan = auto(problem)
+    slowest = auto(problem.as_equal)
+    assert plan.prediction.step_time_s <= slowest.prediction.step_time_s * (1 + 1e-9)
+    assert plan.prediction.step_time_s <= simulate(problem.graph, slowest, problem.cluster).step_time_s * (1 + 1e-9)
+    for method in (metis, whale):
+        try:
+            other = method(problem)
+        except ValueError:  # as where Whale would need more rows than there are
+            continue
+        line = simulate(problem.graph, other, problem.cluster)
+        if problem.excess_bytes(line.peak_memory_bytes) <= 0:
+            assert plan.prediction.step_time_s <= line.step_time_s * (1 + 1e-9), method
+
+
+def test_what_does_not_fit_is_told() -> None:
+    problem = unequal_problem("llama", clusters(0), memory_limit_bytes=10, tensor=1, zero=0, microbatches=2)
+    with pytest.raises(ValueError, match="fits in 10 bytes"):
+        auto(problem)
+    two = unequal_problem(
+        "llama", [CPU, half_as_fast(replace(CPU, devices_per_host=1))], pipeline=2, memory_limit_bytes=10
+    )
+    with pytest.raises(ValueError, match="no plan of"):
+        auto(two)
