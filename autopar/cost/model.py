@@ -324,7 +324,7 @@ class CostModel:
             forward_peak_bytes=int(memory.forward_peak_bytes * factor),
             backward_peak_bytes=int(memory.backward_peak_bytes * factor),
             backward_weight_s=min(backward_s, sum(run.count * run.price.seconds.weight_s for run in runs)),
-            gradients_stay=memory.gradients_stay,
+            gradients_stay=traffic.reduce_s > 0 if memory.gradients_stay is None else memory.gradients_stay,
             deferred_bytes=int(sum(run.count * run.memory.deferred_bytes for run in runs) * factor),
         )
 
