@@ -155,7 +155,8 @@ def test_zero_levels_shard_more_and_more() -> None:
     assert [c.gradient_bytes for c in twice] == [size, size, size // 4, size // 4]
     assert [c.has_gradient_buffers for c in costs] == [True, False, False, False]
     batch = costs[0].parameter_bytes - size
-    assert [c.parameter_bytes - batch for c in costs] == [size, size, size, size // 4]
+    # Between steps levels 1 and 2 hold slices too, beside which a step gathers the whole.
+    assert [c.parameter_bytes - batch for c in costs] == [size, size + size // 4, size + size // 4, size // 4]
     assert costs[1].optimizer_s < costs[0].optimizer_s
     hybrid = cost(graph, CPU, Stage(0, count, (0, 1, 2, 3), 4, zero=3, zero_group=2))
     assert hybrid.optimizer_bytes == size and hybrid.parameter_bytes - batch == size // 2
