@@ -3,7 +3,8 @@
 While it runs, the calls of torch.distributed listed in `Loopback.CALLS` are answered in memory, so code that uses those
 and nothing else of it (collectives on tensors, isend and irecv, groups by ranks) runs unchanged. One rank runs at a
 time, until it waits for another; then the next in order of rank that can go on does. The order is therefore the same in
-every run, and a deadlock is an error at once that lists what each rank waits for.
+every run, and a deadlock is an error at once that lists what each rank waits for. A message that nobody has received
+when all have ended is one too, because elsewhere its sender waits.
 """
 
 from __future__ import annotations
@@ -161,6 +162,11 @@ class Loopback:
                 thread.join()
         if self._failure is not None:
             raise self._failure
+        left = [
+            f"rank {source} waits for rank {target} to receive" for (_, source, target), m in self.mail.items() if m
+        ]
+        if left:
+            raise Deadlock("\n".join(["no rank can go on", *sorted(left)]))
         return [results[rank] for rank in range(self.num_ranks)]
 
     def wait_until(self, ready: Callable[[], bool], what: str) -> None:

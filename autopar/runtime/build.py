@@ -124,12 +124,14 @@ def build_runtime(
     device: torch.device,
     random: Callable[[str], AbstractContextManager[Any]],
     compile_with: Backend | None = None,
+    wanted: frozenset[str] = frozenset(),
 ) -> Runtime:
     """Build this rank's runtime; all ranks of the world must call it with the same plan.
 
     values(specs): this rank's local parts of these parameters, by original name. state: buffers and constants on
     `device`, by tensor name. random(key): a context in which random ops draw from the stream of that key.
-    compile_with: torch.compile's backend for the blocks; None: they run as they are.
+    compile_with: torch.compile's backend for the blocks; None: they run as they are. wanted: outputs of the module that
+    programs leave in `Executor.given`.
     """
     rank, schedule = dist.get_rank(), schedule_named(plan.schedule)
     groups = build_groups(plan)
@@ -138,7 +140,7 @@ def build_runtime(
     functions: Functions = {}
     specs: dict[int, tuple[ParameterSpec, ...]] = {}
     for s, mesh in groups.meshes.items():
-        compiled[s] = compile_stage(graph, plan, s, mesh.data.rank, mesh.model, device)
+        compiled[s] = compile_stage(graph, plan, s, mesh.data.rank, mesh.model, device, wanted)
         if compile_with is not None:
             compiled[s] = replace(compiled[s], blocks=compile_blocks(compiled[s].blocks, compile_with, functions))
         specs[s] = _with_reductions(graph, compiled[s], by_stage[s], rank)

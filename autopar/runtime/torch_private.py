@@ -53,6 +53,22 @@ def forget_step(root: FSDPModule) -> None:
         group._to_sharded()
 
 
+def end_backward(root: FSDPModule, brought: dict[int, set[object]] | None = None) -> None:
+    """What a `fully_shard`ed module does at the end of a backward, for gradients that have come outside of one.
+
+    brought: by group, the parameters whose gradients its first call found, kept by the caller for a step: later calls
+    reduce the same ones, with zeros where nothing new has come, as sums over several reductions want.
+    """
+    state = root._get_fsdp_state()
+    groups = [group for member in state._state_ctx.all_states for group in member._fsdp_param_groups]
+    for number, group in enumerate(groups if brought is not None else ()):
+        here = {p for p in group.fsdp_params if hasattr(p, "_unsharded_param")}
+        here = {p for p in here if p.unsharded_accumulated_grad is not None or p._unsharded_param.grad is not None}
+        for parameter in brought.setdefault(number, here) - here:
+            parameter._unsharded_param.grad = torch.zeros_like(parameter._unsharded_param)
+    state._root_post_backward_final_callback()
+
+
 def default_store() -> dist.Store | None:
     """The key-value store behind the default process group, None without one."""
     if not dist.is_initialized():

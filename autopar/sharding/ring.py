@@ -114,7 +114,8 @@ class _RingAttention(torch.autograd.Function):
                 higher = torch.maximum(largest, lse)
                 safe = higher.masked_fill(higher == -math.inf, 0.0)
                 old, new = (largest - safe).exp(), (lse - safe).exp()
-                out = out.mul_(old).add_(found.to(wide).mul_(new))
+                # `found` is not written into: selective recomputation has kept what the kernel returned.
+                out = out.mul_(old).add_(found.to(wide) * new)
                 total = total.mul_(old).add_(new)
                 largest = higher
             if arriving is not None:
