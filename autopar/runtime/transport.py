@@ -65,8 +65,8 @@ class Transport:
     groups: Groups
     device: torch.device
     routes: Mapping[Way, Route]
-    delivered: Callable[[Receive], Iterable[Instruction]]
-    on_transfer: Transfer
+    delivered: Callable[[Receive], Iterable[Instruction]] = lambda receive: ()
+    on_transfer: Transfer = lambda token, size_bytes: lambda: None
     _sends: dict[Instruction, _Leaving] = field(default_factory=dict)
     _posted: dict[Receive, _Arriving] = field(default_factory=dict)
     _ahead: dict[type, Iterator[Receive]] = field(default_factory=dict)
