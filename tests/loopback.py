@@ -78,10 +78,19 @@ class _Reduction:
     tensor: Tensor
     op: Any
     others: Callable[[], tuple[list[Any], int]]
+    callbacks: list[Callable[[Any], None]] = field(default_factory=list)
 
     def wait(self) -> None:
         stacked = torch.stack(self.others()[0])
         self.tensor.detach().copy_(stacked.amax(0) if self.op == dist.ReduceOp.MAX else _sum(stacked, self.op))
+        for callback in self.callbacks:
+            callback(None)
+
+    def get_future(self) -> _Reduction:
+        return self
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        self.callbacks.append(callback)
 
 
 def run(function: Callable[..., T], num_ranks: int, *args: Any) -> list[T]:

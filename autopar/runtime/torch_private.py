@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -132,8 +135,9 @@ def place_of(stored: _StorageInfo) -> tuple[str, int, int]:
     return stored.relative_path, stored.offset, stored.length
 
 
-def join_pretended_world(rank: int, world_size: int) -> None:
-    """Become one rank of a world whose other ranks do not exist: collectives return at once and exchange nothing.
+@contextmanager
+def pretended_world(rank: int, world_size: int) -> Iterator[None]:
+    """Be one rank of a world whose other ranks do not exist: collectives return at once and exchange nothing.
 
     What this rank computes and holds is as in the real world, its values are not. Python objects that it would be sent
     are its own.
@@ -143,6 +147,13 @@ def join_pretended_world(rank: int, world_size: int) -> None:
     def gather(objects: list[object], own: object, group: dist.ProcessGroup | None = None) -> None:
         objects[:] = [own] * len(objects)
 
+    exchanging = dist.broadcast_object_list, dist.all_gather_object
     dist.broadcast_object_list = lambda objects, src=0, group=None: None
     dist.all_gather_object = gather
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        yield
+    finally:
+        dist.broadcast_object_list, dist.all_gather_object = exchanging
+        if dist.is_initialized():
+            dist.destroy_process_group()

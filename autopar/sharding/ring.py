@@ -100,7 +100,9 @@ class _RingAttention(torch.autograd.Function):
         wide = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
         largest = query.new_full((*query.shape[:-1], 1), -math.inf, dtype=wide)
         total = torch.zeros_like(largest)
-        out = query.new_zeros((*query.shape[:-1], value.shape[-1]), dtype=wide)
+        # Rows outside heads in memory, as fused attention has it: joining the heads again is then a view.
+        *outer, heads, rows, _ = query.shape
+        out = query.new_zeros((*outer, rows, heads, value.shape[-1]), dtype=wide).transpose(-2, -3)
         here = [key.contiguous(), value.contiguous()]
         for step in range(axis.size):
             arriving = axis.pass_on(here) if step < axis.size - 1 else None
