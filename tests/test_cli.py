@@ -280,7 +280,7 @@ BAD = {
     "time": (["--time-limit", "-1"], "time_limit_s=-1.0: expected a number of seconds"),
     "layout form": (["--layout", "column"], "expected a pattern of modules' names"),
     "layout word": (["--layout", "*.q_proj=colum"], "did you mean 'column'"),
-    "layout module": (["--layout", "*.q_porj=column"], "names are like model.layers.0.self_attn.q_proj"),
+    "layout module": (["--layout", "*.q_porj=column"], "has such a name; names are like"),
     "stage number": (["--stage", "*layers.0*=first"], "expected the number of a stage"),
     "stage": (["--stage", "*embed_tokens=1"], "stage['*embed_tokens']=1 is impossible"),
     "no method": (["--schedule", "zb-v"], "schedule='zb-v': method='auto' makes plans with"),
