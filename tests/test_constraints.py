@@ -101,7 +101,9 @@ def test_pinned_stages_are_the_best_of_those_that_keep_them(pins):
         for method in ("auto", "exhaustive"):
             plan = METHODS[method](pinned_problem(problem, stage=named, microbatches=2, zero=0))
             assert keeps_stages(plan, pins)
-            assert plan.prediction.step_time_s == pytest.approx(best_s, rel=1e-8), (method, seed)
+            # auto's space is larger
+            assert plan.prediction.step_time_s <= best_s * (1 + 1e-8), (method, seed)
+            assert method == "auto" or plan.prediction.step_time_s == pytest.approx(best_s, rel=1e-8)
 
 
 @pytest.mark.parametrize("method", ["pipedream", "dapple", "piper", "alpa", "aceso", "metis", "uniap"])

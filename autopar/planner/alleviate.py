@@ -204,7 +204,7 @@ class Alleviation:
             plan.validate(self.problem.graph, self.problem.cluster)
         except ValueError:
             return False
-        return True
+        return not self.problem.pins.refusal(plan)
 
 
 def _time(found: Found) -> float:
