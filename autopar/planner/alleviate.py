@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from ..plan import Candidate, Plan, Prediction
 from ..report.words import plan_in_words
 from .judge import Judge, Judged
-from .moves import CHEAP, Move, Moves
+from .moves import CHEAP, DEAR, Move, Moves
 from .problem import Problem
 from .relief import Relief
 from .sketch import Sketch
@@ -35,6 +35,8 @@ from .wide import is_small, search_wide
 
 # Process seconds that it takes at most, on problems that are not small.
 LIMIT_S = 0.3
+# What has to be left of them for a move that solves for layouts.
+DEAR_S = 0.2
 # Plans whose times agree to this relative precision are equally good: sums of doubles in another order.
 TOLERANCE = 1e-9
 # Moves in a row without a gain.
@@ -113,7 +115,7 @@ def differences(old: Plan, new: Plan) -> str:
 
 
 class Alleviation:
-    def __init__(self, problem: Problem, limit_s: float = math.inf, moves: Sequence[Move] = CHEAP) -> None:
+    def __init__(self, problem: Problem, limit_s: float = math.inf, moves: Sequence[Move] = CHEAP + DEAR) -> None:
         self.problem, self._all_moves = problem, moves
         self.judge = Judge(problem)
         self.relief = Relief(self.judge)
@@ -173,7 +175,9 @@ class Alleviation:
         """The best of the first kind of move that beats `below_s`, within the hops left."""
         reached: list[Found] = []
         for move in self._all_moves:
-            of_move = []
+            of_move: list[Found | None] = []
+            if move in DEAR and time.process_time() + DEAR_S > self._ends_s:
+                continue
             for sketch in move(self.moves, now.sketch, now.judged):
                 if self.is_over:
                     break
