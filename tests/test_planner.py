@@ -345,11 +345,39 @@ IMPOSSIBLE = {
     "zero": ({"zero": 3, "data": 1}, "zero=3 shards parameters over the data axis, but data=1"),
     "no data": (
         {"zero": 3, "tensor": 4, "pipeline": 2},
-        "zero=3 needs data above 1, but the other degrees leave data=1",
+        "tensor=4 and pipeline=2 and zero=3 contradict each other .* tensor could be 1 or 2, .*pipeline could be 1, .*zero "
+        "could be 0",
     ),
-    "zero value": ({"zero": 2}, "zero=2: expected one of 0, 3"),
-    "schedule": ({"schedule": "1f2b"}, "schedule='1f2b': expected one of '1f1b', 'gpipe'; did you mean '1f1b'"),
-    "recompute": ({"recompute": "ful"}, "recompute='ful': expected one of 'none', 'full'; did you mean 'full'"),
+    "zero value": ({"zero": 5}, "zero=5: expected one of 0, 1, 2, 3"),
+    "schedule": ({"schedule": "1f2b"}, "schedule='1f2b': expected one of 'gpipe', '1f1b', .*; did you mean '1f1b'"),
+    "method's schedule": (
+        {"schedule": "zb-h1"},
+        "schedule='zb-h1': method='auto' makes .* use method='exhaustive' or ",
+    ),
+    "no method's": (
+        {"schedule": "zb-v"},
+        "schedule='zb-v': method='auto' .*no method does yet; give parallelize a plan=",
+    ),
+    "recompute": ({"recompute": "ful"}, "recompute='ful': expected one of 'none', .*'full'; did you mean 'full'"),
+    "reserve": ({"memory_reserve": 1.0}, "memory_reserve=1.0: expected a share"),
+    "whole reserve": ({"memory_reserve": 10**12}, "memory_reserve=1000000000000 leaves nothing"),
+    "both": ({"memory_reserve": 0.2, "memory_limit_bytes": 5}, "say the same thing twice"),
+    "no module": (
+        {"layout": {"*.q_porj": "column"}},
+        r"layout\['\*.q_porj'\]='column': no module or parameter of Chain",
+    ),
+    "word": ({"layout": {"layers.1": "colum"}}, "did you mean 'column'"),
+    "unfit word": ({"layout": {"layers.1": "heads"}}, "none of the 2 ops .* what suits them is 'column' or 'row' or "),
+    "no such stage": (
+        {"stage": {"layers.3": 3}, "pipeline": 2},
+        "pipeline=2 and stage.*contradict each other.*pipeline could be 4",
+    ),
+    "twice": ({"stage": {"layers.1": 0, "layers.*": 1}}, "block 1 of Chain, .*is pinned to stage 0 too"),
+    "backwards": (
+        {"stage": {"layers.1": 1, "layers.2": 0}},
+        r"stage\['layers.1'\]=1 and stage\['layers.2'\]=0 contradict",
+    ),
+    "shape of layout": ({"layout": "column"}, "layout='column': expected patterns"),
     "degree": ({"data": 0}, "data=0: expected a positive integer"),
     "type": ({"tensor": "2"}, "tensor='2': expected a positive integer"),
     "bool": ({"pipeline": True}, "pipeline=True: expected a positive integer"),
@@ -372,7 +400,7 @@ def test_a_tensor_degree_that_nothing_divides_names_the_dims():
         ValueError, match="tensor=5: no op of Chain .* split 5 ways; its parameters' dims are 24; .* 1 on 5"
     ):
         search(small_graph(), small_cluster(5), progress=False, tensor=5)
-    with pytest.raises(ValueError, match="the degrees left need tensor=5|no such degree divides the batch"):
+    with pytest.raises(ValueError, match="no such degree divides the batch of 8 rows"):
         search(small_graph(), small_cluster(5), progress=False)
 
 

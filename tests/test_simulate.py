@@ -26,7 +26,7 @@ from autopar.timeline import Event, Timeline
 ZERO = StageCost(*[0.0] * 4, 0, *[0.0] * 4, *[0] * 7)
 PLAIN = ("gpipe", "1f1b")
 # Schedule and stages per group, with a schedule of any number taking several.
-CASES = [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("zb-v", 2), *(("interleaved", v) for v in (1, 2, 3))]
+CASES = [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("zb-h2", 1), ("zb-v", 2), *(("interleaved", v) for v in (1, 2, 3))]
 degrees = (st.integers(1, 8), st.integers(1, 20), st.sampled_from(PLAIN))
 
 
@@ -86,6 +86,20 @@ def test_zero_bubble_h1_bubble_of_the_paper(num_groups: int, more: int, f: int, 
     costs = [replace(ZERO, forward_s=f, backward_s=i + w, backward_weight_s=w)] * num_groups
     line = simulate_program(build_program(num_groups, num_groups + more, "zb-h1"), costs)
     assert line.step_time_s == (num_groups + more) * (f + i + w) + (num_groups - 1) * (f + i - w)
+
+
+@given(st.integers(1, 7), st.integers(0, 12), st.integers(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_zero_bubble_h2_never_waits_once_it_has_begun(num_groups: int, more: int, t: int) -> None:
+    """Qi et al. 2023, section 3.2: no bubble for T_F = T_B = T_W, with up to 2P - 1 microbatches on every stage."""
+    microbatches = 2 * num_groups - 1 + more
+    costs = [replace(ZERO, forward_s=t, backward_s=2 * t, backward_weight_s=t)] * num_groups
+    line = simulate_program(build_program(num_groups, microbatches, "zb-h2"), costs)
+    for group, events in line.by_rank().items():
+        compute = [e for e in events if e.kind in "FIW"]
+        assert compute[0].start_s == group * t and compute[-1].end_s - compute[0].start_s == 3 * t * microbatches
+        held = [sum((e.kind == "F") - (e.kind == "W") for e in compute[:n]) for n in range(len(compute))]
+        assert max(held) <= 2 * num_groups - 1
 
 
 @given(st.integers(1, 7), st.integers(0, 12), st.integers(1, 9))
@@ -206,7 +220,7 @@ def test_fast_step_time_over_many_microbatches_where_it_skips() -> None:
 
 def test_a_step_time_wants_the_stages_that_the_schedule_runs() -> None:
     assert {name for name, _ in CASES} == {name for name, one in SCHEDULES.items() if one.flushes}
-    with pytest.raises(ValueError, match="one of 1f1b, 2bw, gpipe, interleaved, pipedream, zb-h1, zb-v"):
+    with pytest.raises(ValueError, match="one of 1f1b, 2bw, gpipe, interleaved, pipedream, zb-h1, zb-h2, zb-v"):
         step_time_s(1, 1, "zigzag", [ZERO])
     with pytest.raises(ValueError, match="need 4 stages, not 3"):
         step_time_s(2, 1, "zb-v", [ZERO] * 3)
@@ -234,7 +248,7 @@ def test_peak_memory_by_hand() -> None:
     assert line.peak_memory_bytes == {0: 334, 1: 334, 2: 334}
 
 
-@given(st.integers(1, 8), st.integers(1, 20), st.sampled_from((*PLAIN, "zb-h1")), st.integers(0, 2**32))
+@given(st.integers(1, 8), st.integers(1, 20), st.sampled_from((*PLAIN, "zb-h1", "zb-h2")), st.integers(0, 2**32))
 @settings(max_examples=80, deadline=None)
 def test_peak_memory_from_the_bound_equals_the_walk(num_stages: int, microbatches: int, name: str, seed: int) -> None:
     rng = random.Random(seed)

@@ -62,7 +62,8 @@ def exhaustive(problem: Problem) -> Plan:
     verdict = f"chosen; the search was cut short {budget.cut_short}" if budget.cut_short else "chosen"
     found = best.prediction
     row = Candidate(plan_in_words(best), found.step_time_s, found.peak_memory_bytes, verdict)
-    return replace(best, candidates=(row,))
+    bound_s = None if budget.cut_short else found.step_time_s
+    return replace(best, prediction=replace(found, lower_bound_s=bound_s), candidates=(row,))
 
 
 def the_space(problem: Problem) -> tuple[int, Iterator[Plan]]:
@@ -81,6 +82,8 @@ def every_plan(problem: Problem) -> Iterator[Plan]:
         for chain in problem.chains.of(problem.as_equal, shape):
             for cuts in itertools.combinations(range(1, num_blocks), shape.pipeline - 1):
                 edges = list(itertools.pairwise((0, *cuts, num_blocks)))
+                if not all(problem.allows_stage(s, *edge, shape.pipeline) for s, edge in enumerate(edges)):
+                    continue
                 for choice in itertools.product(problem.recompute_choices, repeat=shape.pipeline):
                     pieces = [Piece(*edge, recompute) for edge, recompute in zip(edges, choice, strict=True)]
                     yield assemble(problem, shape, chain, pieces)
