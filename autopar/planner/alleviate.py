@@ -76,11 +76,13 @@ def alleviated(problem: Problem, plan: Plan, others: Sequence[Plan]) -> Plan:
     except KeyboardInterrupt:
         budget.interrupted()
     best = search.best
+    short = f"; the search was cut short {budget.cut_short}" if budget.cut_short else ""
     if best is None:
-        return plan
+        first = plan.candidates[0]
+        return replace(plan, candidates=(replace(first, verdict=first.verdict + short), *plan.candidates[1:]))
     found = best.judged.plan
     prediction = Prediction(best.time_s, max(best.judged.peaks_bytes))
-    chosen = Candidate(plan_in_words(found), best.time_s, prediction.peak_memory_bytes, "chosen")
+    chosen = Candidate(plan_in_words(found), best.time_s, prediction.peak_memory_bytes, f"chosen{short}")
     before = f"before {differences(plan, found)} changed"
     rows = (_behind(row, best.time_s, before) for row in plan.candidates if row.name != chosen.name)
     return replace(found, prediction=prediction, candidates=(chosen, *rows))
@@ -194,11 +196,13 @@ class Alleviation:
     def _found(self, sketch: Sketch, below_s: float) -> Found | None:
         """The sketch with the recomputation that it needs; None where it does not fit or is slower than `below_s`."""
         self._kept.append(sketch)
+        plan, judged = sketch.plan(self.problem.graph), None
         try:
-            judged = self.relief(sketch.plan(self.problem.graph), below_s)
+            if not self.problem.pins.refusal(plan):
+                judged = self.relief(plan, below_s)
         except ValueError:
             # The layouts have a strategy that this share of the batch does not allow.
-            judged = None
+            pass
         found = Found(sketch, judged) if judged is not None and judged.time_s < below_s else None
         self._seen[sketch.key] = found
         return found
