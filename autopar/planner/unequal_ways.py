@@ -26,7 +26,7 @@ from .runs import FIELDS, Runs, figures
 EXACT_BLOCKS = 8
 # Up to so many devices in a cluster a replica may span hosts.
 MAX_SPREAD = 16
-_PEAKS = [FIELDS.index(name) for name in ("transient_bytes", "forward_peak_bytes", "backward_peak_bytes", "reduces")]
+_PEAKS = [FIELDS.index(name) for name in ("transient_bytes", "forward_peak_bytes", "backward_peak_bytes", "buffers")]
 
 
 @dataclass(frozen=True)
@@ -229,17 +229,18 @@ def _sums(kinds: Sequence[tuple], ask: Callable[[int, int], np.ndarray]) -> np.n
         kind = pairs.most_common(1)[0][0]
         i = next(i for i in range(1, count - 2) if kinds[i] == kinds[i + 1] == kind)
         once = np.clip(2 * blocks[i] - ask(i, i + 2), 0.0, blocks[i])
-        pair_transient = ask(i, i + 2)[_PEAKS[0]]
+        of_pair = ask(i, i + 2)
     else:
-        pair_transient = 0.0
+        of_pair = once
     ends = np.concatenate([np.zeros((1, len(FIELDS))), np.cumsum(blocks - once, axis=0)])
     table = once[:, None, None] + (ends[None, :, :] - ends[:, None, :]).transpose(2, 0, 1)
     for field_ in _PEAKS:
         values = blocks[:, field_]
         for start in range(count):
             table[field_, start, start + 1 :] = np.maximum.accumulate(values[start:])
-    transient = table[_PEAKS[0]]
-    table[_PEAKS[0]] = np.where(transient > 0, np.maximum(transient, pair_transient), transient)
+    # Neighbours add to each other's: one block's parameters are gathered beside the other's.
+    for field_ in _PEAKS[:3]:
+        table[field_] = np.where(table[field_] > 0, np.maximum(table[field_], of_pair[field_]), table[field_])
     exists = np.triu(np.ones((count + 1, count + 1)), 1)
     table[FIELDS.index("exists")] = 1.0
     return table * exists
