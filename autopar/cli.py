@@ -24,11 +24,14 @@ from .cli_model import FORM as MODEL_FORM
 from .cluster.spec import Cluster
 from .graph import Graph
 from .plan import Plan
-from .planner.problem import Constraints
+from .planner.budget import Budget
+from .planner.constraints import Constraints
+from .planner.pins import WORDS
 from .planner.search import METHODS, search
 from .report.html import save_report
 from .report.prediction import prediction_text
 from .report.trace import save_trace
+from .schedule.orders import SCHEDULES
 from .simulate import simulate
 
 USAGE_ERROR = 2
@@ -99,10 +102,30 @@ def _add_constraints(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("constraints", "what is not given is searched")
     for name in ("data", "tensor", "pipeline", "microbatches"):
         group.add_argument(f"--{name}", type=_count, metavar="N")
-    group.add_argument("--schedule", help="1f1b or gpipe")
-    group.add_argument("--zero", type=int, metavar="LEVEL", help="0 or 3")
-    group.add_argument("--recompute", help="none or full")
+    group.add_argument("--schedule", help=f"one of {', '.join(SCHEDULES)}")
+    group.add_argument("--zero", type=int, metavar="LEVEL", help="0, 1, 2 or 3")
+    group.add_argument("--recompute", help="none, selective or full")
     group.add_argument("--memory-limit-gib", type=float, metavar="GIB", help="what a plan may use of each device")
+    group.add_argument(
+        "--memory-reserve", type=float, metavar="SHARE", help="what it must leave free of each device (default: 0.1)"
+    )
+    group.add_argument(
+        "--layout",
+        action="append",
+        type=_pair,
+        metavar="PATTERN=WORD",
+        help=f"how modules lie on the model axis, such as '*.q_proj=column': {', '.join(WORDS)}; may be repeated",
+    )
+    group.add_argument(
+        "--stage",
+        action="append",
+        type=_pair,
+        metavar="PATTERN=NUMBER",
+        help="which stage runs modules, such as 'model.layers.0.*=0', or -1 for the last; may be repeated",
+    )
+    group.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="take the best plan that the search has by then"
+    )
 
 
 def _add_views(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +139,22 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _pair(text: str) -> tuple[str, str]:
+    pattern, is_pair, value = text.rpartition("=")
+    if not (pattern and is_pair and value):
+        raise argparse.ArgumentTypeError(f"expected a pattern of modules' names, =, and what is pinned; got {text!r}")
+    return pattern, value
+
+
+def _stages(pairs: Sequence[tuple[str, str]]) -> dict[str, int]:
+    for pattern, number in pairs:
+        if not number.removeprefix("-").isdecimal():
+            raise ValueError(
+                f"--stage {pattern}={number}: expected the number of a stage behind =, or -1 for the last one"
+            )
+    return {pattern: int(number) for pattern, number in pairs}
+
+
 def _constraints(arguments: argparse.Namespace) -> dict[str, Any]:
     """The given constraints, each checked by itself before anything slow begins."""
     names = ("data", "tensor", "pipeline", "microbatches", "schedule", "zero", "recompute")
@@ -125,7 +164,14 @@ def _constraints(arguments: argparse.Namespace) -> dict[str, Any]:
         if not 0 < limit_gib < 2**30:
             raise ValueError(f"--memory-limit-gib must be a positive number of GiB; got {limit_gib}")
         found["memory_limit_bytes"] = max(1, int(limit_gib * 2**30))
+    if arguments.memory_reserve is not None:
+        found["memory_reserve"] = arguments.memory_reserve
+    if arguments.layout:
+        found["layout"] = dict(arguments.layout)
+    if arguments.stage:
+        found["stage"] = _stages(arguments.stage)
     Constraints(**found)
+    Budget(arguments.time_limit)
     return found
 
 
@@ -138,7 +184,15 @@ def _plan(arguments: argparse.Namespace) -> None:
     _check_folders(arguments.out, arguments.trace, arguments.report)
     cluster, graph = _task(arguments)
     start_s = time.perf_counter()
-    plan = search(graph, cluster, arguments.method, progress=arguments.progress, **constraints)
+    plan = search(
+        graph,
+        cluster,
+        arguments.method,
+        progress=arguments.progress,
+        time_limit_s=arguments.time_limit,
+        what_if=True,
+        **constraints,
+    )
     print(f"planned in {time.perf_counter() - start_s:.1f} s\n\n{plan.explain(graph)}\n")
     plan.save(arguments.out)
     print(f"plan: {arguments.out}")
@@ -157,7 +211,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     constraints = _constraints(arguments)
     cluster, graph = _task(arguments)
-    print(compare_methods(graph, cluster, constraints, arguments.progress))
+    print(compare_methods(graph, cluster, constraints, arguments.progress, arguments.time_limit))
 
 
 def _probe(arguments: argparse.Namespace) -> None:

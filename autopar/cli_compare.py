@@ -22,10 +22,12 @@ from .simulate import simulate
 MAX_EXHAUSTIVE_PLANS = 5_000
 
 
-def compare_methods(graph: Graph, cluster: Cluster, constraints: Mapping[str, Any], progress: bool) -> str:
+def compare_methods(
+    graph: Graph, cluster: Cluster, constraints: Mapping[str, Any], progress: bool, time_limit_s: float | None = None
+) -> str:
     """A table with a row for each method: its plan, step time and memory by the common simulator, and planning time.
 
-    ValueError when the constraints are impossible, or no method finds a plan.
+    time_limit_s: for each method. ValueError when the constraints are impossible, or no method finds a plan.
     """
     costs = CostModel(graph, cluster)
     problem = Problem(graph, cluster, costs, LayoutChains(), Constraints(**constraints))
@@ -43,7 +45,9 @@ def compare_methods(graph: Graph, cluster: Cluster, constraints: Mapping[str, An
             continue
         start_s = time.perf_counter()
         try:
-            plan = search(graph, cluster, method, model=costs, progress=progress, **constraints)
+            plan = search(
+                graph, cluster, method, model=costs, progress=progress, time_limit_s=time_limit_s, **constraints
+            )
         except ValueError as error:
             failures.append(error)
             rows.append((method, "no plan", "", "", seconds(time.perf_counter() - start_s)))

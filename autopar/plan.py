@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .cluster.spec import Cluster
     from .graph import Graph
 
-SCHEMA = 2
+SCHEMA = 3
 
 Recompute = Literal["none", "selective", "full"]
 Zero = Literal[0, 1, 2, 3]
@@ -96,11 +96,45 @@ def tensor_axes(degree: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class Term:
+    """A part of the step time: seconds, the mean over stages. The terms of a prediction sum to its step time."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """What the peak of a rank of one stage is made of, in bytes.
+
+    activations: of all microbatches in flight. working: what comes and goes while a block computes, and what is gathered.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.working
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the search expected of the plan: step time (optimizer included) and peak bytes of the fullest rank."""
+    """What the search expected of the plan: step time (optimizer included) and peak bytes of the fullest rank.
+
+    lower_bound_s: no plan of the searched space is faster; None where the method proves nothing.
+    terms: where the step time goes. memory: of each stage. changes: sentences on what would make another plan the best.
+    """
 
     step_time_s: float
     peak_memory_bytes: int
+    lower_bound_s: float | None = None
+    terms: tuple[Term, ...] = ()
+    memory: tuple[StageMemory, ...] = ()
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import uuid
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -36,7 +37,10 @@ def parse_plan(text: str, source: str) -> Plan:
     """The inverse of `dump_plan`. `source` says in errors where the text came from."""
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (RecursionError, ValueError) as error:
+        if not isinstance(error, json.JSONDecodeError):
+            # nested without end, or a number of thousands of digits
+            raise ValueError(f"plan file {source} is no plan ({type(error).__name__}); {_REMAKE}") from None
         where = f"line {error.lineno} column {error.colno}: {error.msg}"
         kind = "is truncated" if text.lstrip()[:1] == "{" and text.rstrip()[-1:] != "}" else "is not JSON"
         raise ValueError(
@@ -98,6 +102,9 @@ def _parse(kind: Any, value: Any, path: str) -> Any:
         (kind,) = (a for a in arguments if a is not NoneType)
         return _parse(kind, value, path)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        # JSON in Python also knows NaN and Infinity, and whole numbers beyond any float
+        if not abs(value) <= sys.float_info.max:
+            raise _wrong(path, value, "a finite number")
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise _wrong(path, value, {int: "an integer", str: "a string", float: "a number", bool: "a boolean"}[kind])

@@ -11,6 +11,7 @@ put there, and with --folds the error on rows that a fit has not seen.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from published import step_s_of
 from published_rows import Case, Row, read_rows, rebuild
 from scipy.optimize import least_squares
 from scipy.stats import kendalltau
@@ -25,19 +27,18 @@ from tqdm import tqdm
 
 from autopar.cost.constants import HARDWARE, Constants, named_constants
 from autopar.cost.model import CostModel
-from autopar.schedule.step_time import step_time_s
 
 # name: (least, most, spread of the logarithm). Shares stay below 1.
 _HARDWARE = {
     "matmul_share": (0.3, 0.98, 0.2),
     "matmul_setup_s": (1e-6, 3e-5, 0.7),
-    "unaligned_share": (0.2, 1.0, 0.3),
+    "wave_setup_s": (2e-7, 1e-5, 0.7),
+    "unaligned_share": (0.1, 1.0, 0.5),
     "half_aligned_share": (0.5, 1.0, 0.1),
     "attention_share": (0.2, 0.95, 0.3),
     "attention_backward_share": (0.1, 0.9, 0.3),
     "attention_half_length": (20.0, 3000.0, 0.7),
     "stream_share": (0.4, 0.95, 0.1),
-    "kernel_s": (5e-7, 1e-5, 0.5),
     "link_share": (0.3, 1.2, 0.3),
     "network_share": (0.2, 1.2, 0.3),
     "collective_s": (2e-6, 2e-4, 0.7),
@@ -49,11 +50,13 @@ _SOFTWARE = {
     "fusion": (0.1, 3.0, 0.4),
     "product_scale": (0.7, 1.4, 0.1),
     "attention_scale": (0.2, 2.0, 0.4),
-    "microbatch_s": (1e-5, 5e-2, 1.0),
-    "step_s": (1e-5, 2e-1, 1.0),
+    "kernel_s": (5e-7, 1e-5, 0.5),
+    "microbatch_s": (1e-5, 1e-2, 1.0),
+    "step_s": (1e-5, 1e-1, 1.0),
     "optimizer_passes": (4.0, 40.0, 0.5),
     "overlap": (0.02, 1.25, 0.5),
     "gather_overlap": (0.05, 1.25, 0.3),
+    "tensor_overlap": (0.01, 1.0, 0.5),
 }
 
 
@@ -84,7 +87,7 @@ class Sample:
         plan = self.case.plan
         model = self.model.with_constants(constants)
         costs = [model.stage(plan, i) for i in range(len(plan.stages))]
-        return step_time_s(plan.pipeline, plan.microbatches, plan.schedule, costs)
+        return step_s_of(plan, costs)
 
     @property
     def measured_s(self) -> float:
@@ -119,7 +122,8 @@ def parameters(data: Sequence[Sample]) -> list[Parameter]:
         for key in sorted({getattr(s, table) for s in data}):
             at = named_constants(key, "") if table == "hardware" else named_constants("", key)
             for name, (least, most, spread) in fields.items():
-                start = min(max(getattr(at, name) or least, least), most)
+                # Of a constant that is nothing so far the fit starts in the middle of what it may be.
+                start = min(max(getattr(at, name) or math.sqrt(least * most), least), most)
                 found.append(Parameter(table, key, name, start, least, most, spread))
     return found
 
@@ -191,13 +195,17 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=0, help="also cross-validate with this many random folds")
     parser.add_argument("--leave-out", action="store_true", help="also leave out one source at a time")
     parser.add_argument("--most", type=int, default=10_000, help="rows per source, spread evenly")
+    parser.add_argument("--rounds", type=int, default=1, help="fits in turn, each with the last one's values as x0")
     parser.add_argument("--steps", type=int, default=12, help="evaluations of the least squares")
     args = parser.parse_args()
     data = samples(args.data, args.source, args.most)
     chosen = parameters(data)
     start = np.log([p.start for p in chosen])
     report("as constants.py is", data, predictions(data, chosen, start))
-    x = fit(data, chosen, args.steps)
+    x = start
+    for _ in range(args.rounds):
+        moved = [replace(p, start=float(np.exp(value))) for p, value in zip(chosen, x, strict=True)]
+        x = fit(data, moved, args.steps)
     report("fitted", data, predictions(data, chosen, x))
     key = None
     for p, value in zip(chosen, np.exp(x), strict=True):

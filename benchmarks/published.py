@@ -24,8 +24,11 @@ from tqdm import tqdm
 
 from autopar.cost.constants import Constants
 from autopar.cost.model import CostModel
+from autopar.cost.types import StageCost
+from autopar.plan import Plan
+from autopar.schedule.build import program_for
 from autopar.schedule.step_time import step_time_s
-from autopar.simulate import simulate, stage_peak_bytes
+from autopar.simulate import simulate, simulate_program, stage_peak_bytes
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,27 @@ def predict(case: Case, constants: Constants | None = None) -> tuple[float, int,
     model = CostModel(case.graph, case.cluster, constants=constants)
     plan = case.plan
     costs = [model.stage(plan, i) for i in range(len(plan.stages))]
+    step_s = step_s_of(plan, costs)
     if len(plan.stages) == plan.pipeline and plan.schedule == "1f1b":
         # Equal to the walk, and as fast for 2,048 microbatches as for two.
-        step_s = step_time_s(plan.pipeline, plan.microbatches, plan.schedule, costs)
         peaks = [
             stage_peak_bytes(cost, plan.schedule, i, len(costs), plan.microbatches) for i, cost in enumerate(costs)
         ]
         return step_s, max(peaks), peaks[0]
     line = simulate(case.graph, plan, case.cluster, model)
-    return line.step_time_s, max(line.peak_memory_bytes.values()), line.peak_memory_bytes[0]
+    return step_s, max(line.peak_memory_bytes.values()), line.peak_memory_bytes[0]
+
+
+def step_s_of(plan: Plan, costs: Sequence[StageCost]) -> float:
+    """The step time that a throughput over many steps shows.
+
+    ZB-H2 lets stages update their parameters without waiting for each other and correct that afterwards (Qi et al. 2023,
+    section 4), so a step takes what its busiest stage takes from its first forward to its end.
+    """
+    if plan.schedule != "zb-h2":
+        return step_time_s(plan.pipeline, plan.microbatches, plan.schedule, costs)
+    events = simulate_program(program_for(plan), costs).by_rank().values()
+    return max(max(e.end_s for e in row) - min(e.start_s for e in row if e.kind == "F") for row in events)
 
 
 def judge(row: Row) -> Judged:

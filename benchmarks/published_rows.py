@@ -19,9 +19,12 @@ from autopar.cluster.presets import PRESETS, preset
 from autopar.cluster.spec import Cluster
 from autopar.cost.constants import FLOAT8
 from autopar.graph import Graph
-from autopar.plan import Plan, Stage, same_recompute, tensor_axes
+from autopar.plan import Layout, Plan, Stage, tensor_axes
 from autopar.schedule.orders import SCHEDULES
-from autopar.sharding.named_layouts import megatron_layouts
+from autopar.sharding.flow import find_strategies
+from autopar.sharding.named_layouts import context_layouts, megatron_layouts
+from autopar.sharding.strategies import strategies
+from autopar.sharding.strategy import Strategy
 
 # What a source's name says of the software: the first match counts. Where none does, ZeRO 3 is torch's and the rest
 # Megatron's.
@@ -94,6 +97,11 @@ class Row:
         return "fp8" in self.text("dtype").lower() or self.text("notes").lower().startswith("float8")
 
     @property
+    def asynchronous_tensor(self) -> bool:
+        """Whether products and the collectives beside them are cut up and overlap each other."""
+        return "asynctp" in self.text("notes").lower().replace(" ", "")
+
+    @property
     def software(self) -> str:
         source = self.text("source").lower()
         for words, name in _SOFTWARE:  # noqa: B007
@@ -101,8 +109,11 @@ class Row:
                 break
         else:
             name = "torchtitan" if self.text("dp_mode").startswith("zero3") else "megatron"
+        if name == "composer" and not self.text("dtype").startswith("amp_"):
+            return "composer-torch1"  # precisions have been called "amp_..." since its version 0.11
         if name == "torchtitan":
-            return "torch-compile" if self.text("compile").startswith("yes") else "torch"
+            compiled = "torch-compile-async-tp" if self.asynchronous_tensor else "torch-compile"
+            return compiled if self.text("compile").startswith("yes") else "torch"
         return name
 
 
@@ -190,7 +201,7 @@ _MEMORY = re.compile(r"(\d+)\s*g", re.IGNORECASE)
 
 def device_of(gpu: str) -> str:
     """The preset that a row's `gpu` column names."""
-    text = gpu.lower()
+    text = re.sub(r"[-_ ]|sxm\d?|nvidia|amd|geforce|tesla", "", gpu.lower())
     families = sorted({name.split("-")[0] for name in PRESETS if name != "cpu"}, key=len, reverse=True)
     family = next((f for f in families if f in text), "")
     found = [name for name in PRESETS if name.split("-")[0] == family]
@@ -223,32 +234,47 @@ def plan_of(row: Row, graph: Graph) -> Plan:
     data, tensor, pipeline = degrees(row)
     if row.count("ep") > 1:
         raise Unsupported("expert parallelism")
-    if row.count("cp") > 1:
-        raise Unsupported("context parallelism")
+    context = row.count("cp")
     rows, (_, microbatches) = global_rows(row), microbatch_rows(row)
     schedule = next((name for words, name in _SCHEDULES if words in row.text("schedule").lower()), "1f1b")
     if schedule not in SCHEDULES:
         raise Unsupported(f"schedule {schedule}")
     zero, group = _zero(row.text("dp_mode"), data, tensor, row.count("gpus_per_node", 8))
-    layouts, index = (), ()
+    shards = data * microbatches
+    axes: list[tuple[Layout, ...]] = []
+    outer: dict[str, tuple[tuple[Strategy, int], ...]] = {}
+    if context > 1:
+        axes.append(context_layouts(graph, context, shards=shards, gathered=zero == 3))
+        for block, layout in zip(graph.blocks, axes[0], strict=True):
+            for op, key in zip(graph.block_ops(block), layout.strategies, strict=True):
+                outer[op.name] = ((find_strategies(graph, op, (key,), (context,), shards)[0], context),)
     if tensor > 1:
-        chosen = megatron_layouts(graph, tensor, sequence=row.count("sp", 0) > 0, shards=data * microbatches)
-        order = {layout: i for i, layout in enumerate(dict.fromkeys(chosen))}
-        layouts, index = tuple(order), tuple(order[layout] for layout in chosen)
+        sequence = row.count("sp", 0) > 0
+        axes.append(
+            megatron_layouts(
+                graph, tensor, sequence=sequence, shards=shards,
+                options=lambda op: strategies(graph, op, tensor, shards, outer.get(op.name, ())),
+            )
+        )  # fmt: skip
+    order = {layout: i for i, layout in enumerate(dict.fromkeys(layout for axis in axes for layout in axis))}
+    index = [tuple(order[layout] for layout in axis) for axis in axes]
     recompute = {"": "none", "no": "none", "none": "none", "selective": "selective"}.get(row.text("recompute"), "full")
+    # Only layers are computed again: no framework wraps the embedding or the head.
+    kinds = [block.kind for block in graph.blocks]
+    layer = max(set(kinds), key=kinds.count)
     stages = []
-    width = data * tensor
+    width = data * context * tensor
     for s, (start, stop) in enumerate(_cuts(row, graph, pipeline, schedule)):
         group_ranks = _group(s, pipeline, schedule)
         stages.append(
             Stage(
-                start, stop, tuple(range(group_ranks * width, (group_ranks + 1) * width)), data, tensor_axes(tensor),
-                (index[start:stop],) if tensor > 1 else (),
-                same_recompute(recompute, stop - start), zero, group,
+                start, stop, tuple(range(group_ranks * width, (group_ranks + 1) * width)), data,
+                (*tensor_axes(context), *tensor_axes(tensor)), tuple(axis[start:stop] for axis in index),
+                tuple(recompute if kinds[b] == layer else "none" for b in range(start, stop)), zero, group,
             )
         )  # fmt: skip
     return Plan(
-        graph.name, graph.fingerprint, width * pipeline, rows, microbatches, schedule, tuple(stages), layouts,
+        graph.name, graph.fingerprint, width * pipeline, rows, microbatches, schedule, tuple(stages), tuple(order),
         precision=_precision(row.text("dtype")),
     )  # fmt: skip
 

@@ -101,6 +101,10 @@ class MadeUpCosts:
                 "activations": draw.randrange(1, 100),
                 "inputs": draw.randrange(0, 20),
                 "peak": draw.randrange(0, 30),
+                "again": draw.uniform(0.05, 0.6),
+                "products": draw.uniform(0.1, 0.9),
+                "weight": draw.uniform(0.2, 0.6),
+                "deferred": draw.randrange(0, 40),
             }
         return self._kinds[kind]
 
@@ -113,16 +117,34 @@ class MadeUpCosts:
         share = [rows * stage.tensor ** -kind["efficiency"] for kind in kinds]
         forward_s = sum(k["launch"] + s * k["forward"] for k, s in zip(kinds, share, strict=True))
         backward_s = sum(k["launch"] + s * k["backward"] for k, s in zip(kinds, share, strict=True))
+        reduce_s = sum(k["reduce"] for k in kinds) / stage.tensor * (1 - 1 / stage.data)
+        after_s = 0.0
         if stage.zero == 3:
             gather_s = sum(k["gather"] for k in kinds)
             forward_s, backward_s = forward_s + gather_s, backward_s + 2 * gather_s
-        if "full" in stage.recompute:
-            backward_s += forward_s
+        elif stage.zero:
+            after_s = sum(k["gather"] for k in kinds)
+        if stage.zero == 2:
+            backward_s, reduce_s = backward_s + reduce_s, 0.0
+        for kind, part, choice in zip(kinds, share, stage.block_recompute, strict=True):
+            again = {"none": 0.0, "selective": kind["again"], "full": 1.0}[choice]
+            backward_s += again * (kind["launch"] + part * kind["forward"])
         last = index == len(plan.stages) - 1
-        far = 1 if last else 1 + self.cluster.host(plan.stages[index + 1].ranks[0]) - self.cluster.host(stage.ranks[0])
-        parameters = sum(k["parameters"] for k in kinds) // stage.tensor // (stage.data if stage.zero == 3 else 1)
-        activations = sum(k["inputs" if "full" in stage.recompute else "activations"] for k in kinds)
-        reduce_s = sum(k["reduce"] for k in kinds) / stage.tensor * (1 - 1 / stage.data)
+        far = (
+            1
+            if last
+            else 1 + abs(self.cluster.host(plan.stages[index + 1].ranks[0]) - self.cluster.host(stage.ranks[0]))
+        )
+        held = sum(k["parameters"] for k in kinds) // stage.tensor
+        group = stage.zero_group or stage.data
+        activations = sum(
+            {
+                "none": k["activations"],
+                "selective": k["inputs"] + k["products"] * k["activations"],
+                "full": k["inputs"],
+            }[c]
+            for k, c in zip(kinds, stage.block_recompute, strict=True)
+        )
         return StageCost(
             forward_s=forward_s,
             backward_s=backward_s,
@@ -131,15 +153,17 @@ class MadeUpCosts:
             boundary_bytes=0 if last else int(8 * rows),
             reduce_s=reduce_s,
             reduce_overlap_s=min(reduce_s, backward_s) / 2,
-            reduce_model_s=0.0,
-            optimizer_s=sum(k["optimizer"] for k in kinds) / stage.tensor / (stage.data if stage.zero == 3 else 1),
-            parameter_bytes=parameters,
-            gradient_bytes=parameters,
-            optimizer_bytes=2 * parameters,
+            reduce_model_s=after_s,
+            optimizer_s=sum(k["optimizer"] for k in kinds) / stage.tensor / (group if stage.zero else 1),
+            parameter_bytes=held // (group if stage.zero == 3 else 1),
+            gradient_bytes=held // (group if stage.zero >= 2 else 1),
+            optimizer_bytes=2 * held // (group if stage.zero else 1),
             unsharded_bytes=max(k["parameters"] for k in kinds) if stage.zero == 3 else 0,
             activation_bytes=int(activations * rows),
             forward_peak_bytes=int(max(k["peak"] for k in kinds) * rows),
             backward_peak_bytes=int(2 * max(k["peak"] for k in kinds) * rows),
+            backward_weight_s=sum(s * k["weight"] * k["backward"] for k, s in zip(kinds, share, strict=True)),
+            deferred_bytes=int(sum(k["deferred"] for k in kinds) * rows),
         )
 
 

@@ -97,7 +97,7 @@ def task(model: object, cluster: str = "1xh100-80gbx4", batch: int = 8, seq: int
 class Page(html.parser.HTMLParser):
     """Collects tags, addresses and text; checks that tags nest."""
 
-    VOID = frozenset({"meta", "rect", "line"})
+    VOID = frozenset({"meta", "br", "rect", "line"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def test_plan_writes_a_plan_that_simulate_agrees_with(config: Path, tmp_path: Pa
     tokens = {event["name"] for event in json.loads(files["trace.json"].read_text())["traceEvents"]}
     assert {f"{stage}{kind}{m}" for stage in (0, 1) for kind in "FB" for m in range(4)} <= tokens
     page = Page(files["report.html"].read_text())
-    assert page.loads == [] and page.tags.count("svg") == 2
+    assert page.loads == [] and page.tags.count("svg") == 3
 
     assert main(["simulate", "--plan", str(files["plan.json"]), *task(f"hf:{config}")]) == 0
     out = capsys.readouterr().out
@@ -152,6 +152,20 @@ def test_a_python_file_may_give_the_model_and_its_loss(net: Path, tmp_path: Path
     assert main(["plan", *task(f"{net}:build", "1xcpux2", 12, None), "--data", "2", "--out", str(out)]) == 0
     plan = autopar.Plan.load(out)
     assert (plan.model, plan.batch_size, plan.stages[0].data) == ("Net", 12, 2)
+
+
+def test_plan_takes_pins_by_name_and_a_time_limit(config: Path, tmp_path: Path, capsys) -> None:
+    pins = ["--layout", "*.q_proj=column", "--layout", "*attn=heads", "--stage", "model.layers.1.*=1", "--zero", "1"]
+    pins += ["--pipeline", "2", "--data", "2", "--memory-reserve", "0.2", "--time-limit", "60"]
+    files = [str(tmp_path / "plan.json"), str(tmp_path / "report.html")]
+    arguments = ["plan", *task(f"hf:{config}", "1xh100x8"), *pins, "--out", files[0], "--report", files[1]]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "Where the step goes" in out and "in short: pipeline 2 (1F1B); data 2 with ZeRO 1; tensor 2" in out
+    plan = autopar.Plan.load(files[0])
+    assert [stage.zero for stage in plan.stages] == [1, 1] and plan.stages[1].start <= 2
+    page = Page(Path(files[1]).read_text())
+    assert page.loads == [] and "Where the step goes" in page.text
 
 
 def test_compare_shows_every_method_and_auto_equals_the_oracle(net: Path, capsys) -> None:
@@ -251,7 +265,7 @@ BAD = {
     "cluster file": (["--cluster", "nowhere/cluster.json"], "nowhere/cluster.json"),
     "method": (["--method", "exhaustiv"], "did you mean exhaustive?"),
     "schedule": (["--schedule", "1f2b"], "did you mean '1f1b'?"),
-    "zero": (["--zero", "7"], "expected one of 0, 3"),
+    "zero": (["--zero", "7"], "expected one of 0, 1, 2, 3"),
     "degrees": (["--data", "3"], "data=3"),
     "contradiction": (["--data", "2", "--tensor", "4", "--pipeline", "2"], "but the cluster has 4 devices"),
     "zero devices": (["--pipeline", "0"], "expected a whole number of at least 1; got '0'"),
@@ -261,6 +275,16 @@ BAD = {
     "model file": (["--model", "hf:no/config.json"], "no/config.json"),
     "model class": (["--model", "hf:LlamaForCausalML"], "did you mean LlamaForCausalLM"),
     "model form": (["--model", "llama"], "is of neither form"),
+    "reserve": (["--memory-reserve", "1.5"], "memory_reserve=1.5: expected a share"),
+    "both memories": (["--memory-reserve", "0.5", "--memory-limit-gib", "9"], "say the same thing twice"),
+    "time": (["--time-limit", "-1"], "time_limit_s=-1.0: expected a number of seconds"),
+    "layout form": (["--layout", "column"], "expected a pattern of modules' names"),
+    "layout word": (["--layout", "*.q_proj=colum"], "did you mean 'column'"),
+    "layout module": (["--layout", "*.q_porj=column"], "has such a name; names are like"),
+    "stage number": (["--stage", "*layers.0*=first"], "expected the number of a stage"),
+    "stage": (["--stage", "*embed_tokens=1"], "stage['*embed_tokens']=1 is impossible"),
+    "no method": (["--schedule", "zb-v"], "schedule='zb-v': method='auto' makes plans with"),
+    "three clash": (["--zero", "3", "--tensor", "2", "--pipeline", "2"], "contradict each other"),
     "no labels": (["--model", "hf:BertModel"], "must take input_ids and labels"),
     "dtype": (["--dtype", "float23"], "did you mean float32"),
     "option": (["--bath", "3"], "--bath"),

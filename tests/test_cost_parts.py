@@ -7,16 +7,20 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 from models import build_gpt2, build_llama
 
 from autopar.capture.export import capture
 from autopar.cluster.spec import Cluster
+from autopar.cost.block import repeated_steps
 from autopar.cost.constants import FLOAT8, SOFTWARE, Constants, constants_of, named_constants
 from autopar.cost.data_axis import BlockLoad, data_traffic
 from autopar.cost.model import CostModel
 from autopar.cost.products import product_s
+from autopar.cost.storage import base_name
 from autopar.graph import Graph
 from autopar.plan import Plan, Stage
+from autopar.sharding.flow import block_flow
 
 GPU = Cluster.preset("a100-80gb", hosts=2, devices_per_host=4)
 CPU = Cluster.preset("cpu", hosts=2, devices_per_host=4)
@@ -196,3 +200,90 @@ def test_equal_ranks_fold() -> None:
         costs = {cost(graph, cluster, Stage(0, count, order, 8, zero=zero)) for order in turned}
         spread = [math.fsum((c.forward_s, c.backward_s, c.reduce_s)) for c in costs]
         assert max(spread) == pytest.approx(min(spread), rel=1e-12)
+
+
+class _Mlp(torch.nn.Module):
+    """Two equal layers whose last product nothing in the backward reads the result of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            torch.nn.ModuleDict({"up": torch.nn.Linear(64, 256), "down": torch.nn.Linear(256, 64)}) for _ in range(4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer["down"](torch.nn.functional.gelu(layer["up"](x)))
+        return x.square().mean()
+
+
+def test_what_is_computed_again_ends_where_torchs_checkpoint_ends() -> None:
+    module, x = _Mlp(), torch.randn(8, 64)
+    graph = capture(module, (x,))
+    calls: dict[str, int] = {"up": 0, "down": 0}
+    layer = module.layers[0]
+    for name in calls:
+        layer[name].register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return x + layer["down"](torch.nn.functional.gelu(layer["up"](x)))
+
+    torch.utils.checkpoint.checkpoint(run, x.requires_grad_(), use_reentrant=False).sum().backward()
+    assert calls == {"up": 2, "down": 1}
+    kinds = [block.kind for block in graph.blocks]
+    block = next(b for b in graph.blocks if kinds.count(b.kind) > 2)
+    steps = block_flow(graph, block, ())
+    again = [base_name(step.op.target) for step in steps[: repeated_steps(steps)]]
+    assert again == ["linear", "gelu"] and len(steps) > len(again)
+    # In seconds: the whole forward less that of the last product and of the sum.
+    stage = Stage(block.index, block.index + 1, (0,), 1)
+    for software, skipped in (("torch", True), ("megatron", False)):
+        model = CostModel(graph, Cluster.preset("a100-80gb", software=software))
+        model.constants = replace(model.constants, launch_s=1e-12, backward_launch_s=1e-12)
+        plain, full = (
+            model.breakdown(plan_of(graph, replace(stage, recompute=(choice,))), 0).compute
+            for choice in ("none", "full")
+        )
+        more_s = sum(full[name][1] - plain[name][1] for name in plain)
+        late_s = sum(model.op_s(step.op, None, shards=1)[0] for step in steps[len(again) :])
+        assert more_s == pytest.approx(sum(f for f, _ in plain.values()) - skipped * late_s, rel=1e-6)
+
+
+def test_scores_that_no_fused_kernel_takes_cost_several() -> None:
+    class Scores(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(16))
+
+        def forward(self, q: torch.Tensor) -> torch.Tensor:
+            q = q * self.scale
+            return torch.softmax(q @ q.transpose(-1, -2), -1).square().mean()
+
+    found = {}
+    for heads in (2, 4):
+        graph = capture(Scores(), (torch.randn(1, heads, 512, 16),))
+        op = next(op for op in graph.ops if base_name(op.target) == "softmax")
+        for software in ("megatron", "torch"):
+            cluster = Cluster.preset("a100-80gb", software=software)
+            found[software, heads] = CostModel(graph, cluster).op_s(op, None, shards=1, precision="bfloat16")[0] / heads
+    assert found["megatron", 2] > 2 * found["megatron", 4]
+    assert found["torch", 2] < 2 * found["torch", 4]
+
+
+def test_products_share_the_cast_of_what_they_share() -> None:
+    class Gated(torch.nn.Module):
+        def __init__(self, shared: bool) -> None:
+            super().__init__()
+            self.shared = shared
+            self.up, self.gate = torch.nn.Linear(512, 512), torch.nn.Linear(512, 512)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            x, y = x * 2, y * 2
+            return (self.up(x) * self.gate(x if self.shared else y)).square().mean()
+
+    casts = {}
+    for shared in (True, False):
+        graph = capture(Gated(shared), (torch.randn(4096, 512), torch.randn(4096, 512)))
+        model = CostModel(graph, Cluster.preset("h100-80gb", software="torch" + FLOAT8))
+        casts[shared] = model.breakdown(plan_of(graph, precision="bfloat16"), 0).compute["copy"][0]
+    assert 0.5 < casts[True] / casts[False] < 0.7

@@ -1,7 +1,7 @@
 """A convolution net at a batch too small for data parallelism: what each layer is split along, and what that is worth.
 
 After FlexFlow (HPCA 2017), where each convolution mixes parallelism of feature maps (here output channels), of neurons
-(height and width) and of synapses (input channels).
+(height and width) and of synapses (input channels). Taps of a kernel may be split too, where the ranks divide them.
 """
 
 from __future__ import annotations
@@ -122,6 +122,10 @@ def test_search_finds_the_mix() -> None:
     assert plan.prediction.step_time_s <= autopar.simulate(graph, plan_of(best(cluster)), cluster).step_time_s * 1.0001
     split = {key for layout in plan.layouts for key in layout.strategies}
     assert {"s0", "o", "i"} <= split, split
+    words = plan.explain(graph)
+    assert "conv2d on a slice of dim 2, with borders of its neighbours" in words, words
+    assert "leaves split along dim 2 (space)" in words and "leaves split along dim 1 (channels)" in words
+    assert "mixed (space-split" in words and "(sequence parallel)" not in words, words
 
 
 def test_borders_cost_a_message_each_way() -> None:

@@ -10,7 +10,7 @@ import models
 import more_models
 import pytest
 import torch
-from plan_cases import random_plan
+from plan_cases import random_plan, world_of
 from test_parity import call
 from torch import nn
 
@@ -63,7 +63,7 @@ def two_steps(name: str, plans: list[dict[str, Any]]) -> list[list[float]]:
     for plan in plans:
         module, example, loss = builder(name)()
         graph = graph_of(name)
-        world = plan["data"] * plan["tensor"] * plan["pipeline"]
+        world = world_of(plan)
         if batch_layout(graph, 2).time_conflict:
             plan = {**plan, "microbatches": 1}
         cluster = Cluster.preset("cpu", hosts=1, devices_per_host=world)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from planner_cases import chain_graph, small_cluster
 
-from autopar.plan import SCHEMA, Candidate, Layout, Plan, Prediction, Stage
+from autopar.plan import SCHEMA, Candidate, Layout, Plan, Prediction, Stage, StageMemory, Term
 
 
 def random_plan(seed: int) -> Plan:
@@ -53,7 +53,20 @@ def random_plan(seed: int) -> Plan:
         schedule=draw.choice(["1f1b", "gpipe"]),
         stages=stages,
         layouts=layouts,
-        prediction=draw.choice([None, Prediction(draw.expovariate(1), draw.getrandbits(40))]),
+        prediction=draw.choice(
+            [
+                None,
+                Prediction(draw.expovariate(1), draw.getrandbits(40)),
+                Prediction(
+                    draw.expovariate(1),
+                    draw.getrandbits(40),
+                    draw.expovariate(1),
+                    (Term("compute", draw.random()),),
+                    tuple(StageMemory(*(draw.getrandbits(40) for _ in range(5))) for _ in stages),
+                    ('with "2 times"',),
+                ),
+            ]
+        ),
         candidates=tuple(
             Candidate(f"plan {i}", draw.expovariate(1e-3), draw.getrandbits(40), "1.2x slower: bubbles 3%")
             for i in range(draw.randrange(3))

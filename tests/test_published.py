@@ -61,12 +61,23 @@ def test_a_row_becomes_its_plan() -> None:
     assert plan.stages[0].stop == plan.stages[1].start and plan.stages[1].stop == len(case.graph.blocks)
     assert case.cluster.inter.bandwidth_bytes_per_s == pytest.approx(25e9 * 0.8)
     sharded = rebuild(row(dp="4", tp="1", dp_mode="zero3", recompute="full")).plan
-    assert all(s.zero == 3 and set(s.recompute) == {"full"} for s in sharded.stages)
+    assert all(s.zero == 3 and set(s.recompute) == {"none", "full"} for s in sharded.stages)
     hybrid = rebuild(row(dp="16", tp="1", pp="1", num_gpus="16", dp_mode="zero1-intra-node(8)", global_batch="16")).plan
     assert (hybrid.stages[0].zero, hybrid.stages[0].zero_group) == (1, 8)
     interleaved = rebuild(row(pp="2", vpp="2", schedule="interleaved-1f1b")).plan
     assert len(interleaved.stages) == 4 and interleaved.pipeline == 2
     assert interleaved.stages[0].ranks == interleaved.stages[2].ranks
+    changes = dict(
+        source="pytorch/torchtitan", model="llama3-8b", kv_heads="2", dp_mode="zero3", schedule="zb-2p(zb-h2)"
+    )
+    context = rebuild(row(tp="2", cp="2", dp="1", **changes)).plan
+    assert context.schedule == "zb-h2" and all(s.axes == (2, 2) and len(s.layouts) == 2 for s in context.stages)
+    attention = {strategy for i in context.stages[0].layouts[0] for strategy in context.layouts[i].strategies}
+    assert len(attention) > 1  # along the sequence, and over heads
+    # Layers alone are computed again.
+    again = rebuild(row(recompute="full")).plan
+    assert again.stages[0].recompute[0] == "none" == again.stages[1].recompute[-1]
+    assert [stage.recompute.count("full") for stage in again.stages] == [2, 2]
 
 
 def test_what_cannot_be_rebuilt_says_why() -> None:
@@ -79,6 +90,7 @@ def test_gpu_names_find_their_presets() -> None:
     for gpu, name in (
         ("A100-SXM-80GB", "a100-80gb"), ("A100", "a100-80gb"), ("V100-SXM-16GB", "v100-16gb"), ("A800-80GB", "a800-80gb"),
         ("H100-SXM-96GB-HBM2e(500W)", "h100hbm2e-96gb"), ("H100-SXM-80GB", "h100-80gb"), ("A100-SXM-40GB", "a100-40gb"),
+        ("A100-PCIE-40GB", "a100pcie-40gb"), ("NVIDIA H100 PCIe", "h100pcie-80gb"), ("GeForce RTX 4090", "rtx4090-24gb"),
     ):  # fmt: skip
         assert device_of(gpu) == name and name in PRESETS
 

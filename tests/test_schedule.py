@@ -34,7 +34,14 @@ from autopar.schedule.steps import grid
 
 COMPUTE = (Forward, Backward, BackwardInput, BackwardWeight)
 # Schedule and stages per group, with a schedule of any number taking several.
-CASES = [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("zb-v", 2), *(("interleaved", v) for v in (1, 2, 3, 4))]
+CASES = [
+    ("gpipe", 1),
+    ("1f1b", 1),
+    ("zb-h1", 1),
+    ("zb-h2", 1),
+    ("zb-v", 2),
+    *(("interleaved", v) for v in (1, 2, 3, 4)),
+]
 programs = st.builds(
     lambda groups, microbatches, case, training: build_program(groups, microbatches, case[0], training, case[1]),
     st.integers(1, 6),
@@ -100,6 +107,8 @@ def test_in_flight_is_what_the_schedule_promises(num_groups: int, microbatches: 
             "1f1b": min(num_groups - group, microbatches),
             "zb-h1": min(num_groups - group, microbatches),
         }
+        if microbatches >= 2 * num_groups - 1:
+            by_hand["zb-h2"] = 2 * (num_groups - group) - 1
         if microbatches >= 2 * num_groups - 1:
             by_hand["zb-v"] = 2 * num_groups
         if microbatches % num_groups == 0:
@@ -176,7 +185,7 @@ def test_program_for_a_plan() -> None:
     [
         ((0, 1, "1f1b"), "pipeline=0"),
         ((2, 0, "1f1b"), "microbatches=0"),
-        ((2, 2, "zigzag"), "one of 1f1b, 2bw, gpipe, interleaved, pipedream, zb-h1, zb-v"),
+        ((2, 2, "zigzag"), "one of 1f1b, 2bw, gpipe, interleaved, pipedream, zb-h1, zb-h2, zb-v"),
     ],
 )
 def test_bad_arguments_say_what_was_expected(arguments, message: str) -> None:

@@ -294,6 +294,32 @@ def test_a_user_registers_a_rule_in_one_line():
         DEFAULT.register_rule("mix", "a -> a")
 
 
+def test_a_user_registers_a_stencil():
+    """Each place with its neighbours two away, mirrored at the ends: borders come from the ranks beside."""
+
+    def blur(x, w):
+        wide = torch.nn.functional.pad(x, (2, 2, 1, 1), mode="reflect")
+        high, long = x.shape[2:]
+        parts = [wide[:, :, i : i + high, j : j + long] * (1 + i + 2 * j) for i in range(3) for j in (0, 2, 4)]
+        return torch.tanh(sum(parts)) * w[:, None, None]
+
+    torch.library.define("autopar_test::blur", "(Tensor x, Tensor w) -> Tensor")
+    torch.library.impl("autopar_test::blur", "CompositeImplicitAutograd", blur)
+    x, w = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 4, 6, 12), (4,)))
+    graph, values = one_op_graph("autopar_test.blur.default", (x, w), {})
+    use_rules(graph, DEFAULT.register_rule("autopar_test.blur", "b c h l, c -> b c h l", halo={"h": 1, "l": 2}))
+    for degree in (2, 3):
+        found = strategies(graph, graph.ops[0], degree)
+        assert {"h", "l"} <= {s.key for s in found}
+        for strategy in found:
+            assert check_strategy(graph, values, strategy, degree) == "", (strategy, degree)
+    assert "h" not in {s.key for s in strategies(graph, graph.ops[0], 4)}, "6 rows"
+    with pytest.raises(ValueError, match="halo dim a"):
+        DEFAULT.register_rule("autopar_test.blur", "a b -> b a", halo={"a": 1})
+    with pytest.raises(ValueError, match="has no dim z"):
+        DEFAULT.register_rule("autopar_test.blur", "a -> a", halo={"z": 1})
+
+
 def test_flops_of_contractions():
     cases = {
         ("aten.linear.default", ((2, 6, 4), (8, 4), (8,))): 2 * 2 * 6 * 4 * 8,

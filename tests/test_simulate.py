@@ -18,6 +18,7 @@ from autopar.schedule.build import build_program
 from autopar.schedule.check import ScheduleError
 from autopar.schedule.instructions import Program, SendActivation, parse_instruction
 from autopar.schedule.orders import SCHEDULES
+from autopar.schedule.residency import residency
 from autopar.schedule.step_time import lower_bound_s, step_time_s
 from autopar.simulate import simulate, simulate_program, stage_peak_bytes
 from autopar.timeline import Event, Timeline
@@ -25,7 +26,7 @@ from autopar.timeline import Event, Timeline
 ZERO = StageCost(*[0.0] * 4, 0, *[0.0] * 4, *[0] * 7)
 PLAIN = ("gpipe", "1f1b")
 # Schedule and stages per group, with a schedule of any number taking several.
-CASES = [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("zb-v", 2), *(("interleaved", v) for v in (1, 2, 3))]
+CASES = [("gpipe", 1), ("1f1b", 1), ("zb-h1", 1), ("zb-h2", 1), ("zb-v", 2), *(("interleaved", v) for v in (1, 2, 3))]
 degrees = (st.integers(1, 8), st.integers(1, 20), st.sampled_from(PLAIN))
 
 
@@ -85,6 +86,20 @@ def test_zero_bubble_h1_bubble_of_the_paper(num_groups: int, more: int, f: int, 
     costs = [replace(ZERO, forward_s=f, backward_s=i + w, backward_weight_s=w)] * num_groups
     line = simulate_program(build_program(num_groups, num_groups + more, "zb-h1"), costs)
     assert line.step_time_s == (num_groups + more) * (f + i + w) + (num_groups - 1) * (f + i - w)
+
+
+@given(st.integers(1, 7), st.integers(0, 12), st.integers(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_zero_bubble_h2_never_waits_once_it_has_begun(num_groups: int, more: int, t: int) -> None:
+    """Qi et al. 2023, section 3.2: no bubble for T_F = T_B = T_W, with up to 2P - 1 microbatches on every stage."""
+    microbatches = 2 * num_groups - 1 + more
+    costs = [replace(ZERO, forward_s=t, backward_s=2 * t, backward_weight_s=t)] * num_groups
+    line = simulate_program(build_program(num_groups, microbatches, "zb-h2"), costs)
+    for group, events in line.by_rank().items():
+        compute = [e for e in events if e.kind in "FIW"]
+        assert compute[0].start_s == group * t and compute[-1].end_s - compute[0].start_s == 3 * t * microbatches
+        held = [sum((e.kind == "F") - (e.kind == "W") for e in compute[:n]) for n in range(len(compute))]
+        assert max(held) <= 2 * num_groups - 1
 
 
 @given(st.integers(1, 7), st.integers(0, 12), st.integers(1, 9))
@@ -197,14 +212,15 @@ def test_fast_step_time_over_many_microbatches_where_it_skips() -> None:
     rng = random.Random(6)
     for num_stages in (1, 2, 3, 5):
         for transfer_s in (0.0, 0.3, 4.0):
-            costs = [random_cost(rng, transfer_s) for _ in range(num_stages)]
-            expected_s = simulate_program(build_program(num_stages, 400, "1f1b"), costs).step_time_s
-            assert step_time_s(num_stages, 400, "1f1b", costs) == pytest.approx(expected_s, rel=1e-9)
+            for name in ("1f1b", "zb-h1"):
+                costs = [split_cost(rng, transfer_s) for _ in range(num_stages)]
+                expected_s = simulate_program(build_program(num_stages, 400, name), costs).step_time_s
+                assert step_time_s(num_stages, 400, name, costs) == pytest.approx(expected_s, rel=1e-9)
 
 
 def test_a_step_time_wants_the_stages_that_the_schedule_runs() -> None:
     assert {name for name, _ in CASES} == {name for name, one in SCHEDULES.items() if one.flushes}
-    with pytest.raises(ValueError, match="one of 1f1b, 2bw, gpipe, interleaved, pipedream, zb-h1, zb-v"):
+    with pytest.raises(ValueError, match="one of 1f1b, 2bw, gpipe, interleaved, pipedream, zb-h1, zb-h2, zb-v"):
         step_time_s(1, 1, "zigzag", [ZERO])
     with pytest.raises(ValueError, match="need 4 stages, not 3"):
         step_time_s(2, 1, "zb-v", [ZERO] * 3)
@@ -232,7 +248,7 @@ def test_peak_memory_by_hand() -> None:
     assert line.peak_memory_bytes == {0: 334, 1: 334, 2: 334}
 
 
-@given(st.integers(1, 8), st.integers(1, 20), st.sampled_from((*PLAIN, "zb-h1")), st.integers(0, 2**32))
+@given(st.integers(1, 8), st.integers(1, 20), st.sampled_from((*PLAIN, "zb-h1", "zb-h2")), st.integers(0, 2**32))
 @settings(max_examples=80, deadline=None)
 def test_peak_memory_from_the_bound_equals_the_walk(num_stages: int, microbatches: int, name: str, seed: int) -> None:
     rng = random.Random(seed)
@@ -250,6 +266,20 @@ class MadeUpCosts:
 
     def stage(self, plan: Plan, index: int) -> StageCost:
         return replace(ZERO, forward_s=index + 1.0, backward_s=index + 1.0, parameter_bytes=100 * (index + 1))
+
+
+def test_peak_memory_from_residency_equals_the_walk() -> None:
+    """Also where `residency` looks at fewer microbatches than there are."""
+    rng = random.Random(9)
+    for _ in range(200):
+        num_groups, (name, virtual) = rng.randint(1, 5), rng.choice(CASES)
+        microbatches = rng.choice((rng.randint(1, 40), rng.randint(1, 12) * num_groups))
+        costs = [split_cost(rng, 1.0) for _ in range(num_groups * virtual)]
+        line = simulate_program(build_program(num_groups, microbatches, name, virtual=virtual), costs)
+        for group in range(num_groups):
+            mine = [cost for s, cost in enumerate(costs) if SCHEDULES[name].group_of(s, num_groups) == group]
+            found = residency(name, num_groups, microbatches, virtual, group)
+            assert found.peak_bytes(mine) == line.peak_memory_bytes[group], (name, num_groups, microbatches, virtual)
 
 
 def test_sixteen_thousand_ranks_fold_to_their_stages() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import window_cases
 from opinfo_cases import check_sample, one_op_graph
-from plan_cases import random_plan
+from plan_cases import random_plan, world_of
 from test_axes import check
 from test_more_models import two_steps
 from test_parity import graph_of, one_step
@@ -95,6 +95,18 @@ def test_every_split_of_space(samples: str) -> None:
     assert all(cases[name] >= 4 for name in used), cases
 
 
+def test_taps_of_a_kernel() -> None:
+    """A kernel cut in 2, 3 and 4: each rank sums over its own taps."""
+    torch.manual_seed(0)
+    count, wrong = 0, []
+    for sample in window_cases.kernels():
+        wrong += check_sample(sample, (2, 3, 4))[1]
+        graph, _ = one_op_graph(*sample)
+        count += sum(s.special == "taps" for n in (2, 3, 4) for s in strategies(graph, graph.ops[0], n))
+    assert not wrong, "\n".join(wrong[:20])
+    assert count >= 12
+
+
 def test_what_is_not_offered() -> None:
     """A 7x7 window over 16 places: 8 ranks of 2 places would need more than their neighbours have."""
     graph = graph_of("build_residual_net")
@@ -125,7 +137,9 @@ def test_refusals_name_op_dim_and_what_is_near() -> None:
     assert "aten.conv2d.default in stem" in message and "can run on 8 ranks only as" in message
     assert "s0 (dim 2 of " in message and "which is 16 long) has windows that reach beyond the neighbours" in message
     assert message.endswith("the nearest degrees for it are 2, 4"), message
-    assert "k0 (dim 2 of stem.weight, which is 7 long) stays whole: the taps of a kernel stay together" in refused("k0")
+    message = refused("k0")
+    assert "k0 (dim 2 of stem.weight, which is 7 long) does not split into so many parts" in message, message
+    assert message.endswith("the nearest degrees for it are 7")
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -206,7 +220,7 @@ GLOO = [
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_plans_on_processes(pool, world_size: int) -> None:
-    plans = [p for p in GLOO if p["data"] * (4 if p["tensor"] == (2, 2) else p["tensor"]) * p["pipeline"] == world_size]
+    plans = [p for p in GLOO if world_of(p) == world_size]
     for name in ("build_vgg", "build_unet"):
         for rank, found in enumerate(pool.run(one_step, name, plans, world_size=world_size, timeout_s=240)):
             for plan, errors in zip(plans, found, strict=True):

@@ -45,6 +45,20 @@ def convolutions() -> Iterator[Sample]:
     yield "aten.conv2d.default", (rand(2, 4, 12, 12), rand(6, 4, 3, 3)), {"padding": [1, 1]}
 
 
+def kernels() -> Iterator[Sample]:
+    """(input, weight, arguments behind the bias): kernels that 2, 3 or 4 divide."""
+    for target, x, w, *rest in (
+        ("conv1d.default", (2, 4, 12), (6, 4, 4), [1], [2], [1]),
+        ("conv1d.default", (2, 4, 13), (6, 2, 6), [2], [5], [2], 2),
+        ("conv2d.default", (2, 4, 8, 8), (6, 4, 4, 4), [4, 4]),
+        ("conv2d.default", (2, 4, 9, 8), (6, 4, 3, 2), [1, 2], [1, 0]),
+        ("conv2d.padding", (2, 4, 9, 8), (6, 4, 3, 4), [1, 1], "same"),
+        ("conv2d.padding", (2, 4, 9, 8), (6, 4, 3, 4), [1, 1], "valid", [2, 1]),
+        ("conv3d.default", (1, 2, 4, 4, 4), (6, 2, 2, 3, 2)),
+    ):
+        yield f"aten.{target}", (rand(*x), rand(*w), rand(6), *rest), {}
+
+
 def pools() -> Iterator[Sample]:
     for n in (1, 2, 3):
         x = rand(2, 3, *[12 if n < 3 else 6] * n)

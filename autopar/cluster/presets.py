@@ -114,6 +114,103 @@ _PARTS: dict[str, _Part] = {
         _link(450e9, _NVLINK_LATENCY_S),
         _link(50e9, _NETWORK_LATENCY_S),
     ),
+    # NVIDIA A100 data sheet, PCIe: the SXM4 part's rates, 1,555 and 1,935 GB/s, PCIe 4.0 x16 at 64 GB/s both ways.
+    # Networks of the PCIe parts: one 200 Gb/s port for two GPUs is assumed.
+    "a100pcie-40gb": _Part(
+        40e9,
+        1555e9,
+        {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12},
+        _link(32e9, _PCIE_LATENCY_S),
+        _link(12.5e9, _NETWORK_LATENCY_S),
+    ),
+    "a100pcie-80gb": _Part(
+        80e9,
+        1935e9,
+        {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12},
+        _link(32e9, _PCIE_LATENCY_S),
+        _link(12.5e9, _NETWORK_LATENCY_S),
+    ),
+    # NVIDIA H100 data sheet, PCIe: 51 Tflop/s FP32, 1,513 Tflop/s BF16/FP16 with sparsity, 2 TB/s, PCIe 5.0 x16 at 128
+    # GB/s both ways.
+    "h100pcie-80gb": _Part(
+        80e9,
+        2000e9,
+        {"float32": 51e12, "bfloat16": 756.5e12, "float16": 756.5e12, "float8": 1513e12},
+        _link(64e9, _PCIE_LATENCY_S),
+        _link(25e9, _NETWORK_LATENCY_S),
+    ),
+    # NVIDIA B200 in DGX B200 (data sheet: 1,440 GB, 64 TB/s, 72 Pflop/s FP8 and 36 BF16 with sparsity for 8): NVLink
+    # 1,800 GB/s both ways. Network: 8 x 400 Gb/s.
+    "b200-180gb": _Part(
+        180e9,
+        8000e9,
+        {"float32": 80e12, "bfloat16": 2250e12, "float16": 2250e12, "float8": 4500e12},
+        _link(900e9, _NVLINK_LATENCY_S),
+        _link(50e9, _NETWORK_LATENCY_S),
+    ),
+    # NVIDIA A10 data sheet: 31.2 Tflop/s FP32, 125 Tflop/s BF16/FP16, 600 GB/s, PCIe 4.0 x16. Network: AWS g5.48xlarge,
+    # 100 Gb/s for 8 GPUs.
+    "a10-24gb": _Part(
+        24e9,
+        600e9,
+        {"float32": 31.2e12, "bfloat16": 125e12, "float16": 125e12},
+        _link(32e9, _PCIE_LATENCY_S),
+        _link(1.5625e9, _NETWORK_LATENCY_S),
+    ),
+    # NVIDIA L4 data sheet: 30.3 Tflop/s FP32, 242 Tflop/s BF16/FP16 with sparsity, 300 GB/s, PCIe 4.0 x16. Network: AWS
+    # g6.48xlarge, 100 Gb/s for 8 GPUs.
+    "l4-24gb": _Part(
+        24e9,
+        300e9,
+        {"float32": 30.3e12, "bfloat16": 121e12, "float16": 121e12, "float8": 242e12},
+        _link(32e9, _PCIE_LATENCY_S),
+        _link(1.5625e9, _NETWORK_LATENCY_S),
+    ),
+    # NVIDIA RTX A6000 data sheet: 38.7 Tflop/s FP32, 309.7 Tflop/s BF16/FP16 with sparsity, 768 GB/s, PCIe 4.0 x16.
+    # Networks of workstation parts: 100 Gb/s for 8 GPUs are assumed.
+    "rtxa6000-48gb": _Part(
+        48e9,
+        768e9,
+        {"float32": 38.7e12, "bfloat16": 154.8e12, "float16": 154.8e12},
+        _link(32e9, _PCIE_LATENCY_S),
+        _link(1.5625e9, _NETWORK_LATENCY_S),
+    ),
+    # NVIDIA GA102 white paper, GeForce RTX 3090: 35.6 Tflop/s FP32, 71 Tflop/s BF16/FP16 with FP32 accumulation, 936 GB/s,
+    # PCIe 4.0 x16.
+    "rtx3090-24gb": _Part(
+        24e9,
+        936e9,
+        {"float32": 35.6e12, "bfloat16": 71e12, "float16": 71e12},
+        _link(32e9, _PCIE_LATENCY_S),
+        _link(1.5625e9, _NETWORK_LATENCY_S),
+    ),
+    # NVIDIA Ada white paper, GeForce RTX 4090: 82.6 Tflop/s FP32, 165.2 Tflop/s BF16/FP16 with FP32 accumulation, 1,008
+    # GB/s, PCIe 4.0 x16.
+    "rtx4090-24gb": _Part(
+        24e9,
+        1008e9,
+        {"float32": 82.6e12, "bfloat16": 165.2e12, "float16": 165.2e12, "float8": 330.3e12},
+        _link(32e9, _PCIE_LATENCY_S),
+        _link(1.5625e9, _NETWORK_LATENCY_S),
+    ),
+    # AMD MI250X data sheet, one of its two dies: 47.9 Tflop/s FP32 matrix, 191.5 Tflop/s FP16, 64 GB at 1,638 GB/s,
+    # Infinity Fabric at 50 GB/s each way between dies of different packages. Network: Frontier, 4 x 200 Gb/s for 8 dies.
+    "mi250x-64gb": _Part(
+        64e9,
+        1638e9,
+        {"float32": 47.9e12, "bfloat16": 191.5e12, "float16": 191.5e12},
+        _link(50e9, _PCIE_LATENCY_S),
+        _link(12.5e9, _NETWORK_LATENCY_S),
+    ),
+    # AMD MI300X data sheet: 163.4 Tflop/s FP32 matrix, 1,307 Tflop/s BF16/FP16, 2,615 FP8, 192 GB at 5.3 TB/s, 7 Infinity
+    # Fabric links of 64 GB/s each way. Network: 8 x 400 Gb/s.
+    "mi300x-192gb": _Part(
+        192e9,
+        5300e9,
+        {"float32": 163.4e12, "bfloat16": 1307e12, "float16": 1307e12, "float8": 2615e12},
+        _link(448e9, _PCIE_LATENCY_S),
+        _link(50e9, _NETWORK_LATENCY_S),
+    ),
     # NVIDIA P100 data sheet, SXM2: 10.6 Tflop/s FP32, 21.2 Tflop/s FP16, 732 GB/s, NVLink 160 GB/s both ways.
     # Network: DGX-1, 4 x 100 Gb/s EDR for 8 GPUs.
     "p100-16gb": _Part(

@@ -298,7 +298,7 @@ class Cluster:
         where = source or "the text"
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON ({error}); expected a file written by Cluster.save") from None
         if not isinstance(data, dict) or data.get("schema") not in (SCHEMA, SCHEMA_OF_KINDS):
             given = data.get("schema") if isinstance(data, dict) else type(data).__name__
@@ -324,6 +324,8 @@ class Cluster:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where} is not a complete cluster ({type(error).__name__}: {error})") from None
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{where}: {error}") from None
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json())
@@ -331,7 +333,7 @@ class Cluster:
     @classmethod
     def load(cls, path: str | Path) -> Cluster:
         """Read a file written by `save`; ValueError when it holds something else."""
-        return cls.from_json(Path(path).read_text(), source=str(path))
+        return cls.from_json(Path(path).read_text(encoding="utf-8", errors="replace"), source=str(path))
 
     @classmethod
     def preset(

@@ -49,36 +49,48 @@ class OpSeconds:
 
 
 @dataclass(frozen=True, slots=True)
+class Again:
+    """Seconds of the forward that is computed again: by class, by collective, and of launching all of it, or but what
+    is not counted in flops."""
+
+    compute: Mapping[str, float]
+    collectives: Mapping[str, float]
+    host_s: float
+    cheap_host_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class BlockSeconds:
     """compute: (forward, backward) seconds by class; collectives: by "<link>/<collective>", link "intra" or "inter";
-    both of the device. host: seconds of launching. cheap_host_s: of launching in the forward what is not counted in
-    flops, which selective recomputation does again. weight_s: of the backward, for gradients of parameters.
+    both of the device. host: seconds of launching. weight_s: of the backward, for gradients of parameters.
+    again: of the forward, what computing the block again for its backward repeats.
     """
 
     compute: Mapping[str, Both]
     collectives: Mapping[str, Both]
     host: Both
-    cheap_host_s: float
-    tensor_overlap: float
     weight_s: float
-    selective_kept: float
+    again: Again
+    constants: Constants
 
     def passes(self, recompute: Recompute) -> tuple[Mapping[str, Both], Mapping[str, Both]]:
         """(compute, collectives) with what is computed again in the backward, exposed communication alone, and
         the class "launch" for the time that the device waits for the host."""
-        again = {name: forward * self._again(name, recompute) for name, (forward, _) in self.compute.items()}
-        compute = {name: (f, b + again.get(name, 0.0)) for name, (f, b) in self.compute.items()}
-        # What is sent is as expensive as a product: selective recomputation keeps it.
-        whole = recompute == "full"
-        collectives = {name: (f, b + f if whole else b) for name, (f, b) in self.collectives.items()}
-        host = (
-            self.host[0],
-            self.host[1] + {"none": 0.0, "selective": self.cheap_host_s, "full": self.host[0]}[recompute],
-        )
+        compute, collectives, host = self.compute, self.collectives, self.host
+        if recompute != "none":
+            again = {name: s * self._again(name, recompute) for name, s in self.again.compute.items()}
+            compute = {name: (f, b + again.get(name, 0.0)) for name, (f, b) in compute.items()}
+            sent = {name: s * self._sent_again(name, recompute) for name, s in self.again.collectives.items()}
+            collectives = {name: (f, b + sent.get(name, 0.0)) for name, (f, b) in collectives.items()}
+            more_s = self.again.host_s if recompute == "full" else self.again.cheap_host_s
+            host = (host[0], host[1] + more_s)
+        else:
+            compute = dict(compute)
         busy = [sum(pair[way] for pair in compute.values()) for way in (0, 1)]
-        if self.tensor_overlap and collectives:
-            sent = [sum(pair[way] for pair in collectives.values()) for way in (0, 1)]
-            seen = [1 - self.tensor_overlap * min(c, w) / c if c else 1.0 for c, w in zip(sent, busy, strict=True)]
+        overlap = self.constants.tensor_overlap
+        if overlap and collectives:
+            total = [sum(pair[way] for pair in collectives.values()) for way in (0, 1)]
+            seen = [1 - overlap * min(c, w) / c if c else 1.0 for c, w in zip(total, busy, strict=True)]
             collectives = {name: (f * seen[0], b * seen[1]) for name, (f, b) in collectives.items()}
         if any(host):
             total = [sum(pair[way] for pair in collectives.values()) + busy[way] for way in (0, 1)]
@@ -89,11 +101,30 @@ class BlockSeconds:
 
     def _again(self, compute_class: str, recompute: Recompute) -> float:
         """The share of a class's forward that the backward does again."""
-        if recompute == "selective":
-            if compute_class == "matmul":
-                return 1.0 - self.selective_kept
-            return 0.0 if compute_class in FLOP_CLASSES else 1.0
-        return 1.0 if recompute == "full" else 0.0
+        if recompute == "full" or compute_class not in FLOP_CLASSES:
+            return 1.0
+        return 1.0 - self.constants.selective_kept if compute_class == "matmul" else 0.0
+
+    def _sent_again(self, collective: str, recompute: Recompute) -> float:
+        """What is sent is as expensive as a product: selective recomputation keeps it, or all but what was gathered."""
+        return float(recompute == "full" or (self.constants.selective_gathers and collective.endswith("all_gather")))
+
+
+def _again(compute: Table, collectives: Table, host_s: float, cheap_host_s: float) -> Again:
+    return Again(
+        {n: f for n, (f, _) in compute.items()}, {n: f for n, (f, _) in collectives.items()}, host_s, cheap_host_s
+    )
+
+
+def repeated_steps(steps: Sequence[Step]) -> int:
+    """How many of a block's steps run again if that ends as soon as all is there that the backward reads: what comes
+    after the last op that saves something does not, nor that op where it saves nothing of its own making."""
+    for index in range(len(steps) - 1, -1, -1):
+        step = steps[index]
+        if isinstance(step, Run) and (step.op.saves or step.op.saved_extra_bytes):
+            made = step.op.saved_extra_bytes or any(name in step.op.outputs for name in step.op.saves)
+            return index + bool(made)
+    return 0
 
 
 def add(table: Table, name: str, forward_s: float, backward_s: float) -> None:
@@ -243,10 +274,14 @@ class Pricer:
         compute: Table = {}
         collectives: Table = {}
         host = [0.0, 0.0]
-        cheap_host_s = weight_s = 0.0
+        weight_s = cheap_host_s = 0.0
+        again: Again | None = None
+        repeated = repeated_steps(steps) if self.constants.recompute_stops else len(steps)
         launch_s = self.constants.collective_launch_s if self.cluster.device.asynchronous else 0.0
         local = self.local(shards)
-        for step in steps:
+        for index, step in enumerate(steps):
+            if index == repeated:
+                again = _again(compute, collectives, host[0], cheap_host_s)
             if isinstance(step, Run):
                 op = self.op_seconds(step.op, step.strategies, shards)
                 for name, seconds in op.forward.items():
@@ -284,10 +319,9 @@ class Pricer:
             compute,
             collectives,
             (host[0], host[1]),
-            cheap_host_s,
-            self.constants.tensor_overlap,
             weight_s,
-            self.constants.selective_kept,
+            again or _again(compute, collectives, host[0], cheap_host_s),
+            self.constants,
         )
 
     def _link(self, ranks: tuple[int, ...]) -> str:
@@ -306,6 +340,9 @@ class Pricer:
             tuple(len(self.graph.consumers[name]) for name in op.inputs),
             self.constants.products_in,
             self.constants.fused_loss,
+            self.constants.softmax_multiple,
+            self.constants.softmax_longest,
+            self.constants.loss_metrics,
         )
 
 

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 
 from ..graph import Op, Tensor
 from ..sharding.placement import Split
-from ..sharding.rules_window import HALO
+from ..sharding.rules_window import HALO, TAPS
 from ..sharding.strategy import Strategy
 from .kernels import Kernel
 
 
 def copies_input(strategies: Sequence[Strategy]) -> bool:
-    return any(strategy.special == HALO for strategy in strategies)
+    """Whether the op reads a copy of its first input: between borders, or shifted by taps of a kernel."""
+    return any(strategy.special in (HALO, TAPS) for strategy in strategies)
 
 
 def widening(strategies: Sequence[Strategy], tensor: Tensor) -> float:
@@ -36,7 +37,7 @@ def copy_kernels(
     strategies: Sequence[Strategy], tensor: Tensor, part_bytes: float
 ) -> tuple[list[Kernel], list[Kernel]]:
     """(forward, backward) of copying `part_bytes` of the input in between its borders, once per axis, and back."""
-    axes = sum(strategy.special == HALO for strategy in strategies)
+    axes = sum(strategy.special in (HALO, TAPS) for strategy in strategies)
     amount = part_bytes * (1 + widening(strategies, tensor))
     kernel = Kernel("copy", amount, amount, "", launches=4)  # the rank's own, two borders, what is filled in
     return [kernel] * axes, [kernel] * axes if tensor.requires_grad else []

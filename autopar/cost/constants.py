@@ -20,7 +20,8 @@ class Constants:
     """Hardware.
 
     multiprocessors: units among which the tiles of a product are dealt out; 0 where not known. matmul_share: of the
-        peak, inside full waves of tiles. matmul_setup_s: of one product, to fill and drain the units.
+        peak, inside full waves of tiles. matmul_setup_s: of one product, to fill and drain the units; wave_setup_s: of
+        each wave of its tiles.
         unaligned_share, half_aligned_share: what is left of the rate where a dim is no multiple of 8, of 64 elements.
         convolution_share: of the peak.
     attention_share, attention_backward_share: of the peak, for long sequences and wide heads; half_length and
@@ -38,9 +39,15 @@ class Constants:
         collective that hides behind compute; the rest is what the transfer costs the compute beside it.
     update_overlap: share of ZeRO 1's and 2's gather of updated parameters that hides.
     fused_loss: whether the cross entropy reads narrow logits as they are and writes their gradient in their place.
+    loss_metrics: how often the training loop computes the loss once more of the logits, in float32, for its metrics.
+    softmax_multiple, softmax_longest: of which multiple of batch x heads, and up to how many keys (0: any), the stack
+        has one kernel for the masked softmax of narrow scores (Megatron-LM, fused_softmax.py, is_kernel_available).
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
     slices_at_rest: with ZeRO 1 and 2, whether parameters at rest are slices too, and a step gathers what it computes with.
     selective_kept: share of products whose results selective recomputation keeps (torchtitan: every other one).
+    selective_gathers: whether it does all-gathers again.
+    recompute_stops: whether a block that is computed again stops when all is there that its backward reads, and so
+        leaves out its last product (torch.utils.checkpoint's early stop, since torch 2.1; dead code to XLA).
     microbatch_s, step_s: host time per microbatch, and per step: data loading, logging, zeroing of gradients.
     optimizer_passes: reads and writes of a float32 parameter by the optimizer step; AdamW needs 7.
     parameter_bytes, gradient_bytes, optimizer_bytes: at rest per parameter where blocks compute in a narrow type.
@@ -53,7 +60,8 @@ class Constants:
 
     multiprocessors: float = 0
     matmul_share: float = 0.85
-    matmul_setup_s: float = 4e-6
+    matmul_setup_s: float = 3e-6
+    wave_setup_s: float = 2e-6
     unaligned_share: float = 0.6
     half_aligned_share: float = 0.9
     convolution_share: float = 0.55
@@ -78,9 +86,14 @@ class Constants:
     tensor_overlap: float = 0.0
     update_overlap: float = 0.0
     fused_loss: bool = False
+    loss_metrics: int = 0
+    softmax_multiple: int = 1
+    softmax_longest: int = 0
     scatter_each: bool = False
     slices_at_rest: bool = False
     selective_kept: float = 1.0
+    selective_gathers: bool = False
+    recompute_stops: bool = True
     microbatch_s: float = 0.0
     step_s: float = 0.0
     optimizer_passes: float = 7.5
@@ -95,29 +108,47 @@ class Constants:
 
 
 _A100 = {
-    "multiprocessors": 108, "matmul_share": 0.72, "unaligned_share": 0.57, "half_aligned_share": 0.66,
+    "multiprocessors": 108, "matmul_share": 0.73, "unaligned_share": 0.45, "half_aligned_share": 0.6,
     "attention_share": 0.69, "attention_backward_share": 0.5, "attention_half_length": 275, "stream_share": 0.92,
     "link_share": 0.86, "network_share": 0.85,
 }  # fmt: skip
 _H100 = {
     "multiprocessors": 132, "matmul_share": 0.6, "half_aligned_share": 0.8, "attention_share": 0.47,
-    "attention_backward_share": 0.24, "attention_half_length": 360, "link_share": 0.95,
+    "attention_backward_share": 0.24, "attention_half_length": 320, "link_share": 0.88,
 }  # fmt: skip
 
 # Kinds are matched by the beginning of their name. Multiprocessors: NVIDIA's data sheets.
 HARDWARE: Mapping[str, Mapping[str, float]] = {
+    "p100": {"multiprocessors": 56, "matmul_share": 0.7},
     "v100": {
-        "multiprocessors": 80, "matmul_share": 0.7, "half_aligned_share": 0.75, "stream_share": 0.8, "link_share": 0.89,
+        "multiprocessors": 80, "matmul_share": 0.64, "half_aligned_share": 0.75, "stream_share": 0.8, "link_share": 0.89,
     },
     "a100": _A100,
     "a800": _A100,
     "h100": _H100,
     "h100hbm2e": {
-        "multiprocessors": 132, "matmul_share": 0.69, "half_aligned_share": 0.8, "attention_share": 0.5,
-        "attention_backward_share": 0.26, "attention_half_length": 310, "stream_share": 0.83, "link_share": 0.94,
+        "multiprocessors": 132, "matmul_share": 0.69, "half_aligned_share": 0.8, "attention_share": 0.6,
+        "attention_backward_share": 0.28, "attention_half_length": 310, "stream_share": 0.8, "link_share": 0.88,
     },
+    "h100pcie": _H100 | {"multiprocessors": 114},
     "h800": _H100,
     "h200": _H100,
+    # Of these no published run was fitted: their multiprocessors, and what the kind before them reaches.
+    "b200": _H100 | {"multiprocessors": 148},
+    "l40s": _A100 | {"multiprocessors": 142},
+    "l4": _A100 | {"multiprocessors": 58},
+    "a10-": _A100 | {"multiprocessors": 72},
+    "rtxa6000": _A100 | {"multiprocessors": 84},
+    "rtx3090": _A100 | {"multiprocessors": 82},
+    "rtx4090": _A100 | {"multiprocessors": 128},
+    "t4": {"multiprocessors": 40, "matmul_share": 0.6},
+    "mi250x": {"multiprocessors": 110, "matmul_share": 0.6},
+    "mi300x": {"multiprocessors": 304, "matmul_share": 0.55},
+}  # fmt: skip
+
+_TORCH_COMPILE = {
+    "launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.9, "product_scale": 1.0, "attention_scale": 0.68,
+    "gather_overlap": 1.2, "scatter_each": True, "selective_kept": 0.5, "selective_gathers": True, "context_bytes": 2e9,
 }  # fmt: skip
 
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
@@ -127,26 +158,35 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
         "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.05, "product_scale": 0.97, "attention_scale": 0.87,
         "gather_overlap": 0.96, "scatter_each": True, "slices_at_rest": True, "context_bytes": 2e9,
     },
-    "torch-compile": {
-        "launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.65, "product_scale": 1.02, "attention_scale": 0.55,
-        "gather_overlap": 1.23, "scatter_each": True, "selective_kept": 0.5, "context_bytes": 2e9,
-    },
+    "torch-compile": _TORCH_COMPILE,
+    "torch-compile-async-tp": _TORCH_COMPILE | {"tensor_overlap": 0.3},
     "composer": {
         "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 0.95, "product_scale": 1.02, "attention_scale": 0.68,
-        "gather_overlap": 0.85, "fused_loss": True, "scatter_each": True, "context_bytes": 2e9,
+        "optimizer_passes": 8.0, "gather_overlap": 0.72, "fused_loss": True, "loss_metrics": 2, "scatter_each": True,
+        "context_bytes": 2e9,
+    },
+    # The same on torch before 2.1.
+    "composer-torch1": {
+        "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 0.76, "product_scale": 0.965, "attention_scale": 0.68,
+        "gather_overlap": 0.75, "fused_loss": True, "loss_metrics": 2, "scatter_each": True, "recompute_stops": False,
+        "context_bytes": 2e9,
     },
     "internevo": {
         "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 1.14, "overlap": 0.96, "scatter_each": True,
+        "recompute_stops": False,
         "context_bytes": 15e9, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0,
         "narrow_copy": False,
     },
     "megatron": {
         "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 0.88, "product_scale": 1.03, "overlap": 0.0,
+        "recompute_stops": False, "softmax_multiple": 4, "softmax_longest": 16384,
         "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
     "megatron-deepspeed": {
-        "launch_s": 74e-6, "backward_launch_s": 13.5e-6, "fusion": 0.83, "product_scale": 1.07, "overlap": 0.0,
-        "optimizer_passes": 7.1, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 16.0,
+        "launch_s": 72e-6, "backward_launch_s": 17e-6, "kernel_s": 4e-6, "fusion": 0.62, "product_scale": 1.03,
+        "microbatch_s": 3.6e-4, "step_s": 1e-3, "optimizer_passes": 4.9, "overlap": 0.0, "recompute_stops": False,
+        "softmax_multiple": 4, "softmax_longest": 2048, "parameter_bytes": 2.0, "gradient_bytes": 2.0,
+        "optimizer_bytes": 16.0,
         "narrow_copy": False, "context_bytes": 4e9, "allocator_share": 0.15,
     },
     "alpa": {

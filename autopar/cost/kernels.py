@@ -40,7 +40,8 @@ class Call:
     """An op with local shapes, in the order of its inputs and outputs.
 
     copies: a view op that cannot alias its input. shared_uses: per input, how many consumers add to its gradient.
-    products_in: dtype that linear layers cast their operands to, "" for none. fused_loss: as in `Constants`.
+    products_in: dtype that linear layers cast their operands to, "" for none. fused_loss, softmax_multiple,
+    softmax_longest, loss_metrics: as in `Constants`.
     """
 
     op: Op
@@ -52,6 +53,9 @@ class Call:
     shared_uses: tuple[int, ...]
     products_in: str = ""
     fused_loss: bool = False
+    softmax_multiple: int = 1
+    softmax_longest: int = 0
+    loss_metrics: int = 0
 
     @property
     def product_dtype(self) -> str:
@@ -134,10 +138,11 @@ def _products(
     forward = [Kernel(compute_class, flops, flops, dtype, moved_bytes=moved, shape=shape)]
     backward = []
     if casts:
-        # Each operand's largest element is found and the operand is cast, in the forward; in the backward the result's
-        # gradient is, and the operands are again, for they are needed turned.
-        forward.append(_bytes("copy", _CAST_PASSES * call.in_bytes))
-        backward.append(_bytes("copy", _CAST_PASSES * (call.in_bytes + call.out_bytes())))
+        # Each operand's largest element is found and the operand is cast, in the forward, once for all products that read
+        # it; in the backward the result's gradient is, and the operands are again, for they are needed turned.
+        cast = sum(call.bytes(i) / max(1, call.shared_uses[i]) for i in range(min(2, len(call.tensors))))
+        forward.append(_bytes("copy", _CAST_PASSES * cast))
+        backward.append(_bytes("copy", _CAST_PASSES * (cast + call.out_bytes())))
     turns = [(0, 1, 3, 2), (0, 3, 2, 1)]
     matrices = 0
     for i in range(len(call.tensors)):
@@ -315,6 +320,20 @@ def _streaming(compute_class: str) -> Callable[[Call], tuple[Kernels, Kernels]]:
     return found
 
 
+def _softmax(call: Call) -> tuple[Kernels, Kernels]:
+    """Of attention scores in a narrow type, one kernel with their mask only for the shapes that the stack's own kernel
+    takes; otherwise they are cast to float32, masked, normalised and cast back, each by a kernel of its own."""
+    found = _streaming("softmax")(call)
+    shape = call.out_shapes[0]
+    if len(shape) < 4 or call.outputs[0].dtype.itemsize >= 4:
+        return found
+    if math.prod(shape[:-2]) % call.softmax_multiple == 0 and shape[-1] <= (call.softmax_longest or shape[-1]):
+        return found
+    size, wide = call.out_bytes(), 4 * math.prod(shape)
+    ends = [_bytes("copy", size + wide), _bytes("copy", size + wide), _bytes("pointwise", 2 * wide)]
+    return [*ends, _bytes("softmax", 2 * wide)], [*ends, _bytes("softmax", 3 * wide, adjoint=True)]
+
+
 def _reduction(call: Call) -> tuple[Kernels, Kernels]:
     size = call.in_bytes
     return [_bytes("reduction", size)], [_bytes("reduction", size, adjoint=True)]
@@ -342,10 +361,11 @@ def _dropout(call: Call) -> tuple[Kernels, Kernels]:
 def _loss(call: Call) -> tuple[Kernels, Kernels]:
     """On logits of a narrower type it computes in float32, and makes a copy in that first."""
     size = call.bytes(0)
+    wide = math.prod(call.shapes[0]) * 4
     if call.tensors[0].dtype.itemsize < 4 and call.fused_loss:
-        return [_bytes("loss", size)], [_bytes("loss", 2 * size, adjoint=True)]
+        metrics = call.loss_metrics * [_bytes("copy", size + wide), _bytes("loss", 2 * wide)]
+        return [_bytes("loss", size), *metrics], [_bytes("loss", 2 * size, adjoint=True)]
     if call.tensors[0].dtype.itemsize < 4:
-        wide = math.prod(call.shapes[0]) * 4
         forward = [_bytes("copy", size + wide), _bytes("loss", 2 * wide)]
         return forward, [_bytes("loss", 5 * wide, adjoint=True), _bytes("copy", size + wide)]
     return [_bytes("loss", 2 * size)], [_bytes("loss", 5 * size, adjoint=True)]
@@ -372,7 +392,8 @@ _CLASSES: dict[Callable[[Call], tuple[Kernels, Kernels]], tuple[str, ...]] = {
         *("softplus", "mish", "elu", "log_sigmoid", "hardswish"),
     ),
     _streaming("gelu"): ("gelu",),
-    _streaming("softmax"): ("softmax", "_softmax", "log_softmax", "_log_softmax"),
+    _softmax: ("softmax", "_softmax"),
+    _streaming("softmax"): ("log_softmax", "_log_softmax"),
     _streaming("norm"): ("layer_norm", "native_layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"),
     _reduction: (
         *("sum", "mean", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all"),

@@ -101,10 +101,17 @@ def conclude(
     cut_short = problem.budget.cut_short
     kept = [_candidate(one, best, open_bound_s, cut_short) for one in _choose(list(rows.values()), best)]
     fits = {one.shape.group for one in tried}
-    lost = [_lacking(problem, prices, one) for one in _nearest(tight) if one.shape.group not in fits]
+    lost_tried = [_smallest(problem, prices, one) for one in _nearest(tight) if one.shape.group not in fits]
     # Layouts that were not looked at, because they are no faster than the best plan, may fit where others did not.
-    lost = [one for one in lost if one.peak_memory_bytes > problem.memory_limit_bytes]
-    prediction = Prediction(best.step_time_s, best.peak_memory_bytes)
+    lost_tried = [one for one in lost_tried if one.peak_memory_bytes > problem.memory_limit_bytes]
+    lost = [_lacking(problem, one) for one in lost_tried]
+    bound_s = min(open_bound_s, best.step_time_s)
+    prediction = Prediction(best.step_time_s, best.peak_memory_bytes, bound_s if bound_s > 0 else None)
+    problem.kept.extend(
+        replace(one.plan, prediction=Prediction(one.step_time_s, one.peak_memory_bytes))
+        for one in (*_choose(list(rows.values()), best), *lost_tried)
+        if one is not best
+    )
     return replace(best.plan, prediction=prediction, candidates=(*kept, *lost))
 
 
@@ -151,10 +158,15 @@ def _reason(one: Tried, best: Tried) -> str:
     return f"{name} {one.parts_s[name] / one.step_time_s:.0%}"
 
 
-def _lacking(problem: Problem, prices: StagePrices, one: TooLarge) -> Candidate:
-    search, pieces, peak_bytes = one.smallest(problem, prices)
-    tried = Tried.of(problem, search, pieces)
-    lacking = f"needs {gib(peak_bytes - problem.memory_limit_bytes)} more than {gib(problem.memory_limit_bytes)}"
+def _smallest(problem: Problem, prices: StagePrices, one: TooLarge) -> Tried:
+    search, pieces, _ = one.smallest(problem, prices)
+    return Tried.of(problem, search, pieces)
+
+
+def _lacking(problem: Problem, tried: Tried) -> Candidate:
+    lacking = (
+        f"needs {gib(tried.peak_memory_bytes - problem.memory_limit_bytes)} more than {gib(problem.memory_limit_bytes)}"
+    )
     return Candidate(plan_in_words(tried.plan), tried.step_time_s, tried.peak_memory_bytes, lacking)
 
 

@@ -112,7 +112,7 @@ class Answers:
 
     ops: dict[tuple[str, str], Seconds2] = field(default_factory=dict)
     conversions: dict[tuple, Seconds2] = field(default_factory=dict)
-    strategies: dict[int, tuple[Strategy, ...]] = field(default_factory=dict)
+    strategies: dict[tuple, tuple[Strategy, ...]] = field(default_factory=dict)
     classes: dict[str, tuple] = field(default_factory=dict)
 
 
@@ -129,10 +129,11 @@ class AxisPrices:
         """Those that do not cut the batch: that is the data axis's part, and a shape says how much of it there is."""
         found = strategies(self.problem.graph, op, self.shape.tensor, self.shape.shards)
         # Ops at one position of isomorphic blocks have one tuple of strategies, which the graph's analysis keeps.
-        kept = self.answers.strategies
-        if id(found) not in kept:
-            kept[id(found)] = tuple(strategy for strategy in found if not self._cuts_batch(op, strategy))
-        return kept[id(found)]
+        kept, key = self.answers.strategies, (id(found), self.problem.pins.words.get(op.name))
+        if key not in kept:
+            allowed = self.problem.allowed_strategies(op, found)
+            kept[key] = tuple(strategy for strategy in allowed if not self._cuts_batch(op, strategy))
+        return kept[key]
 
     def _cuts_batch(self, op: Op, strategy: Strategy) -> bool:
         placed = zip((*op.inputs, *op.outputs), (*strategy.inputs, *strategy.outputs), strict=True)

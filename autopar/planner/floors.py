@@ -196,7 +196,7 @@ class Floors:
         return math.inf
 
     def _knapsack(self, shape: Shape) -> list[tuple[float, float]]:
-        """(bytes freed, forward seconds) of recomputing all blocks of each kind, the best value first."""
+        """(bytes freed, seconds) of recomputing all blocks of each kind, the best value first."""
         key = (shape.data, shape.microbatches, shape.zero)
         if key not in self._knapsacks:
             found = []
@@ -206,7 +206,7 @@ class Floors:
                 costs = [self._block(shape, index, choice) for choice in self.problem.recompute_choices]
                 freed_bytes = (costs[0].activation_bytes - costs[-1].activation_bytes) / MEMORY_SLACK
                 if freed_bytes > 0:
-                    found.append((count * freed_bytes, count * costs[0].forward_s))
+                    found.append((count * freed_bytes, count * max(0.0, costs[-1].backward_s - costs[0].backward_s)))
             self._knapsacks[key] = sorted(found, key=lambda item: item[1] / item[0])
         return self._knapsacks[key]
 

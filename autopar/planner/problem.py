@@ -7,26 +7,30 @@ a plan without the stages; `Problem.shapes` lists those that the constraints all
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
+
 from ..cluster.spec import Cluster, Device
 from ..cost.types import StageCost
-from ..graph import Graph
+from ..graph import Graph, Op
 from ..plan import Layout, Plan, Recompute
 from ..plan_validate import nearest_divisors
+from ..schedule.orders import schedule_named
 from ..sharding.batch import BatchLayout, batch_layout
 from ..sharding.strategies import strategies
+from ..sharding.strategy import Strategy
 from .budget import Budget
+from .conflicts import why_none
+from .constraints import SEARCHED_ZEROS, Constraints, Space
+from .pins import Pins
 
 # Share of a device's memory that plans leave free for what the cost model does not count: the CUDA context, NCCL's
 # buffers, fragmentation of the allocator. An assumption; memory_limit_bytes= overrules it.
 RESERVE_SHARE = 0.1
-# The searches' bounds are proved for these; other schedules run by a plan that names them.
-SEARCHED_SCHEDULES = ("1f1b", "gpipe")
 
 
 class Costs(Protocol):
@@ -36,46 +40,6 @@ class Costs(Protocol):
     """
 
     def stage(self, plan: Plan, index: int) -> StageCost: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Constraints:
-    """What the user pins; None leaves it to the search. ValueError for values that no problem allows."""
-
-    data: int | None = None
-    tensor: int | None = None
-    pipeline: int | None = None
-    microbatches: int | None = None
-    schedule: str | None = None
-    zero: int | None = None
-    recompute: str | None = None
-    memory_limit_bytes: int | None = None
-    context: int | None = None
-    expert: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("data", "tensor", "pipeline", "microbatches", "memory_limit_bytes", "context", "expert"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name}={value!r}: expected a positive integer, or None to let the search choose")
-        for name in ("context", "expert"):
-            if getattr(self, name) not in (None, 1):
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: only 1 is supported; context and expert parallelism come with "
-                    f"other layouts of the model axis, which tensor= now names alone; leave {name} out"
-                )
-        for name, legal in (("schedule", SEARCHED_SCHEDULES), ("zero", (0, 3)), ("recompute", ("none", "full"))):
-            value = getattr(self, name)
-            if value is not None and (value not in legal or isinstance(value, bool)):
-                near = difflib.get_close_matches(str(value), map(str, legal), 1)
-                raise ValueError(
-                    f"{name}={value!r}: expected one of {', '.join(map(repr, legal))}"
-                    + (f"; did you mean {near[0]!r}?" if near else "")
-                )
-
-    def __str__(self) -> str:
-        pinned = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) is not None]
-        return ", ".join(pinned) or "no constraints"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +123,14 @@ class Problem:
     unequal_stages: bool = True
     # How long the search may go on; every method asks it in its loops.
     budget: Budget = field(default_factory=Budget)
+    # What the method can make.
+    space: Space = Space()
+    # Plans that were priced and lost, the best first, for `explanation.changes`; the methods put them here.
+    kept: list[Plan] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
+        # Blocks of one kind are planned as one, so kinds are parted where pins tell them apart.
+        object.__setattr__(self, "graph", self.pins.graph)
         self._check_batch()
         self._check_degrees()
         self._check_tensor()
@@ -175,8 +145,15 @@ class Problem:
         return self._limit_of(self.cluster.device_of(rank)) if self.cluster.hosts else self.memory_limit_bytes
 
     def _limit_of(self, device: Device) -> int:
-        given = self.constraints.memory_limit_bytes
-        return given if given is not None else int(device.memory_bytes * (1 - RESERVE_SHARE))
+        if self.constraints.memory_limit_bytes is not None:
+            return self.constraints.memory_limit_bytes
+        whole, reserve = device.memory_bytes, self.constraints.memory_reserve
+        if reserve is None:
+            reserve = RESERVE_SHARE
+        limit = int(whole * (1 - reserve)) if isinstance(reserve, float) else whole - reserve
+        if limit < 1:
+            raise ValueError(f"memory_reserve={reserve!r} leaves nothing of a device's {whole} bytes; reserve less")
+        return limit
 
     def excess_bytes(self, peaks: Mapping[int, int]) -> int:
         """By how much the fullest device is above its limit; not positive where all fit. peaks: bytes by rank."""
@@ -228,26 +205,75 @@ class Problem:
         if not found:
             raise ValueError(
                 f"no plan of {self.graph.name} on {self.cluster.world_size} devices meets {self.constraints}: "
-                f"{self._why_none()}"
+                f"{why_none(self)}"
             )
         return found
 
+    # -- what is pinned by name: for the inner loops of the searches
+
+    @cached_property
+    def pins(self) -> Pins:
+        """The layouts and stages that are pinned."""
+        return Pins.of(self.graph, self.constraints.layout or (), self.constraints.stage or ())
+
+    def allowed_strategies(self, op: Op, found: Sequence[Strategy]) -> tuple[Strategy, ...]:
+        """Of an op's strategies on a model axis those that `layout=` leaves: all where it says nothing about the op.
+
+        Every `LayoutCosts.strategies` of a search passes what it finds through here. Ops at one position of blocks of one
+        kind are pinned alike, so what is kept per kind stays right. Never empty for a (tensor, data) of `shapes`.
+        """
+        return self.pins.allowed(op, found)
+
+    def allows_tensor(self, tensor: int, data: int) -> bool:
+        """Whether `layout=` can be kept on `tensor` model ranks beside `data` ranks."""
+        if tensor == 1:
+            return not self.pins.needs_axis
+        key = (tensor, data)
+        if key not in self._allows_tensor:
+            self._allows_tensor[key] = all(
+                self.pins.allowed(op, strategies(self.graph, op, tensor, data)) for op in self.pins.distinct_ops
+            )
+        return self._allows_tensor[key]
+
+    @cached_property
+    def _allows_tensor(self) -> dict[tuple[int, int], bool]:
+        return {}
+
+    def allows_stage(self, stage: int, start: int, stop: int, num_stages: int) -> bool:
+        """Whether `stage=` lets blocks [start, stop) be stage number `stage` of `num_stages`.
+
+        A plan keeps `stage=` exactly if each of its stages is allowed.
+        """
+        return self.pins.allows_stage(stage, start, stop, num_stages)
+
+    def stage_mask(self, stage: int, num_stages: int) -> np.ndarray | None:
+        """`allows_stage` of all runs of blocks: a boolean array [start, stop]; None where every run is allowed."""
+        fixed = self.pins.stages
+        if all(one is None for one in fixed):
+            return None
+        free = [self.pins.allows_stage(stage, b, b + 1, num_stages) for b in range(len(fixed))]
+        # blocks of [start, stop) that may not: none
+        wrong = np.concatenate([[0], np.cumsum([not one for one in free])])
+        return wrong[None, :] == wrong[:, None]
+
+    # -- shapes
+
     def _shapes(self) -> Iterator[Shape]:
-        pinned = self.constraints
         for pipeline, data, tensor in self._triples():
             if tensor > 1 and not self.splits(tensor, data):
                 continue
+            if not self.allows_tensor(tensor, data):
+                continue
             for microbatches in self._microbatches(data):
-                for zero in (0, 3) if data > 1 else (0,):
-                    if pinned.zero not in (None, zero):
-                        continue
+                for zero in self._zeros(data):
                     for schedule in self._schedules(pipeline, microbatches):
-                        yield Shape(pipeline, data, tensor, microbatches, schedule, zero)
+                        if _goes_together(schedule, pipeline, microbatches, zero):
+                            yield Shape(pipeline, data, tensor, microbatches, schedule, zero)
 
     def _triples(self) -> Iterator[tuple[int, int, int]]:
         world, pinned = self.cluster.world_size, self.constraints
         for pipeline in _choices(pinned.pipeline, world):
-            if pipeline > len(self.graph.blocks):
+            if pipeline > len(self.graph.blocks) or not self.pins.stages_possible(pipeline):
                 continue
             for tensor in _choices(pinned.tensor, world // pipeline):
                 data = world // pipeline // tensor
@@ -262,6 +288,12 @@ class Problem:
         for count in _choices(self.constraints.microbatches, rows):
             if rows % count == 0 and (count == 1 or not self.time_conflict):
                 yield count
+
+    def _zeros(self, data: int) -> tuple[int, ...]:
+        pinned = self.constraints.zero
+        if data == 1:
+            return (0,) if pinned in (None, 0) else ()
+        return SEARCHED_ZEROS if pinned is None else (pinned,)
 
     def _schedules(self, pipeline: int, microbatches: int) -> tuple[str, ...]:
         if self.constraints.schedule is not None:
@@ -362,32 +394,15 @@ class Problem:
             f"{' or '.join(map(str, [1, *possible]))} on {world} devices"
         )
 
-    def _why_none(self) -> str:
-        """Which constraints contradict, when each alone is possible."""
-        pinned, world, rows = self.constraints, self.cluster.world_size, self.graph.batch_size
-        triples = list(self._triples())
-        if not triples:
-            if self.batch_conflict:
-                return (
-                    f"data must be 1, because the rows of the batch depend on each other ({self.batch_conflict}); "
-                    f"raise tensor or pipeline, or use fewer devices"
-                )
-            return (
-                f"the rest of the {world} devices would be data ranks, and no such degree divides the batch of {rows} "
-                f"rows; use a batch that is a multiple of it, or other degrees"
-            )
-        if pinned.zero == 3 and all(data == 1 for _, data, _ in triples):
-            return "zero=3 needs data above 1, but the other degrees leave data=1"
-        if pinned.microbatches and all(rows // data % pinned.microbatches for _, data, _ in triples):
-            return (
-                f"microbatches={pinned.microbatches} does not divide the rows of a data rank for any of data="
-                f"{sorted({data for _, data, _ in triples})}"
-            )
-        needed = " or ".join(map(str, sorted({t for _, _, t in triples})))
-        return (
-            f"the degrees left need tensor={needed}, but no op that uses a parameter can be split so many ways; "
-            f"use another number of devices or another batch than {rows} rows"
-        )
+
+def _goes_together(schedule: str, pipeline: int, microbatches: int, zero: int) -> bool:
+    """Whether the runtime runs such a schedule so."""
+    chosen = schedule_named(schedule)
+    try:
+        chosen.check_microbatches(pipeline, microbatches)
+    except ValueError:
+        return False
+    return zero == 0 or (chosen.flushes and not chosen.splits_backward)
 
 
 def _choices(pinned: int | None, limit: int) -> Iterator[int]:

@@ -14,6 +14,8 @@ from ..plan import Plan
 from .auto import auto
 from .budget import Budget, Stop
 from .chains import LayoutChains
+from .constraints import Constraints, Space
+from .explanation import explained
 from .methods.aceso import aceso
 from .methods.alpa import alpa
 from .methods.dapple import dapple
@@ -26,7 +28,7 @@ from .methods.tofu import tofu
 from .methods.uniap import uniap
 from .methods.unity import unity
 from .methods.whale import whale
-from .problem import Constraints, Costs, Problem
+from .problem import Costs, Problem
 
 METHODS: dict[str, Callable[[Problem], Plan]] = {
     "auto": auto,
@@ -44,6 +46,19 @@ METHODS: dict[str, Callable[[Problem], Plan]] = {
     "uniap": uniap,
 }
 
+# Where a method can make more than 1F1B and GPipe, if it is asked to. Interleaved and V-shaped schedules have several
+# stages per device.
+_SYNCHRONOUS = Space(schedules=("1f1b", "gpipe", "zb-h1"))
+SPACES: dict[str, Space] = {
+    "exhaustive": Space(schedules=("1f1b", "gpipe", "zb-h1", "pipedream", "2bw")),
+    "pipedream": Space(schedules=("1f1b", "gpipe", "pipedream", "2bw")),
+    "dapple": _SYNCHRONOUS,
+    "piper": _SYNCHRONOUS,
+    "alpa": _SYNCHRONOUS,
+    "metis": _SYNCHRONOUS,
+    "uniap": _SYNCHRONOUS,
+}
+
 
 def search(
     graph: Graph,
@@ -54,6 +69,7 @@ def search(
     progress: bool = True,
     time_limit_s: float | None = None,
     stop: Stop | None = None,
+    what_if: bool = False,
     **constraints: Any,
 ) -> Plan:
     """The plan that trains `graph` on `cluster` with the least predicted step time, among those that fit in memory.
@@ -63,10 +79,14 @@ def search(
     time_limit_s: after so many seconds the search ends with the best plan that it has; a search that has none yet goes on
         until its first. stop: an event (anything with is_set) that ends it at once, from another thread. Ctrl-C ends it
         too. What ended a search early stands in the verdict of the plan's first candidate, with how much faster a plan
-        could be at most where the method knows.
-    constraints: data=, tensor=, pipeline= (degrees), microbatches=, schedule= ("1f1b" or "gpipe"), zero= (0 or 3),
-        recompute= ("none" or "full") pin one choice each; memory_limit_bytes= is what a plan may use of each device (by
-        default the device's memory less a reserve); context= and expert= may only be 1.
+        could be at most where the method knows. what_if: also price the best plans that lost on other clusters, to say in
+        `plan.prediction.changes` what would change the choice (some seconds on a large model).
+    constraints: data=, tensor=, pipeline= (degrees), microbatches=, schedule= (see schedule/orders.py), zero= (0 to 3),
+        recompute= ("none", "selective" or "full") pin one choice each. memory_limit_bytes= is what a plan may use of each
+        device, or memory_reserve= what it must leave free (a float: share; a whole number: bytes; 0.1 by default).
+        layout={"*.q_proj": "column"} pins how the ops of modules lie on the model axis, by pattern of their names (the
+        words are those of planner/pins.py), stage={"model.layers.0.*": 0} which stage runs them (-1: the last). context=
+        and expert= may only be 1. `SPACES` says which method can keep which schedule.
     KeyboardInterrupt: Ctrl-C before there is any plan.
     ValueError: `stop` before there is any plan; an unknown method or constraint; constraints that contradict each other,
         the batch, the model or the cluster; no plan that fits in memory (with the smallest that was found, and what it
@@ -79,10 +99,36 @@ def search(
     for name in constraints:
         if name not in known:
             raise ValueError(f"unknown constraint {name}=; expected one of {', '.join(known)}{_nearest(name, known)}")
+    space, pinned = SPACES.get(method, Space()), Constraints(**constraints)
+    _check_space(method, space, pinned)
     budget = Budget(time_limit_s, stop, progress)
     costs = model or CostModel(graph, cluster)
-    problem = Problem(graph, cluster, costs, LayoutChains(), Constraints(**constraints), budget=budget)
-    return replace(METHODS[method](problem), precision=graph.precision)
+    problem = Problem(graph, cluster, costs, LayoutChains(), pinned, budget=budget, space=space)
+    plan = replace(METHODS[method](problem), precision=graph.precision)
+    if refusal := problem.pins.on(plan.graph_of(graph)).refusal(plan):
+        raise ValueError(
+            f"method={method!r} finds no plan of {graph.name} that keeps {pinned}: in its best one {refusal}; use fewer of "
+            "these constraints, or another method"
+        )
+    return explained(problem, plan, what_if)
+
+
+def _check_space(method: str, space: Space, pinned: Constraints) -> None:
+    """ValueError, with the methods that can, where the method cannot make what is pinned."""
+    for name, field in (("schedule", "schedules"), ("zero", "zeros"), ("recompute", "recompute")):
+        value = getattr(pinned, name)
+        if value is None or value in getattr(space, field):
+            continue
+        able = [other for other in METHODS if value in getattr(SPACES.get(other, Space()), field)]
+        way = (
+            f"use method={' or '.join(map(repr, able))}"
+            if able
+            else "no method does yet; give parallelize a plan= that says so"
+        )
+        raise ValueError(
+            f"{name}={value!r}: method={method!r} makes plans with {name} "
+            f"{', '.join(map(repr, getattr(space, field)))} only; {way}"
+        )
 
 
 def _nearest(name: str, known) -> str:

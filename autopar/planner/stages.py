@@ -143,7 +143,7 @@ class StageSearch:
         times, choice = [], None
         for number, recompute in enumerate(self.problem.recompute_choices):
             runs = self._runs(stage, recompute)
-            fits = (self._peaks(runs, stage)[window] <= limit_bytes) & (runs.exists[window] > 0)
+            fits = (self._peaks(runs, stage)[window] <= limit_bytes) & self._exist(runs, stage, window)
             mine = [times_s[window] for times_s in (runs.forward_s, runs.backward_s, runs.send_s, runs.tail_s)]
             if choice is None:
                 times, choice = mine, np.where(fits, number, -1)
@@ -157,6 +157,8 @@ class StageSearch:
 
     def option(self, stage: int, start: int, stop: int) -> Option | None:
         """The best way to run blocks [start, stop) as `stage` that fits in memory, None if there is none; exact."""
+        if not self.problem.allows_stage(stage, start, stop, self.shape.pipeline):
+            return None
         ways = (self.priced(stage, Piece(start, stop, choice)) for choice in self.problem.recompute_choices)
         return next((way for way in ways if way.peak_bytes <= self._limit_bytes), None)
 
@@ -177,7 +179,7 @@ class StageSearch:
         for stage in range(self.shape.pipeline):
             runs, window = self._runs(stage, fastest), (self.starts(stage), self.stops(stage))
             times = [times_s[window] for times_s in (runs.forward_s, runs.backward_s, runs.send_s, runs.tail_s)]
-            closed_s = np.where(runs.exists[window] > 0, 0.0, math.inf)
+            closed_s = np.where(self._exist(runs, stage, window), 0.0, math.inf)
             found.append(Ways(*times, closed_s, np.zeros(closed_s.shape, dtype=int)))
         return self._tabulate(found).root_s
 
@@ -189,7 +191,9 @@ class StageSearch:
         for stage in reversed(range(self.shape.pipeline)):
             starts, stops = self.starts(stage), self.stops(stage)
             every = [(runs := self._runs(stage, c), self._peaks(runs, stage)) for c in choices]
-            peaks = [np.where(runs.exists[starts, stops] > 0, p[starts, stops], math.inf) for runs, p in every]
+            peaks = [
+                np.where(self._exist(runs, stage, (starts, stops)), p[starts, stops], math.inf) for runs, p in every
+            ]
             # Of equal peaks the first counts: most recomputation.
             whole = np.maximum(np.array(peaks)[::-1], least[None, None, stops])
             whole = whole.min(axis=0), whole.argmin(axis=0)
@@ -248,6 +252,11 @@ class StageSearch:
 
     def _runs(self, stage: int, recompute: str) -> Runs:
         return self._prices.runs(self.shape, self.chain, stage, recompute)
+
+    def _exist(self, runs: Runs, stage: int, window: tuple) -> np.ndarray:
+        """Which runs of blocks may be `stage`: those that leave blocks for the others and keep what is pinned."""
+        found, allowed = runs.exists[window] > 0, self.problem.stage_mask(stage, self.shape.pipeline)
+        return found if allowed is None else found & allowed[window]
 
     def _peaks(self, runs: Runs, stage: int) -> np.ndarray:
         return runs.peak_bytes(self.shape.schedule, stage, self.shape.pipeline, self.shape.microbatches)

@@ -11,6 +11,7 @@ from ..sharding.flow import find_strategies
 from ..sharding.placement import Split, parse_placement
 from ..sharding.rows import stage_units
 from ..sharding.strategy import Strategy
+from .common_words import common_words
 from .naming import describe_layouts
 from .words import gib, plan_in_words, ranges, recompute_in_words, seconds, shares_in_words
 
@@ -20,6 +21,7 @@ _SCHEDULES = {
     "interleaved": "each set of ranks runs several of them and alternates one forward and one backward (interleaved 1F1B), "
     "which shortens the wait at both ends of a step",
     "zb-h1": "gradients of inputs go before gradients of weights, which fill the waits (zero bubble, ZB-H1)",
+    "zb-h2": "as ZB-H1, with up to twice the microbatches in flight and no wait but the first (zero bubble, ZB-H2)",
     "zb-v": "each set of ranks runs one on the way up and one on the way down, and gradients of weights fill the waits "
     "(zero bubble, ZB-V)",
     "pipedream": "batches go on without a flush, each backward with the weights of its forward (PipeDream)",
@@ -41,18 +43,17 @@ _WEIGHT_SPLITS = {
 def explain_plan(plan: Plan, graph: Graph | None = None) -> str:
     """Some tens of lines of plain text; with the graph, also what the layouts amount to and do to each op."""
     graph = plan.graph_of(graph) if graph is not None else None
-    parts = [_degrees(plan, graph), _stages(plan)]
+    parts = [f"{_degrees(plan, graph)}\n- in short: {common_words(plan, graph)}", _stages(plan)]
     if plan.rewrites:
         parts.append("Rewritten first: " + ", ".join(plan.rewrites) + ".")
     if plan.layouts:
         parts.append(_layouts(plan, graph))
     if plan.prediction:
-        parts.append(
-            f"Predicted: {seconds(plan.prediction.step_time_s)} per step, "
-            f"{gib(plan.prediction.peak_memory_bytes)} on the fullest device."
-        )
+        parts.append(_prediction(plan))
     if plan.candidates:
         parts.append(_candidates(plan))
+    if plan.prediction and plan.prediction.changes:
+        parts.append("What would change the choice:\n" + "\n".join(f"- {one}" for one in plan.prediction.changes))
     return "\n\n".join(parts)
 
 
@@ -153,10 +154,12 @@ def _layout_words(plan: Plan, stage: Stage) -> str:
 def _layouts(plan: Plan, graph: Graph | None) -> str:
     lines = ["Layouts on the tensor axis:"]
     for index, layout in enumerate(plan.layouts):
-        lines.append(
-            f"- layout {index}: enters {boundary_in_words(layout.inputs)}, leaves {boundary_in_words(layout.outputs)}"
-        )
         block = first_block(plan, graph, index) if graph is not None else None
+        entering, leaving = ((), ()) if block is None else ((graph, block.inputs), (graph, block.outputs))
+        lines.append(
+            f"- layout {index}: enters {boundary_in_words(layout.inputs, *entering)}, "
+            f"leaves {boundary_in_words(layout.outputs, *leaving)}"
+        )
         if block is not None:
             shards = next(
                 stage_units(plan, stage) for stage in plan.stages if any(index in row for row in stage.layouts)
@@ -168,15 +171,19 @@ def _layouts(plan: Plan, graph: Graph | None) -> str:
     return "\n".join(lines)
 
 
-def boundary_in_words(tokens: tuple[str, ...]) -> str:
-    """Placements of a block's boundary in words. Dim 1 of the residual stream is the sequence, its last is hidden."""
+def boundary_in_words(tokens: tuple[str, ...], graph: Graph | None = None, names: tuple[str, ...] = ()) -> str:
+    """Placements of a block's boundary, of tensors of these names, in words. Dim 1 of the residual stream is the sequence,
+    its last is hidden; of images it is the channels, and space lies behind."""
     if not tokens:
         return "with the batch"
     words = []
-    for token in dict.fromkeys(tokens):
+    dims = [len(graph.tensors[name].shape) for name in names] if graph is not None else [3] * len(tokens)
+    for token, num_dims in dict(zip(tokens, dims, strict=True)).items():
         placement = parse_placement(token)
         if isinstance(placement, Split):
-            words.append(f"split along dim {placement.dim}" + (" (sequence parallel)" if placement.dim == 1 else ""))
+            name = {2: "features", 3: "sequence parallel"}.get(num_dims, "channels") if placement.dim == 1 else ""
+            name = "space" if num_dims > 3 and placement.dim > 1 else name
+            words.append(f"split along dim {placement.dim}{name and f' ({name})'}")
         else:
             words.append({"R": "replicated", "P": "as partial sums", "H": "replicated with partial gradients"}[token])
     return " and ".join(words)
@@ -222,6 +229,8 @@ def _common_name(op: Op, strategy: Strategy, parameters: list[str]) -> str:
     kind = op.target.split(".")[1]
     if op.target == "autopar.routed_rows":
         return _EXPERTS.get(strategy.key.partition("@")[0], "whole on every rank")
+    if strategy.special == "halo":
+        return f"on a slice of dim {strategy.outputs[0].dim}, with borders of its neighbours"
     if strategy.special:
         return f"as {strategy.special.replace('_', ' ')}"
     wanted = dict(zip(op.inputs, strategy.inputs, strict=True))
@@ -234,8 +243,52 @@ def _common_name(op: Op, strategy: Strategy, parameters: list[str]) -> str:
     if not parameters:
         return ""
     if isinstance(out, Split):
-        return f"on a slice of dim {out.dim}" + (" (sequence parallel)" if out.dim == 1 else "")
+        sequence = out.dim == 1 and not kind.startswith("conv")
+        return f"on a slice of dim {out.dim}" + (" (sequence parallel)" if sequence else "")
     return "whole on every rank" if strategy.work == 1 else f"as {strategy.key}"
+
+
+def bound_in_words(plan: Plan) -> str:
+    """ "within 1.8% of the bound", "the best of the space", or "" where nothing is proved."""
+    prediction = plan.prediction
+    if prediction is None or prediction.lower_bound_s is None:
+        return ""
+    gap = prediction.step_time_s / prediction.lower_bound_s - 1
+    return "proved to be the best of the space" if gap < 5e-4 else f"within {gap:.1%} of the bound"
+
+
+def _prediction(plan: Plan) -> str:
+    prediction = plan.prediction
+    assert prediction is not None
+    bound = bound_in_words(plan)
+    lines = [
+        f"Predicted: {seconds(prediction.step_time_s)} per step{f' ({bound})' if bound else ''}, "
+        f"{gib(prediction.peak_memory_bytes)} on the fullest device."
+    ]
+    if prediction.terms:
+        rows = [
+            (one.name, seconds(one.seconds), f"{one.seconds / prediction.step_time_s:.1%}") for one in prediction.terms
+        ]
+        lines += ["", "Where the step goes (mean over stages):", table(("term", "time", "of the step"), rows)]
+    if prediction.memory:
+        rows = [(ranges(stages), *map(gib, parts)) for stages, parts in memory_rows(plan)]
+        lines += ["", "Memory of a device at its peak:", table(("stage", *MEMORY_PARTS, "in all"), rows)]
+    return "\n".join(lines)
+
+
+MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations", "working")
+
+
+def memory_rows(plan: Plan) -> list[tuple[list[int], tuple[int, ...]]]:
+    """(stages, the bytes of each of MEMORY_PARTS and of all of them): stages in a row that need the same together."""
+    rows: list[tuple[list[int], tuple[int, ...]]] = []
+    for s, one in enumerate(plan.prediction.memory if plan.prediction else ()):
+        sizes = (*(getattr(one, part) for part in MEMORY_PARTS), one.total)
+        if rows and rows[-1][1] == sizes:
+            rows[-1][0].append(s)
+        else:
+            rows.append(([s], sizes))
+    return rows
 
 
 def _candidates(plan: Plan) -> str:

@@ -12,7 +12,8 @@ from ..plan import Plan
 from ..plan_json import write_atomically
 from ..sharding.rows import stage_units
 from ..timeline import Timeline
-from .explain import boundary_in_words, ops_in_words
+from .common_words import common_words
+from .explain import MEMORY_PARTS, bound_in_words, boundary_in_words, memory_rows, ops_in_words
 from .naming import describe_layout
 from .prediction import memory_groups
 from .timeline_svg import LABEL_WIDTH, WIDTH, legend, timeline_svg
@@ -22,7 +23,7 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-pre { background: var(--soft); padding: .7rem 1rem; overflow-x: auto; font-size: 13px; }
+pre { background: var(--soft); padding: .7rem 1rem; white-space: pre-wrap; font-size: 13px; }
 .figures { display: flex; flex-wrap: wrap; gap: 2.5rem; margin: 1.2rem 0; }
 .figures b { display: block; font-size: 1.45rem; font-weight: 600; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
@@ -34,8 +35,13 @@ svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
 svg .label { text-anchor: end; } svg .time { text-anchor: middle; opacity: .7; }
 svg .token { text-anchor: middle; fill: #fff; font-size: 11px; } svg .idle { fill: #8882; }
 svg .tick { stroke: #8884; } svg .limit { stroke: #c2463f; stroke-width: 2; }
-.legend span { margin-right: 1.4rem; } .legend i { display: inline-block; width: .9em; height: .9em; margin-right: .4em; }
+.legend span { margin-right: 1.4rem; display: inline-block; }
+.legend i { display: inline-block; width: .9em; height: .9em; margin-right: .4em; }
 """
+
+
+_COLORS = ("#4d86c6", "#d9843b", "#62a467", "#8a63b8", "#c2463f", "#3fa2a0", "#b8a13a")
+_WAITING = "#8886"
 
 
 def save_report(path: str | Path, graph: Graph, plan: Plan, cluster: Cluster, line: Timeline) -> None:
@@ -53,14 +59,18 @@ def report_page(graph: Graph, plan: Plan, cluster: Cluster, line: Timeline) -> s
         for rank in line.by_rank()
     }
     sections = [
-        f"<h1>{escape(plan.model)} on {plan.world_size} devices</h1><p>{escape(plan_in_words(plan))}</p>",
+        f"<h1>{escape(plan.model)} on {plan.world_size} devices</h1>"
+        f"<p>{escape(common_words(plan, graph))}<br><small>{escape(plan_in_words(plan))}</small></p>",
         _figures(plan, cluster, line),
-        "<h2>Predicted step</h2>" + legend() + f'<div class="scroll">{timeline_svg(line, labels)}</div>',
-        "<h2>Memory per rank</h2>" + _memory(plan, cluster, line),
+        _terms(plan),
+        "<h2>Predicted step</h2>" + legend(line) + f'<div class="scroll">{timeline_svg(line, labels)}</div>',
+        "<h2>Memory per rank</h2>" + _memory(plan, cluster, line) + _memory_parts(plan),
         "<h2>Layout of each block</h2>" + _layouts(graph, plan),
     ]
     if plan.candidates:
         sections.append("<h2>Alternatives</h2>" + _candidates(plan))
+    if plan.prediction and plan.prediction.changes:
+        sections.append("<h2>What would change the choice</h2>" + _list(plan.prediction.changes))
     sections.append(f"<h2>Cluster</h2><pre>{escape(cluster.describe())}</pre>")
     title = escape(f"autopar: {plan.model} on {plan.world_size} devices")
     return (
@@ -84,6 +94,37 @@ def _figures(plan: Plan, cluster: Cluster, line: Timeline) -> str:
         + "".join(f"<div><b>{escape(value)}</b>{escape(what)}</div>" for value, what in figures)
         + "</div>"
     )
+
+
+def _terms(plan: Plan) -> str:
+    """One bar that is the step, in its terms, with the share of each in words."""
+    if not plan.prediction or not plan.prediction.terms:
+        return ""
+    whole_s, x, parts, keys = plan.prediction.step_time_s, 0.0, [], []
+    for index, term in enumerate(plan.prediction.terms):
+        color = _WAITING if index == len(plan.prediction.terms) - 1 else _COLORS[index % len(_COLORS)]
+        width = WIDTH * term.seconds / whole_s
+        title = escape(f"{term.name}: {seconds(term.seconds)}")
+        parts.append(
+            f'<rect x="{x:.2f}" y="0" width="{width:.2f}" height="22" fill="{color}"><title>{title}</title></rect>'
+        )
+        keys.append(
+            f'<span><i style="background:{color}"></i>{escape(term.name)} {seconds(term.seconds)} '
+            f"({term.seconds / whole_s:.1%})</span>"
+        )
+        x += width
+    bound = bound_in_words(plan)
+    return (
+        f"<h2>Where the step goes</h2><p>Mean over stages{f'; the plan is {escape(bound)}' if bound else ''}.</p>"
+        f'<div class="scroll"><svg viewBox="0 0 {WIDTH} 22" role="img" aria-label="terms of the step time">'
+        + "".join(parts)
+        + f'</svg></div><p class="legend">{"".join(keys)}</p>'
+    )
+
+
+def _memory_parts(plan: Plan) -> str:
+    rows = [(ranges(stages), *map(gib, sizes)) for stages, sizes in memory_rows(plan)]
+    return _table(("stage", *MEMORY_PARTS, "in all"), rows) if rows else ""
 
 
 def _memory(plan: Plan, cluster: Cluster, line: Timeline) -> str:
@@ -149,7 +190,10 @@ def _layout(graph: Graph, plan: Plan, block_index: int, index: int | None) -> st
         return f"<details><summary>whole</summary>{_list(names)}</details>"
     layout = plan.layouts[index]
     shards = next(stage_units(plan, stage) for stage in plan.stages if stage.start <= block_index < stage.stop)
-    enters, leaves = boundary_in_words(layout.inputs), boundary_in_words(layout.outputs)
+    enters, leaves = (
+        boundary_in_words(tokens, graph, crossing)
+        for tokens, crossing in ((layout.inputs, block.inputs), (layout.outputs, block.outputs))
+    )
     words = f"{describe_layout(graph, block, layout, shards)}; enters {enters}, leaves {leaves}"
     return f"<details><summary>{escape(words)}</summary>{_list(ops_in_words(graph, block, layout, shards))}</details>"
 

@@ -8,7 +8,7 @@ an activation with a weight, what is called head is a product that reaches the l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..graph import Block, Graph, Op
@@ -40,6 +40,14 @@ def describe_layouts(graph: Graph, blocks: Sequence[Block], layouts: Sequence[La
     return f"tensor {layouts[0].degree}: {facts.words()}"
 
 
+def read_facts(graph: Graph, flows: Iterable[Sequence[Step]], axis: int) -> _Facts:
+    """How the parts of the blocks that flow so run on one of their model axes."""
+    facts = _Facts()
+    for steps in flows:
+        _Reader(graph, steps, axis).collect(facts)
+    return facts
+
+
 @dataclass
 class _Facts:
     """How each part of the model is run; a Counter of schemes per part, and the parts with their own names."""
@@ -47,6 +55,7 @@ class _Facts:
     parts: dict[str, Counter] = field(default_factory=dict)
     vocabulary: set[str] = field(default_factory=set)
     residual: Counter = field(default_factory=Counter)
+    experts: int = 0
 
     def words(self) -> str:
         groups: dict[str, list[str]] = {}
@@ -84,9 +93,9 @@ def _one_scheme(counts: Counter) -> str:
 class _Reader:
     """Reads one block's steps."""
 
-    def __init__(self, graph: Graph, steps: Sequence[Step]) -> None:
+    def __init__(self, graph: Graph, steps: Sequence[Step], axis: int = 0) -> None:
         self.graph = graph
-        self.runs = {step.op.name: (step.op, step.strategy) for step in steps if isinstance(step, Run)}
+        self.runs = {step.op.name: (step.op, step.strategies[axis]) for step in steps if isinstance(step, Run)}
         self.handed_on = {graph.tensors[name].shape for block in graph.blocks for name in block.outputs}
 
     def collect(self, facts: _Facts) -> None:
@@ -95,6 +104,8 @@ class _Reader:
         after = self._products_near([t for op, _ in attention for t in op.outputs], forward=True)
         rest = []
         for op, strategy in self.runs.values():
+            if op.target == "autopar.routed_rows":
+                facts.experts += strategy.key.partition("@")[0] in ("e", "n+e")
             if op.target.startswith("aten.embedding."):
                 facts.parts.setdefault("embedding", Counter())[self._embedding(op, strategy, facts)] += 1
             elif "cross_entropy" in op.target:

@@ -50,9 +50,14 @@ def timeline_svg(line: Timeline, labels: Mapping[int, str]) -> str:
     )
 
 
-def legend() -> str:
-    """The colours in words, as HTML."""
-    keys = "".join(f'<span><i style="background:{color}"></i>{name}</span>' for color, name in KINDS.values())
+def legend(line: Timeline) -> str:
+    """The colours of what happens in the step, in words, as HTML."""
+    kinds = {event.kind for event in line.events}
+    keys = "".join(
+        f'<span><i style="background:{color}"></i>{name}</span>'
+        for kind, (color, name) in KINDS.items()
+        if kind in kinds
+    )
     return f'<p class="legend">{keys}<span>thin strips: transfers; blank: waiting</span></p>'
 
 

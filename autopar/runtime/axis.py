@@ -129,6 +129,7 @@ class Axis:
         def wait() -> tuple[Tensor | None, Tensor | None]:
             for work in works:
                 work.wait()
+            operations.clear()  # what is sent must live until here
             if start is not None and works:
                 synchronize(like.device)
                 size_bytes = sum(t.numel() * t.element_size() for t in arriving if t is not None)

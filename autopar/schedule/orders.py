@@ -15,6 +15,7 @@ input half of it) has not run yet, over the stages of a group.
 |             | 2021, PipeDream-2BW, section 3.3                      |                   |                       |
 | interleaved | Narayanan et al. 2021, Megatron-LM, section 2.2.2     | g, g + P, ...     | see interleaved.py    |
 | zb-h1       | Qi et al. 2023, Zero Bubble, section 3.1              | g                 | min(P - g, M)         |
+| zb-h2       | Qi et al. 2023, Zero Bubble, section 3.2              | g                 | min(2(P - g) - 1, M)  |
 | zb-v        | Qi et al. 2024, Controllable Memory, section 4;       | g, 2P - 1 - g     | 2P, less for M < 2P-1 |
 |             | ZB-V of Qi et al. 2023, section 6                     |                   |                       |
 | pipedream   | without a flush, see pipedream.py                     | g                 | P - g                 |
@@ -32,8 +33,11 @@ from .instructions import Backward, Forward
 from .interleaved import interleaved, interleaved_forwards, interleaved_in_flight
 from .zero_bubble import (
     h1_deferred,
+    h2_deferred,
+    h2_in_flight,
     v_shaped_forwards,
     zero_bubble_h1,
+    zero_bubble_h2,
     zero_bubble_v,
     zero_bubble_v_deferred,
     zero_bubble_v_in_flight,
@@ -153,6 +157,7 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
             Schedule("1f1b", one_forward_one_backward, _depth, forward_only),
             Schedule("interleaved", interleaved, interleaved_in_flight, interleaved_forwards, virtual=0),
             Schedule("zb-h1", zero_bubble_h1, _depth, forward_only, h1_deferred),
+            Schedule("zb-h2", zero_bubble_h2, h2_in_flight, forward_only, h2_deferred),
             Schedule(
                 "zb-v",
                 zero_bubble_v,

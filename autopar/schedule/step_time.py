@@ -11,6 +11,7 @@ Every stage and every direction of every link is a server that treats messages i
   per stage and per direction of each link. The iteration is max-plus linear in this state; so once a state equals an
   earlier one but for a shift that is the same everywhere, it repeats with that period, and the rest is skipped
   (Baccelli, Cohen, Olsder and Quadrat 1992, Synchronization and Linearity, section 3.7: powers of max-plus matrices).
+- ZB-H1. The same with the input half in the place of B(k), and the weight half W(k - g) of stage g after it.
 - The others. One pass over the compute instructions in an order that respects what each waits for; that order does not
   depend on the costs and is kept.
 
@@ -24,9 +25,8 @@ from functools import lru_cache
 
 from autopar.cost.types import StageCost
 
-from .instructions import Backward, BackwardInput, BackwardWeight, Forward, Program
+from .instructions import Backward, BackwardInput, BackwardWeight, Forward
 from .orders import schedule_named
-from .steps import execution_steps
 
 # Shifts that agree to this share of the time gone by are equal: sums of doubles in another order.
 _SAME = 1e-12
@@ -44,13 +44,15 @@ def step_time_s(num_groups: int, microbatches: int, schedule: str, stage_costs: 
     closed_form = _LAST_BACKWARD.get(chosen.name)
     if closed_form is None:
         return _walk(num_groups, microbatches, schedule, stage_costs)
-    ends = closed_form(stage_costs, microbatches)
-    return max(end + exposed_reduce_s(cost) + cost.optimizer_s for end, cost in zip(ends, stage_costs, strict=True))
+    ends, half = closed_form(stage_costs, microbatches), chosen.splits_backward
+    return max(
+        end + exposed_reduce_s(cost, half) + cost.optimizer_s for end, cost in zip(ends, stage_costs, strict=True)
+    )
 
 
-def exposed_reduce_s(cost: StageCost) -> float:
-    """What of the gradient reduction is seen if nothing but the stage's last backward hides it."""
-    return unhidden_reduce_s(cost) + cost.reduce_model_s
+def exposed_reduce_s(cost: StageCost, half: bool = False) -> float:
+    """What of the gradient reduction is seen if nothing but the stage's last backward (or weight half) hides it."""
+    return unhidden_reduce_s(cost, half) + cost.reduce_model_s
 
 
 def unhidden_reduce_s(cost: StageCost, half: bool = False) -> float:
@@ -94,27 +96,38 @@ _Unit = tuple[int, int, int, int, int, int]
 def _units(num_groups: int, microbatches: int, schedule: str, virtual: int) -> tuple[_Unit, ...]:
     """The compute instructions in an order in which each stands after those that it waits for."""
     chosen = schedule_named(schedule)
-    program = Program(
-        tuple(tuple(chosen.order(group, num_groups, microbatches, virtual)) for group in range(num_groups))
-    )
-    steps = execution_steps(program)
-    placed = sorted((step, group, index) for group, row in enumerate(steps) for index, step in enumerate(row))
-    number: dict[tuple[bool, int, int], int] = {}
+    rows = [list(chosen.order(group, num_groups, microbatches, virtual)) for group in range(num_groups)]
+    num_stages = num_groups * virtual
+    home = [chosen.group_of(stage, num_groups) for stage in range(num_stages)]
+    # Where each forward, then each backward stands, by stage and microbatch.
+    number = [-1] * (2 * num_stages * microbatches)
+    waiting: dict[int, int] = {}
     units: list[_Unit] = []
-    last = num_groups * virtual - 1
-    for _, group, index in placed:
-        instruction = program.actions[group][index]
-        kind, stage, m = type(instruction), instruction.stage, instruction.microbatch
-        up = kind is Forward
-        before, after = (stage - 1, stage + 1) if up else (stage + 1, stage - 1)
-        told = awaited = -1
-        if kind is not BackwardWeight:
-            number[up, stage, m] = len(units)
-            if 0 <= before <= last and program.home[before] != group:
-                awaited = number[up, before, m]
-            if 0 <= after <= last and program.home[after] != group:
-                told = program.home[after]
-        units.append((group, stage, _KINDS[kind], awaited, told, min(stage, after)))
+    reached = [0] * num_groups
+    ready = list(range(num_groups))
+    while ready:
+        group = ready.pop()
+        for instruction in rows[group][reached[group] :]:
+            kind, stage, m = _KINDS[type(instruction)], instruction.stage, instruction.microbatch
+            before, after = (stage - 1, stage + 1) if kind == 0 else (stage + 1, stage - 1)
+            told = awaited = -1
+            if kind != 3:
+                half = 0 if kind == 0 else num_stages
+                if 0 <= before < num_stages and home[before] != group:
+                    need = (half + before) * microbatches + m
+                    awaited = number[need]
+                    if awaited < 0:
+                        waiting[need] = group
+                        break
+                if 0 <= after < num_stages and home[after] != group:
+                    told = home[after]
+                mine = (half + stage) * microbatches + m
+                number[mine] = len(units)
+                if mine in waiting:
+                    ready.append(waiting.pop(mine))
+            units.append((group, stage, kind, awaited, told, min(stage, after)))
+            reached[group] += 1
+    assert reached == [len(row) for row in rows], "the schedule waits for itself"
     return tuple(units)
 
 
@@ -178,9 +191,22 @@ def _gpipe(costs: Sequence[StageCost], microbatches: int) -> list[float]:
 
 def _one_forward_one_backward(costs: Sequence[StageCost], microbatches: int) -> list[float]:
     """When each stage's last backward ends."""
+    return _alternating(costs, microbatches, [c.backward_s for c in costs], None)
+
+
+def _zero_bubble_h1(costs: Sequence[StageCost], microbatches: int) -> list[float]:
+    """When each stage's last weight half ends."""
+    weight_s = [c.backward_weight_s for c in costs]
+    ends = _alternating(costs, microbatches, [c.backward_input_s for c in costs], weight_s)
+    return [end + min(s, microbatches) * weight_s[s] for s, end in enumerate(ends)]
+
+
+def _alternating(
+    costs: Sequence[StageCost], microbatches: int, backward_s: list[float], weight_s: list[float] | None
+) -> list[float]:
+    """When each stage's last backward ends, or the last of `weight_s` that stands among its input halves."""
     num_stages, last = len(costs), len(costs) - 1
     forward_s = [c.forward_s for c in costs]
-    backward_s = [c.backward_s for c in costs]
     send_s = [c.send_s for c in costs]
     # One state: clocks of the stages, then of the links s -> s + 1, then of the links s + 1 -> s. A link's clock is the
     # arrival of its last message, which is the one that the receiver needs next.
@@ -194,8 +220,10 @@ def _one_forward_one_backward(costs: Sequence[StageCost], microbatches: int) -> 
             arrivals[m] = link = max(clock, link) + send_s[s]
         state[s], state[up + s] = clock, link
     backwards = range(last, -1, -1)
-    k, full = 0, microbatches - num_stages
-    anchor, anchor_k, renew_k = list(state), 0, 1
+    # Iterations are alike from the first one in which every stage has a weight half, to the last in which all have
+    # a forward.
+    k, begin, full = 0, last if weight_s else 0, microbatches - num_stages
+    anchor, anchor_k, renew_k = list(state), begin, begin + 1
     while k < microbatches:
         for s in backwards:
             clock = state[s]
@@ -205,6 +233,8 @@ def _one_forward_one_backward(costs: Sequence[StageCost], microbatches: int) -> 
             if s:
                 link = state[down + s - 1]
                 state[down + s - 1] = (link if link > clock else clock) + send_s[s - 1]
+            if weight_s and k >= s:
+                clock += weight_s[s]
             if k + num_stages - s < microbatches:
                 if s and state[up + s - 1] > clock:
                     clock = state[up + s - 1]
@@ -214,7 +244,7 @@ def _one_forward_one_backward(costs: Sequence[StageCost], microbatches: int) -> 
                     state[up + s] = (link if link > clock else clock) + send_s[s]
             state[s] = clock
         k += 1
-        if k < full:
+        if begin < k < full:
             if _shifted(anchor, state, num_stages):
                 repeats = (full - k) // (k - anchor_k)
                 k += repeats * (k - anchor_k)
@@ -222,7 +252,9 @@ def _one_forward_one_backward(costs: Sequence[StageCost], microbatches: int) -> 
                 full = 0
             elif k == renew_k:
                 # Brent's cycle finding: the anchor moves on at powers of two, so any period is found.
-                anchor, anchor_k, renew_k = list(state), k, 2 * k
+                anchor, anchor_k, renew_k = list(state), k, 2 * k - begin
+        elif k == begin:
+            anchor = list(state)
     return state[:num_stages]
 
 
@@ -238,4 +270,4 @@ def _shifted(before: list[float], after: list[float], num_stages: int) -> bool:
     return True
 
 
-_LAST_BACKWARD = {"gpipe": _gpipe, "1f1b": _one_forward_one_backward}
+_LAST_BACKWARD = {"gpipe": _gpipe, "1f1b": _one_forward_one_backward, "zb-h1": _zero_bubble_h1}

@@ -7,6 +7,10 @@ input half, weight half.
 - ZB-H1 (section 3.1): 1F1B in F and I, with each W of stage g put off by g microbatches, so that every stage holds
   activations for at most P microbatches, as many as the first stage of 1F1B. For T_F = T_I = T_W the bubble is
   (P - 1)(T_F + T_I - T_W), a third of 1F1B's.
+- ZB-H2 (section 3.2): up to 2P - 1 microbatches have a weight half before them on every stage, so stage g runs
+  2 (P - g) - 1 forwards before its first I, and W only when one more F would exceed that bound, or no F is left. For
+  T_F = T_I = T_W and M >= 2P - 1 no stage ever waits between its first and its last instruction, for up to twice the
+  activations of 1F1B's first stage.
 - ZB-V (section 6, and Qi et al. 2024, Pipeline Parallelism with Controllable Memory, section 4): each group runs one
   stage on the way up and one on the way down, so the loss is computed on the group that has the first stage. For
   T_F = T_I = T_W and M >= 2P - 1 no group ever waits between its first and its last instruction, with the activations
@@ -39,6 +43,32 @@ def zero_bubble_h1(group: int, num_groups: int, microbatches: int, virtual: int 
 
 def h1_deferred(group: int, num_groups: int, microbatches: int, virtual: int = 1) -> int:
     return min(group + 1, microbatches)
+
+
+def zero_bubble_h2(group: int, num_groups: int, microbatches: int, virtual: int = 1) -> Iterator[Half]:
+    """min(2 (P - g) - 1, M) forwards; then an I, a W where 2P - 1 forwards wait for theirs, and an F, in turn."""
+    forwards = min(2 * (num_groups - group) - 1, microbatches)
+    weights = 0
+    for m in range(forwards):
+        yield Forward(group, m)
+    for m in range(microbatches):
+        yield BackwardInput(group, m)
+        if forwards == microbatches or forwards - weights == 2 * num_groups - 1:
+            yield BackwardWeight(group, weights)
+            weights += 1
+        if forwards < microbatches:
+            yield Forward(group, forwards)
+            forwards += 1
+    for m in range(weights, microbatches):
+        yield BackwardWeight(group, m)
+
+
+def h2_in_flight(group: int, num_groups: int, microbatches: int, virtual: int = 1) -> int:
+    return _most(zero_bubble_h2(group, num_groups, microbatches), Forward, BackwardInput)
+
+
+def h2_deferred(group: int, num_groups: int, microbatches: int, virtual: int = 1) -> int:
+    return _most(zero_bubble_h2(group, num_groups, microbatches), BackwardInput, BackwardWeight)
 
 
 def zero_bubble_v(group: int, num_groups: int, microbatches: int, virtual: int = 2) -> Iterator[Half]:

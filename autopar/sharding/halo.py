@@ -1,4 +1,5 @@
 """Ops over windows on a part of their space: each rank fetches the borders that its outputs need from its neighbours.
+Convolutions by a part of their kernel: each rank sums over its own taps, and fetches nothing.
 
 Dims are worked off one after the other, so that what is fetched along the second holds the corners fetched along the
 first. In the backward the borders' gradients travel back and are added to those of the rows that they are copies of.
@@ -7,7 +8,7 @@ first. In the backward the borders' gradients travel back and are added to those
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 from ..graph import Shape
 from .window import Part, Window
 
-Fill = float | Literal["edge"]
-"""What stands outside of the whole: a value, or the nearest element inside."""
+Fill = float | Literal["edge", "end"]
+"""What stands outside of the whole: a value, the nearest element inside, or nothing, so that the tensor ends there."""
 
 
 Finish = Callable[[Tensor, int, int, int, Window], Tensor]
@@ -87,6 +88,16 @@ class Crop:
 
 
 @dataclass(frozen=True, slots=True)
+class Inside:
+    """Keeps this rank's outputs of a function that makes one for each input, borders among them."""
+
+    def __call__(self, output: Tensor, rank: int, size: int, dim: int, window: Window) -> Tensor:
+        parts = window.parts(size)
+        assert parts is not None
+        return output.narrow(dim, parts[rank].from_previous, window.out // size).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
 class Recount:
     """Makes averages over `kernel` places, padding among them, averages over those that count.
 
@@ -107,12 +118,37 @@ class Recount:
         return output * (self.kernel / counts).view(-1, *(1,) * (output.dim() - dim - 1))
 
 
+@dataclass(frozen=True, slots=True)
+class Taps:
+    """A convolution by this rank's taps along one dim of the kernel, of an input that is whole.
+
+    convolve: without padding along `dim` of the input. window: of the whole kernel, which is `kernel` long.
+    """
+
+    convolve: Callable[..., Tensor]
+    dim: int
+    window: Window
+    kernel: int
+    dilation: int
+    padding: tuple[int, ...] = ()
+
+    def __call__(self, axis: Line, input: Tensor, weight: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        taps = self.kernel // axis.size
+        first = self.window.first + axis.rank * taps * self.dilation
+        length = (self.window.out - 1) * self.window.down + self.dilation * (taps - 1) + 1
+        behind = first + length - self.window.size
+        # Negative amounts cut off what only other taps read.
+        input = F.pad(input, (0, 0) * (input.dim() - self.dim - 1) + (-first, behind))
+        return self.convolve(F.pad(input, self.padding) if self.padding else input, weight, *rest, **kwargs)
+
+
 @torch.compiler.disable
 def extend(tensor: Tensor, axis: Line, dim: int, window: Window, fill: Fill) -> Tensor:
     """This rank's part [.., size / n, ..] with everything along `dim` that its outputs need."""
     parts = window.parts(axis.size)
     assert parts is not None, f"{window} on {axis.size} ranks"
-    return _Extend.apply(tensor, axis, dim, parts[axis.rank], fill)
+    part = parts[axis.rank]
+    return _Extend.apply(tensor, axis, dim, replace(part, before=0, behind=0) if fill == "end" else part, fill)
 
 
 class _Extend(torch.autograd.Function):
@@ -136,7 +172,7 @@ class _Extend(torch.autograd.Function):
         if fill == "edge":
             before.copy_(out.narrow(dim, part.before, 1).expand_as(before))
             behind.copy_(out.narrow(dim, out.shape[dim] - part.behind - 1, 1).expand_as(behind))
-        else:
+        elif part.before or part.behind:
             before.fill_(fill), behind.fill_(fill)
         return out
 

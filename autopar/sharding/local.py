@@ -19,7 +19,8 @@ from . import algorithms
 from .analysis import analysis
 from .call import Call, schema
 from .group_norm import GroupNorm, InstanceNorm
-from .local_window import Cut, groups, own_size, transposed_groups, windowed
+from .local_window import Cut, by_taps, groups, own_size, stencil, transposed_groups, windowed
+from .op_windows import ADAPTIVE_AVERAGES, UPSAMPLING, windows_of
 from .placement import Placement, Split
 from .ring import ring_attention
 from .routed import exchanged_groups, own_groups
@@ -28,7 +29,6 @@ from .rows import Parts, parts_of
 from .rules_loss import MEAN
 from .rules_pointwise import CREATIONS
 from .rules_views import CUTS
-from .rules_window import ADAPTIVE_AVERAGES, UPSAMPLING
 from .strategy import Strategy
 
 Placed = Sequence[tuple[Placement, Parts]]
@@ -286,8 +286,19 @@ def _index_rows(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
 
 
 def _halo(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
+    if not windows_of(local.call):
+        rule = analysis(local.call.graph).rule(local.call.op)
+        places = tuple(rule.inputs[0].index((key,)) for key in cuts.keys)
+        windows = tuple(window for key in cuts.keys if (window := rule.specials[key].window) is not None)
+        return LocalCall(stencil(local.call, places, windows), local.call.op.args, local.call.op.kwargs, axes)
     dims = tuple(int(key.removeprefix("s")) for key in cuts.keys)
     function, changed = windowed(Cut(local.call, local.inputs, local.outputs, dims, cuts.counts))
+    return LocalCall(function, *_arguments(local.call.op, changed), axes)
+
+
+def _taps(local: Local, axes: tuple[Axes, ...], cuts: _Cuts) -> LocalCall:
+    dims = tuple(int(key.removeprefix("k")) for key in cuts.keys)
+    function, changed = by_taps(Cut(local.call, local.inputs, local.outputs, dims, cuts.counts))
     return LocalCall(function, *_arguments(local.call.op, changed), axes)
 
 
@@ -333,6 +344,7 @@ _SPECIALS: Mapping[str, Callable[[Local, tuple[Axes, ...], _Cuts], LocalCall]] =
         "ring_attention": _as_is(ring_attention),
         "own_groups": _routed(own_groups),
         "exchanged_groups": _routed(exchanged_groups),
+        "taps": _taps,
         "sdpa_rows": _as_is(algorithms.causal_rows),
         "vocab_embedding": _as_is(algorithms.vocab_embedding),
         "vocab_cross_entropy": _as_is(algorithms.vocab_cross_entropy),

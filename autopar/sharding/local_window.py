@@ -11,8 +11,8 @@ from typing import Any
 from ..graph import Shape
 from ..ops import resolve
 from .call import Call
-from .halo import Crop, Fill, Finish, Recount, Windowed
-from .rules_window import ADAPTIVE_AVERAGES, UPSAMPLING, each, pad_amounts, paddings, windows_of
+from .halo import Crop, Fill, Finish, Inside, Recount, Taps, Windowed
+from .op_windows import ADAPTIVE_AVERAGES, UPSAMPLING, each, pad_amounts, paddings, windows_of
 from .window import Window
 
 Arguments = dict[str, Any]
@@ -37,7 +37,7 @@ def own_size(call: Call, out: Shape) -> Arguments:
 
 @dataclass(frozen=True)
 class Cut:
-    """A call whose space is cut so that ranks fetch borders.
+    """A call over windows whose space is cut so that ranks fetch borders.
 
     inputs, outputs: local shapes. dims: of the space, per axis, counted from its first. counts: into how many parts.
     """
@@ -71,8 +71,13 @@ class Cut:
 
 
 def windowed(cut: Cut) -> tuple[Windowed, Arguments]:
-    """What runs the op, and what changes in its arguments."""
+    """What runs an op over windows, and what changes in its arguments."""
     return _FORMS[cut.call.packet](cut)
+
+
+def stencil(call: Call, dims: tuple[int, ...], windows: tuple[Window, ...]) -> Windowed:
+    """What runs an op of a user's that looks at its neighbours along these dims, and ends as it does where the whole ends."""
+    return Windowed(resolve(call.op.target), dims, windows, "end", (), (Inside(),) * len(dims))
 
 
 def _convolution(cut: Cut) -> tuple[Windowed, Arguments]:
@@ -81,6 +86,15 @@ def _convolution(cut: Cut) -> tuple[Windowed, Arguments]:
     padding = () if even else tuple(n for pair in reversed(amounts) for n in pair)
     changed = groups(cut.inputs) | {"padding": [before if even else 0 for before, _ in amounts]}
     return cut.run(resolve(f"{cut.call.packet}.default"), padding=padding), changed
+
+
+def by_taps(cut: Cut) -> tuple[Taps, Arguments]:
+    """A convolution of which one axis cuts a dim of the kernel."""
+    run, changed = _convolution(cut)
+    (i,) = cut.dims
+    kernel = cut.call.shape("weight")[2:]
+    dilation = each(cut.call["dilation"], len(kernel), 1)[i]
+    return Taps(run.function, run.dims[0], run.windows[0], kernel[i], dilation, run.padding), changed
 
 
 def _transposed(cut: Cut) -> tuple[Windowed, Arguments]:

@@ -32,6 +32,7 @@ from . import (
 from .call import Call
 from .notation import parse
 from .rule import Rule
+from .window import Window
 
 RuleFunction = Callable[[Call], Rule | None]
 
@@ -52,6 +53,7 @@ class RuleTable:
         sizes: Mapping[str, int] | None = None,
         linear: Iterable[int] = (),
         multiplies: bool = False,
+        halo: Mapping[str, int] | None = None,
     ) -> RuleTable:
         """Add a rule in one line: `table.register_rule("mylib.scan.default", "b s h, h -> b s h", whole=["s"])`.
 
@@ -59,21 +61,43 @@ class RuleTable:
         only inputs carry must be in `sums` (the op sums over them) or in `whole`.
         whole: names that must not be split. sizes: of factors that shapes do not fix. linear: inputs, by number, in
         each of which alone the op is linear. multiplies: whether flops are 2 x the product of all sizes.
+        halo: names along which an output at x looks at the first input from x - reach to x + reach, with that reach; what
+            the op does where its input ends it then does where the whole ends. The op must have one output, which has the
+            dim at the first input's place, as no other input has.
         Raises ValueError for a pattern that does not parse or that names unknown dims in the options.
         """
         parsed = parse(pattern)
         known = {name for dims in parsed.inputs + parsed.outputs for dim in dims for name in dim}
-        unknown = sorted({*sums, *whole, *(sizes or {})} - known)
+        reaches = dict(halo or {})
+        unknown = sorted({*sums, *whole, *(sizes or {}), *reaches} - known)
         if unknown:
             raise ValueError(f"rule {pattern!r} has no dim {', '.join(unknown)}")
         if target.count(".") not in (1, 2):
             raise ValueError(f"target {target!r} is not '<namespace>.<name>' or '<namespace>.<name>.<overload>'")
+        for name in reaches:
+            places = [[i - len(dims) for i, dim in enumerate(dims) if name in dim] for dims in parsed.inputs]
+            made = [[i - len(dims) for i, dim in enumerate(dims) if dim == (name,)] for dims in parsed.outputs]
+            if [places[0]] != made or any(places[1:]) or len(parsed.inputs[0]) != len(parsed.outputs[0]):
+                raise ValueError(
+                    f"rule {pattern!r}: the halo dim {name} must be a dim of its own, at one place of the first input and of "
+                    f"the one output, and in no other input"
+                )
         blocked = dict.fromkeys(whole, f"its rule {pattern!r} keeps it whole")
         options: dict[str, Any] = {"sums": tuple(sums), "blocked": blocked}
         groups = tuple(frozenset({i}) for i in linear)
 
         def function(call: Call) -> Rule:
-            found = call.pattern(pattern, sizes, **options)
+            first = call.inputs[0]
+            places = {
+                name: len(first.shape) - len(parsed.inputs[0]) + parsed.inputs[0].index((name,)) for name in reaches
+            }
+            specials = {
+                name: rules_window.halo(
+                    first, dim, Window(first.shape[dim], first.shape[dim], 1, -reaches[name], reaches[name])
+                )
+                for name, dim in places.items()
+            }
+            found = call.pattern(pattern, sizes, specials=specials, **options)
             flops = 2 if multiplies else 0
             for size in found.sizes.values() if multiplies else ():
                 flops *= size

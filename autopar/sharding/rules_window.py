@@ -11,16 +11,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
-from ..graph import Shape
+from ..graph import Shape, Tensor
 from .call import Call
 from .notation import Dim, Dims
+from .op_windows import ADAPTIVE_AVERAGES, AVERAGES, MAXIMA, UPSAMPLING, windows_of
 from .rule import Rule, Special
 from .rules_pointwise import RuleFunction, full
 from .window import Window
 
-HALO = "halo"
+HALO, TAPS = "halo", "taps"
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,6 @@ class Space:
     specials: Mapping[str, Special]
     blocked: Mapping[str, str]
     sums: frozenset[str] = frozenset()
-
-
-def windows_of(call: Call) -> tuple[Window | None, ...]:
-    """The window of each dim of the op's space, the last dims of its tensors; None where it is none that may be split."""
-    return _WINDOWS[call.packet](call) if call.packet in _WINDOWS else ()
 
 
 def _space(call: Call, tensor: str, windows: Sequence[Window | None], reason: str) -> Space:
@@ -58,7 +53,7 @@ def _space(call: Call, tensor: str, windows: Sequence[Window | None], reason: st
         sizes[name] = math.gcd(size, out)
         if not window.apart:
             inputs.append((name,)), outputs.append((name,))
-            specials[name] = Special(HALO, window=window, row_bytes=given.size_bytes // size, composes=True)
+            specials[name] = halo(given, i - len(windows), window)
             continue
         factor = max(window.down, window.up)
         sizes[inner] = factor
@@ -68,11 +63,25 @@ def _space(call: Call, tensor: str, windows: Sequence[Window | None], reason: st
     return Space(tuple(inputs), tuple(outputs), sizes, specials, blocked)
 
 
+def halo(tensor: Tensor, dim: int, window: Window) -> Special:
+    """A dim of `tensor` along which borders of neighbours are fetched."""
+    return Special(HALO, window=window, row_bytes=tensor.size_bytes // tensor.shape[dim], composes=True)
+
+
 def convolution(call: Call) -> Rule:
     """input [b, (g i), *space], weight [(g o), i, *kernel], bias [(g o)] -> [b, (g o), *space']."""
     groups, weight = call["groups"], call.shape("weight")
-    kernel = weight[2:]
-    return _convolution(call, {"o": weight[0] // groups, "i": weight[1]}, ("o", "i"), math.prod(call.out), kernel)
+    sizes = {"o": weight[0] // groups, "i": weight[1]}
+    rule = _convolution(call, sizes, ("o", "i"), math.prod(call.out), weight[2:])
+    # Each tap is a product of its own with the input shifted, so that taps may be summed over as input channels are.
+    taps = [f"k{i}" for i, size in enumerate(weight[2:]) if size > 1]
+    return replace(
+        rule,
+        splits=(*rule.splits, *taps),
+        sums=rule.sums | set(taps),
+        specials={**rule.specials, **dict.fromkeys(taps, Special(TAPS))},
+        blocked={name: reason for name, reason in rule.blocked.items() if name not in taps},
+    )
 
 
 def transposed_convolution(call: Call) -> Rule:
@@ -176,171 +185,14 @@ def pad(call: Call) -> Rule:
     return rule if call.get("mode", "constant") != "constant" or not call["value"] else replace(rule, linear=())
 
 
-# -- the windows of each kind of op
-
-
-def each(value: Any, count: int, default: int) -> tuple[int, ...]:
-    """An argument that stands for all dims of space, or has one entry for each."""
-    listed = tuple(value) if isinstance(value, tuple | list) else () if value is None else (value,)
-    return (listed or (default,)) * count if len(listed) < 2 else listed
-
-
-def paddings(call: Call) -> tuple[tuple[int, int], ...]:
-    """(before, behind) of a convolution, by dim of space."""
-    kernel = call.shape("weight")[2:]
-    padding = call["padding"]
-    if padding == "valid":
-        return ((0, 0),) * len(kernel)
-    dilation = each(call["dilation"], len(kernel), 1)
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return tuple((n // 2, n - n // 2) for n in total)
-    return tuple((p, p) for p in each(padding, len(kernel), 0))
-
-
-def _of_convolution(call: Call) -> tuple[Window | None, ...]:
-    kernel = call.shape("weight")[2:]
-    n = len(kernel)
-    extents = [d * (k - 1) + 1 for d, k in zip(each(call["dilation"], n, 1), kernel, strict=True)]
-    sizes = zip(call.shape("input")[-n:], call.out[-n:], strict=True)
-    return tuple(
-        Window(size, out, stride, -before, extent - 1 - before)
-        for (size, out), stride, (before, _), extent in zip(
-            sizes, each(call["stride"], n, 1), paddings(call), extents, strict=True
-        )
-    )
-
-
-def _of_transposed(call: Call) -> tuple[Window | None, ...]:
-    kernel = call.shape("weight")[2:]
-    n = len(kernel)
-    found: list[Window | None] = []
-    for i in range(n):
-        extent = each(call["dilation"], n, 1)[i] * (kernel[i] - 1) + 1
-        stride, padding = each(call["stride"], n, 1)[i], each(call["padding"], n, 0)[i]
-        size, out = call.shape("input")[i - n], call.out[i - n]
-        window = Window(size, out, 1, padding - extent + 1, padding, stride)
-        # Between narrower kernels lie outputs that no input reaches.
-        found.append(window if extent >= stride or window.apart else None)
-    return tuple(found)
-
-
-def _of_pool(spatial: int) -> Any:
-    def windows(call: Call) -> tuple[Window | None, ...]:
-        if len(call.outputs) > 1:
-            return (None,) * spatial  # the second output numbers places of the whole
-        first = next(iter(call.positions()))
-        kernel = each(call["kernel_size"], spatial, 1)
-        return tuple(
-            Window(
-                call.shape(first)[i - spatial],
-                call.out[i - spatial],
-                each(call.get("stride"), spatial, 0)[i] or kernel[i],
-                -each(call["padding"], spatial, 0)[i],
-                each(call.get("dilation", 1), spatial, 1)[i] * (kernel[i] - 1) - each(call["padding"], spatial, 0)[i],
-            )
-            for i in range(spatial)
-        )
-
-    return windows
-
-
-def _of_adaptive(spatial: int) -> Any:
-    def windows(call: Call) -> tuple[Window | None, ...]:
-        first = next(iter(call.positions()))
-        found: list[Window | None] = []
-        for size, out in zip(call.shape(first)[-spatial:], call.out[-spatial:], strict=True):
-            regular = out > 0 and size % out == 0 and len(call.outputs) == 1
-            found.append(Window(size, out, size // out, 0, size // out - 1) if regular else None)
-        return tuple(found)
-
-    return windows
-
-
-def scales_agree(call: Call, spatial: int) -> bool:
-    """Whether the scales that an upsampling op was given, if any, are the ratios of its sizes."""
-    names = ("scales",) if spatial == 1 else ("scales_d", "scales_h", "scales_w")[-spatial:]
-    given = call.get("scale_factors") or [call.get(name) for name in names]
-    ratios = zip(given, call.shape(_first(call))[-spatial:], call.out[-spatial:], strict=True)
-    return all(scale is None or scale * size == out for scale, size, out in ratios)
-
-
-def _of_upsampling(spatial: int, reach: int) -> Any:
-    """reach: how many neighbours on either side an output looks at; 0: the nearest input alone."""
-
-    def windows(call: Call) -> tuple[Window | None, ...]:
-        if call.get("align_corners") or not scales_agree(call, spatial):
-            return (None,) * spatial
-        found: list[Window | None] = []
-        for size, out in zip(call.shape(_first(call))[-spatial:], call.out[-spatial:], strict=True):
-            window = None
-            if out % size == 0:
-                factor = out // size
-                window = Window(size, out, 1, 1 - factor if not reach else -reach * factor, reach * factor, factor)
-            elif size % out == 0 and not reach:
-                window = Window(size, out, size // out, 0, 0)
-            found.append(window)
-        return tuple(found)
-
-    return windows
-
-
-def pad_amounts(call: Call) -> tuple[tuple[int, int], ...]:
-    """(before, behind) of the last dims, in their order."""
-    amounts = call["pad"]
-    return tuple(reversed(list(zip(amounts[::2], amounts[1::2], strict=True))))
-
-
-def _of_pad(call: Call) -> tuple[Window | None, ...]:
-    constant = call.get("mode", "constant") == "constant"
-    amounts = pad_amounts(call)
-    sizes = zip(call.shape("self")[-len(amounts) :], call.out[-len(amounts) :], strict=True) if amounts else ()
-    return tuple(
-        Window(size, out, 1, -before, -before) if constant or before == after == 0 else None
-        for (size, out), (before, after) in zip(sizes, amounts, strict=True)
-    )
-
-
-def _first(call: Call) -> str:
-    return next(iter(call.positions()))
-
-
-_UPSAMPLING = (
-    ("nearest1d", 1, 0),
-    ("linear1d", 1, 1),
-    ("nearest2d", 2, 0),
-    ("bilinear2d", 2, 1),
-    ("bicubic2d", 2, 2),
-    ("nearest3d", 3, 0),
-    ("trilinear3d", 3, 1),
-)
-_AVERAGES = MappingProxyType({f"aten.avg_pool{n}d": n for n in (1, 2, 3)})
-_MAXIMA = MappingProxyType({f"aten.max_pool{n}d{more}": n for n in (1, 2, 3) for more in ("", "_with_indices")})
-ADAPTIVE_AVERAGES: Mapping[str, int] = MappingProxyType(
-    {**{f"aten.adaptive_avg_pool{n}d": n for n in (1, 2, 3)}, "aten._adaptive_avg_pool2d": 2}
-)
-UPSAMPLING: Mapping[str, int] = MappingProxyType({f"aten.upsample_{name}": n for name, n, _ in _UPSAMPLING})
-
-_WINDOWS: Mapping[str, Any] = MappingProxyType(
-    {
-        **{f"aten.conv{n}d": _of_convolution for n in (1, 2, 3)},
-        **{f"aten.conv_transpose{n}d": _of_transposed for n in (1, 2, 3)},
-        **{name: _of_pool(n) for name, n in {**_AVERAGES, **_MAXIMA}.items()},
-        **{name: _of_adaptive(n) for name, n in ADAPTIVE_AVERAGES.items()},
-        **{f"aten.upsample_{name}": _of_upsampling(n, reach) for name, n, reach in _UPSAMPLING},
-        "aten.pad": _of_pad,
-        "aten.constant_pad_nd": _of_pad,
-    }
-)
-
 _INDICES = "indices number the places of the whole"
 
 RULES: Mapping[str, RuleFunction] = MappingProxyType(
     {
         **{f"aten.conv{n}d": convolution for n in (1, 2, 3)},
         **{f"aten.conv_transpose{n}d": transposed_convolution for n in (1, 2, 3)},
-        **{name: _pooling(n, True, "") for name, n in _AVERAGES.items()},
-        **{name: _pooling(n, False, _INDICES) for name, n in _MAXIMA.items()},
+        **{name: _pooling(n, True, "") for name, n in AVERAGES.items()},
+        **{name: _pooling(n, False, _INDICES) for name, n in MAXIMA.items()},
         **{f"aten.adaptive_max_pool{n}d": _pooling(n, False, _INDICES) for n in (1, 2, 3)},
         **{name: adaptive_average(n) for name, n in ADAPTIVE_AVERAGES.items()},
         **{name: _pooling(n, True, "its places are no whole multiples") for name, n in UPSAMPLING.items()},

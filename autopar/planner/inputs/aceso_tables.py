@@ -89,7 +89,7 @@ def read_aceso(folder: str | Path, model: str) -> AcesoProfile:
 def _collective(path: Path) -> tuple[tuple[float, float], ...]:
     rows = list(csv.reader(read_text(path, "collective times").splitlines()))
     if rows[0] != ["data_size(MB)", "time(ms)"]:
-        raise ValueError(f"{path}: the first line is {rows[0]}, expected data_size(MB),time(ms)")
+        raise ValueError(f"{path}: the first line is {','.join(rows[0])[:60]!r}, expected data_size(MB),time(ms)")
     points = []
     for at, row in enumerate(rows[1:], 2):
         if len(row) != 2:

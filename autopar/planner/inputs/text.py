@@ -25,7 +25,7 @@ def read_json(path: str | Path, expected: str) -> Any:
     text = read_text(path, expected)
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no JSON, or truncated ({error}); expected {expected}") from None
 
 
@@ -33,10 +33,10 @@ def number(path: str | Path, where: str, value: Any, least: float = 0.0) -> floa
     """`value` as a float of at least `least`; a string is parsed. ValueError that names the place."""
     try:
         found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         found = math.nan
     if not (math.isfinite(found) and found >= least):
-        raise ValueError(f"{path}: {where} is {value!r}, expected a number of at least {least:g}")
+        raise ValueError(f"{path}: {where} is {_short(value)}, expected a number of at least {least:g}")
     return found
 
 

@@ -225,6 +225,11 @@ class Bench:
         except ValueError as error:
             self._refusal = self._refusal or str(error)
             return math.inf
+        pins = self.problem.pins
+        refusal = (pins.on(plan.graph_of(pins.graph)) if plan.rewrites else pins).refusal(plan)
+        if refusal:
+            self._refusal = self._refusal or refusal
+            return math.inf
         line = simulate(self.problem.graph, plan, self.problem.cluster, model=costs or self.problem.costs)
         peak_bytes = max(line.peak_memory_bytes.values())
         plan = replace(plan, prediction=Prediction(line.step_time_s, peak_bytes))
@@ -262,6 +267,7 @@ class Bench:
                 f"be run under {self.problem.constraints}{why}; use method='auto'"
             )
         rows = sorted(self._offers, key=lambda plan: (plan is not chosen, plan.prediction.step_time_s))
+        self.problem.kept.extend(plan for plan in rows[:MAX_CANDIDATES] if plan is not chosen)
         return replace(chosen, candidates=tuple(self._rows(rows, chosen)))
 
     def _rows(self, plans: Iterable[Plan], chosen: Plan) -> Iterator[Candidate]:

@@ -1,4 +1,8 @@
-"""The oracle: simulate every plan of the space. For small cases, and for the tests of the searches that are clever."""
+"""The oracle: simulate every plan of the space. For small cases, and for the tests of the searches that are clever.
+
+The space is the wide one of planner/wide.py where the problem is small and its plans are no more than MAX_PLANS; else that
+of the exact search: 1F1B and GPipe, ZeRO 0 and 3, recomputation "none" or "full" for each stage.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from ...report.words import gib, plan_in_words
 from ...simulate import simulate
 from ..pricing import Piece, assemble
 from ..problem import Problem
+from ..wide import count_wide_plans, every_wide_plan, is_small
 
 # About ten minutes of simulation; beyond it the method is not the right one.
 MAX_PLANS = 200_000
@@ -19,7 +24,7 @@ MAX_PLANS = 200_000
 
 def exhaustive(problem: Problem) -> Plan:
     """The plan of least simulated step time that fits. ValueError when there are too many plans, or none fits."""
-    num_plans = count_plans(problem)
+    num_plans, plans = the_space(problem)
     if num_plans > MAX_PLANS:
         raise ValueError(
             f"method='exhaustive' would simulate {num_plans} plans, at most {MAX_PLANS} make sense; use method='auto', "
@@ -30,7 +35,7 @@ def exhaustive(problem: Problem) -> Plan:
     budget = problem.budget
     try:
         with budget.bar("exhaustive", " plans", num_plans) as bar:
-            for plan in every_plan(problem):
+            for plan in plans:
                 if budget.expired(has_plan=best is not None):
                     break
                 line = simulate(problem.graph, plan, problem.cluster, model=problem.costs)
@@ -57,22 +62,34 @@ def exhaustive(problem: Problem) -> Plan:
     verdict = f"chosen; the search was cut short {budget.cut_short}" if budget.cut_short else "chosen"
     found = best.prediction
     row = Candidate(plan_in_words(best), found.step_time_s, found.peak_memory_bytes, verdict)
-    return replace(best, candidates=(row,))
+    bound_s = None if budget.cut_short else found.step_time_s
+    return replace(best, prediction=replace(found, lower_bound_s=bound_s), candidates=(row,))
+
+
+def the_space(problem: Problem) -> tuple[int, Iterator[Plan]]:
+    """How many plans would be simulated, and these."""
+    if is_small(problem):
+        num_plans = count_wide_plans(problem)
+        if num_plans <= MAX_PLANS:
+            return num_plans, every_wide_plan(problem)
+    return count_plans(problem), every_plan(problem)
 
 
 def every_plan(problem: Problem) -> Iterator[Plan]:
-    """All plans of the space, whether or not they fit in memory."""
+    """All plans of the exact search's space, whether or not they fit in memory."""
     num_blocks = len(problem.graph.blocks)
     for shape in problem.shapes:
         for chain in problem.chains.of(problem.as_equal, shape):
             for cuts in itertools.combinations(range(1, num_blocks), shape.pipeline - 1):
                 edges = list(itertools.pairwise((0, *cuts, num_blocks)))
+                if not all(problem.allows_stage(s, *edge, shape.pipeline) for s, edge in enumerate(edges)):
+                    continue
                 for choice in itertools.product(problem.recompute_choices, repeat=shape.pipeline):
                     pieces = [Piece(*edge, recompute) for edge, recompute in zip(edges, choice, strict=True)]
                     yield assemble(problem, shape, chain, pieces)
 
 
 def count_plans(problem: Problem) -> int:
-    """Plans of the space, chains of layouts apart."""
+    """Plans of the exact search's space, chains of layouts apart."""
     num_blocks, ways = len(problem.graph.blocks), len(problem.recompute_choices)
     return sum(math.comb(num_blocks - 1, shape.pipeline - 1) * ways**shape.pipeline for shape in problem.shapes)

@@ -157,7 +157,8 @@ class OpTasks:
         self._op_s: dict[tuple, tuple[float, float]] = {}
         self._conversions_s: dict[tuple, tuple[float, float]] = {}
         for op in self.ops:
-            self.options[op.name] = strategies(graph, op, self.shape.tensor, self.shape.shards)
+            found = strategies(graph, op, self.shape.tensor, self.shape.shards)
+            self.options[op.name] = self.problem.allowed_strategies(op, found)
             self.chosen[op.name] = self._sample(op)
 
     def _sample(self, op: Op) -> Strategy:

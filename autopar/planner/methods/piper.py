@@ -89,7 +89,16 @@ def _offer(bench: Bench, found: DagPlan, shape: Shape) -> None:
         shares = () if rows % stage.data == 0 else split_rows(rows, [1.0] * stage.data)
         start, stop = stage.layers[0], stage.layers[-1] + 1
         parts.append(
-            Part(start, stop, tuple(range(first, first + width)), stage.data, stage.tensor, stage.choices, 0, shares)
+            Part(
+                start,
+                stop,
+                tuple(range(first, first + width)),
+                stage.data,
+                stage.tensor,
+                stage.choices,
+                shape.zero,
+                shares,
+            )
         )
         first += width
     plan = bench.plan(parts, microbatches, shape.schedule)

@@ -65,11 +65,11 @@ class BytePrices(AxisPrices):
 
     def strategies(self, op: Op) -> tuple[Strategy, ...]:
         found = strategies(self.problem.graph, op, self.shape.tensor, self.shape.shards)
-        kept = self.answers.strategies
-        if id(found) not in kept:
-            shared = tuple(s for s in found if s.work < 1 and not self._cuts_batch(op, s))
-            kept[id(found)] = shared or found
-        return kept[id(found)]
+        kept, key = self.answers.strategies, (id(found), self.problem.pins.words.get(op.name))
+        if key not in kept:
+            allowed = self.problem.allowed_strategies(op, found)
+            kept[key] = tuple(s for s in allowed if s.work < 1 and not self._cuts_batch(op, s)) or allowed
+        return kept[key]
 
     def op_s(self, op: Op, strategy: Strategy) -> tuple[float, float]:
         n = self.shape.tensor

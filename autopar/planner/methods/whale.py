@@ -170,9 +170,10 @@ class AnnotatedPrices(AxisPrices):
     def strategies(self, op: Op) -> tuple[Strategy, ...]:
         found = strategies(self.problem.graph, op, self.shape.tensor, self.shape.shards)
         kind = annotation(op, self.annotations)
-        key = (id(found), kind)
+        key = (id(found), kind, self.problem.pins.words.get(op.name))
         kept = self.__dict__.setdefault("_allowed", {})
         if key not in kept:
+            found = self.problem.allowed_strategies(op, found)
             wanted = tuple(s for s in found if s.work < 1 and self._cuts_batch(op, s) == (kind == "replicate"))
             kept[key] = wanted or found
         return kept[key]

@@ -1,0 +1,194 @@
+"""What a finished plan's prediction is made of, and what would make another plan the best.
+
+Terms of the step time are means over stages: on each stage M times what a microbatch computes and communicates, what is
+seen of the gradient reduction, and the optimizer; what is left of the step is waiting (bubbles, transfers between stages).
+
+What would change the choice is asked of the cost model: the chosen plan and the best of those that lost are priced again
+on clusters of which one figure is another, and against other memory limits. It ignores plans that were not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..cluster.spec import Cluster
+from ..cost.model import CostModel
+from ..cost.types import StageCost
+from ..plan import Plan, Prediction, StageMemory, Term
+from ..report.words import gib, plan_in_words, seconds
+from ..schedule.build import program_for
+from ..schedule.orders import schedule_named
+from ..schedule.step_time import exposed_reduce_s
+from ..simulate import program_peak_bytes, simulate, stage_peak_bytes
+from .problem import Costs, Problem
+
+COMPUTE, REDUCTION, OPTIMIZER, WAITING = "compute", "gradient reduction not hidden", "optimizer", "waiting (bubbles)"
+# Of the plans that lost, how many are priced again, and the factors that are tried, the smallest first.
+MAX_REPRICED = 5
+FACTORS = (1.5, 2.0, 4.0)
+# What is faster by less is as fast.
+LEAST_GAIN = 5e-3
+
+
+def with_terms(problem: Problem, plan: Plan) -> Plan:
+    """The plan with the terms of its step time and the parts of its memory in its prediction."""
+    graph = plan.graph_of(problem.graph)
+    costs = problem.costs if not plan.rewrites else CostModel(graph, problem.cluster)
+    stages = [costs.stage(plan, s) for s in range(len(plan.stages))]
+    assert plan.prediction is not None
+    return replace(
+        plan,
+        prediction=replace(
+            plan.prediction,
+            terms=step_terms(plan, stages, costs, plan.prediction.step_time_s),
+            memory=stage_memory(plan, stages),
+        ),
+    )
+
+
+def step_terms(plan: Plan, stages: Sequence[StageCost], costs: Costs, step_time_s: float) -> tuple[Term, ...]:
+    """The step time in parts, the largest first, waiting last."""
+    found: dict[str, float] = {}
+    passes: dict[StageCost, dict[str, float]] = {}
+    for s, cost in enumerate(stages):
+        if cost not in passes:
+            passes[cost] = _pass_terms(plan, s, cost, costs)
+        for name, time_s in passes[cost].items():
+            found[name] = found.get(name, 0.0) + plan.microbatches * time_s
+        found[REDUCTION] = found.get(REDUCTION, 0.0) + exposed_reduce_s(cost)
+        found[OPTIMIZER] = found.get(OPTIMIZER, 0.0) + cost.optimizer_s
+    # Several stages of one set of ranks run one after the other.
+    terms = {name: time_s / plan.pipeline for name, time_s in found.items() if time_s > 0}
+    ordered = sorted(terms.items(), key=lambda term: -term[1])
+    return tuple(Term(*term) for term in (*ordered, (WAITING, max(0.0, step_time_s - sum(terms.values())))))
+
+
+def _pass_terms(plan: Plan, s: int, cost: StageCost, costs: Costs) -> dict[str, float]:
+    """Of one microbatch: compute, and each kind of collective."""
+    whole_s = cost.forward_s + cost.backward_s
+    breakdown = getattr(costs, "breakdown", None)
+    if breakdown is None:
+        return {COMPUTE: whole_s}
+    collectives = {_collective(name): sum(pair) for name, pair in breakdown(plan, s).collectives.items()}
+    return {COMPUTE: max(0.0, whole_s - sum(collectives.values())), **collectives}
+
+
+def _collective(name: str) -> str:
+    """The cost model's "inter/all_reduce" in words."""
+    where, _, kind = name.rpartition("/")
+    place = {"intra": " inside hosts", "inter": " between hosts"}.get(where, f" {where}".rstrip())
+    return f"{kind.replace('_', '-')}{place}"
+
+
+def stage_memory(plan: Plan, stages: Sequence[StageCost]) -> tuple[StageMemory, ...]:
+    """Of each stage the parts of the peak of a rank that runs it, with the other stages that the rank runs."""
+    schedule = schedule_named(plan.schedule)
+    is_simple = schedule.virtual == 1 and schedule.flushes
+    # a whole program is long, and only needed where ranks run several stages or none ever ends
+    program = None if is_simple else program_for(plan)
+    found = []
+    for s, cost in enumerate(stages):
+        group = plan.groups.index(plan.stages[s].ranks)
+        mates = {i: stages[i] for i, other in enumerate(plan.stages) if other.ranks == plan.stages[s].ranks}
+        if program is None:
+            peak_bytes = stage_peak_bytes(cost, plan.schedule, s, len(stages), plan.microbatches)
+        else:
+            peak_bytes = program_peak_bytes(program.actions[group], mates)
+        rest = [sum(getattr(one, name) for one in mates.values()) for name in _AT_REST]
+        held = schedule.in_flight(group, plan.pipeline, plan.microbatches, len(mates))
+        # where gradients come into being late the peak may be below all that is ever held
+        rest[1] = max(0, min(rest[1], peak_bytes - rest[0] - rest[2]))
+        activations = max(0, min(peak_bytes - sum(rest), held * cost.activation_bytes))
+        found.append(StageMemory(*rest, activations, peak_bytes - sum(rest) - activations))
+    return tuple(found)
+
+
+_AT_REST = ("parameter_bytes", "gradient_bytes", "optimizer_bytes")
+
+
+# -- what would change the choice
+
+
+def changes(problem: Problem, plan: Plan, others: Sequence[Plan]) -> tuple[str, ...]:
+    """A sentence for each change of the cluster or of memory that would make one of `others` the best.
+
+    others: plans that were priced and lost, some of which may not fit. Those with rewrites are left out.
+    """
+    rivals = [one for one in others if not one.rewrites and one.prediction is not None and one != plan]
+    if plan.prediction is None or plan.rewrites or not rivals or problem.cluster.hosts:
+        # of devices of several kinds there is no one figure to change
+        return ()
+    said = [*_by_memory(problem, plan, rivals)]
+    fitting = [one for one in rivals if one.prediction.peak_memory_bytes <= problem.memory_limit_bytes]
+    nearest = sorted(fitting, key=lambda one: one.prediction.step_time_s)[:MAX_REPRICED]
+    for what, make in perturbed(problem.cluster):
+        for factor in FACTORS:
+            best = _best_on(problem, make(factor), [plan, *nearest])
+            if best is not None:
+                said.append(f"with {what.format(f'{factor:g}')}: {plan_in_words(best[0])}, {best[1]}")
+                break
+    return tuple(said)
+
+
+def perturbed(cluster: Cluster):
+    """(in words, function of a factor to a cluster) of the figures that may be others."""
+    if cluster.num_hosts > 1:
+        yield (
+            "{} times the bandwidth between hosts",
+            lambda f: replace(cluster, inter=_faster(cluster.inter, f)),
+        )
+        yield (
+            "1/{} of the bandwidth between hosts",
+            lambda f: replace(cluster, inter=_faster(cluster.inter, 1 / f)),
+        )
+    yield "{} times the bandwidth inside a host", lambda f: replace(cluster, intra=_faster(cluster.intra, f))
+    yield "1/{} of the bandwidth inside a host", lambda f: replace(cluster, intra=_faster(cluster.intra, 1 / f))
+    device = cluster.device
+    yield (
+        "{} times the arithmetic of a device",
+        lambda f: replace(
+            cluster, device=replace(device, flops_per_s={k: v * f for k, v in device.flops_per_s.items()})
+        ),
+    )
+
+
+def _faster(link, factor: float):
+    return replace(link, bandwidth_bytes_per_s=link.bandwidth_bytes_per_s * factor)
+
+
+def _best_on(problem: Problem, cluster: Cluster, plans: Sequence[Plan]) -> tuple[Plan, str] | None:
+    """The plan that beats the first one on another cluster, and the figures; None where the first stays the best."""
+    model = CostModel(problem.graph, cluster, getattr(problem.costs, "corrections", None))
+    times_s = [simulate(problem.graph, one, cluster, model=model).step_time_s for one in plans]
+    best = min(range(len(plans)), key=lambda i: (times_s[i], i))
+    if times_s[best] > times_s[0] * (1 - LEAST_GAIN):
+        return None
+    return plans[best], f"{seconds(times_s[best])} instead of {seconds(times_s[0])}"
+
+
+def _by_memory(problem: Problem, plan: Plan, rivals: Sequence[Plan]):
+    """The least more memory with which a faster plan fits."""
+    limit_bytes = problem.memory_limit_bytes
+    faster = [
+        one
+        for one in rivals
+        if one.prediction.peak_memory_bytes > limit_bytes and one.prediction.step_time_s < plan.prediction.step_time_s
+    ]
+    if faster:
+        nearest = min(faster, key=lambda one: one.prediction.peak_memory_bytes)
+        yield (
+            f"with {gib(nearest.prediction.peak_memory_bytes - limit_bytes)} more memory per device: "
+            f"{plan_in_words(nearest)}, {seconds(nearest.prediction.step_time_s)} instead of "
+            f"{seconds(plan.prediction.step_time_s)}"
+        )
+
+
+def explained(problem: Problem, plan: Plan, what_if: bool) -> Plan:
+    """The plan with what `with_terms` and, if asked for, `changes` find."""
+    plan = with_terms(problem, plan) if plan.prediction is not None else plan
+    if not what_if:
+        return plan
+    prediction: Prediction | None = plan.prediction
+    assert prediction is not None
+    return replace(plan, prediction=replace(prediction, changes=changes(problem, plan, problem.kept)))

@@ -1,0 +1,186 @@
+"""Moves: changes to a sketch that take load off what bounds it, by kind, the ones that price least first.
+
+    schedule      another order of the same work, with more stages per group where it wants them: against bubbles
+    store         ZeRO level and its group, for all groups or for the bottleneck: against memory, or its traffic
+    microbatches  twice or half as many: bubbles and memory against efficiency and traffic
+    cuts          blocks go from the bottleneck to the groups that wait most, one at a time or balanced anew
+
+What a move leads to is judged exactly; these functions only propose. Each yields distinct sketches in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from ..schedule.orders import SCHEDULES
+from .judge import Judge, Judged
+from .problem import Problem
+from .sketch import Sketch, Team, changed
+
+# Stages per group that are tried for schedules that run any number.
+MOST_VIRTUAL = 6
+# Forwards and backwards beyond which the step time of a schedule without a recurrence takes too long to compute.
+MOST_UNITS = 12_000
+# Up to so many stages all cuts are tried both ways.
+FEW_STAGES = 8
+# Groups that a bottleneck's blocks are offered to.
+TARGETS = 3
+
+Move = Callable[["Moves", Sketch, Judged], Iterator[Sketch]]
+
+
+class Moves:
+    """The moves that the constraints of a problem leave."""
+
+    def __init__(self, problem: Problem, judge: Judge) -> None:
+        self.problem, self._judge = problem, judge
+        self._weights: dict[tuple, list[float]] = {}
+
+    # -- schedule
+
+    def schedules(self, now: Sketch, judged: Judged) -> Iterator[Sketch]:
+        groups, num_blocks = len(now.teams), now.stops[-1]
+        pinned = self.problem.constraints.schedule
+        if groups == 1:
+            return
+        for name, chosen in SCHEDULES.items():
+            if not chosen.flushes or (pinned or name) != name:
+                continue
+            laps = (chosen.virtual,) if chosen.virtual else range(2, MOST_VIRTUAL + 1)
+            for virtual in laps:
+                if groups * virtual > num_blocks or (name, virtual) == (now.schedule, now.virtual):
+                    continue
+                if virtual > 1 and 2 * groups * virtual * now.microbatches > MOST_UNITS:
+                    continue
+                stops = now.stops
+                if virtual != now.virtual:
+                    stops = self._balanced(now, judged, groups * virtual)
+                other = replace(now, schedule=name, stops=stops)
+                if chosen.splits_backward and any(team.zero for team in now.teams):
+                    if self.problem.constraints.zero:
+                        continue
+                    other = other.with_teams(zero=0)
+                yield other
+
+    # -- storage over the data axis
+
+    def store(self, now: Sketch, judged: Judged) -> Iterator[Sketch]:
+        if SCHEDULES[now.schedule].splits_backward:
+            return
+        pinned = self.problem.constraints.zero
+        levels = (0, 1, 2, 3) if pinned is None else (pinned,)
+        worst = judged.bottleneck
+        for level in levels:
+            for group in self._groups(now.teams[worst], level):
+                everywhere = now.with_teams(zero=level, zero_group=group)
+                if everywhere.key != now.key:
+                    yield everywhere
+                teams = list(now.teams)
+                teams[worst] = changed(teams[worst], zero=level, zero_group=group)
+                alone = replace(now, teams=tuple(teams))
+                if len(teams) > 1 and alone.key != now.key and not self.problem.graph.shared_parameters:
+                    yield alone
+
+    def _groups(self, team: Team, level: int) -> Iterator[int]:
+        """All data ranks, and those of one host where these are fewer."""
+        yield 0
+        if level and team.data > 1:
+            line = team.ranks[:: team.tensor]
+            host = self.problem.cluster.host
+            inside = next((i for i, rank in enumerate(line) if host(rank) != host(line[0])), len(line))
+            if 2 <= inside < team.data and team.data % inside == 0:
+                yield inside
+
+    # -- microbatches
+
+    def microbatches(self, now: Sketch, judged: Judged) -> Iterator[Sketch]:
+        if self.problem.constraints.microbatches is not None or self.problem.time_conflict:
+            return
+        count, rows = now.microbatches, self.problem.graph.batch_size
+        for other in (count * 2, count // 2 if count % 2 == 0 else 0):
+            if other and all(not t.shares and rows % (other * t.data) == 0 for t in now.teams):
+                yield replace(now, microbatches=other)
+
+    # -- cuts
+
+    def cuts(self, now: Sketch, judged: Judged) -> Iterator[Sketch]:
+        seen = {now.stops}
+        for stops in self._shifted(now, judged):
+            sizes = [stop - start for start, stop in zip((0, *stops), stops, strict=False)]
+            if stops not in seen and min(sizes) > 0:
+                seen.add(stops)
+                yield replace(now, stops=stops)
+
+    def _shifted(self, now: Sketch, judged: Judged) -> Iterator[tuple[int, ...]]:
+        """One block from a stage of the bottleneck, through the stages between, to one of a group that waits; where there
+        are few stages every cut by one block too; and all cuts anew."""
+        chosen = SCHEDULES[now.schedule]
+        groups = len(now.teams)
+        home = [chosen.group_of(s, groups) for s in range(len(now.stops))]
+        worst = judged.bottleneck
+        least = sorted((g for g in range(groups) if g != worst), key=judged.busy_s)[:TARGETS]
+        for source in judged.members[worst]:
+            near = sorted((s for s, g in enumerate(home) if g in least), key=lambda s: (abs(s - source), s))
+            for target in near[: 2 * TARGETS]:
+                low, high, shift = (target, source, 1) if target < source else (source, target, -1)
+                yield tuple(stop + (shift if low <= s < high else 0) for s, stop in enumerate(now.stops))
+        if len(now.stops) <= FEW_STAGES:
+            for cut in range(len(now.stops) - 1):
+                for shift in (1, -1):
+                    yield tuple(stop + (shift if s == cut else 0) for s, stop in enumerate(now.stops))
+        yield self._balanced(now, judged, len(now.stops))
+
+    def _balanced(self, now: Sketch, judged: Judged, num_stages: int) -> tuple[int, ...]:
+        return balanced(self.block_s(now), num_stages)
+
+    def block_s(self, now: Sketch) -> list[float]:
+        """Forward and backward of every block on the first group, as a stage of its own."""
+        graph, team = self.problem.graph, now.teams[0]
+        num_blocks = len(graph.blocks)
+        key = (id(team.rows), team.data, team.axes, now.microbatches)
+        if key not in self._weights:
+            known: dict[tuple, float] = {}
+            found = []
+            for block in graph.blocks:
+                kind = (block.kind, *(row[block.index] for row in team.rows.index))
+                if kind not in known:
+                    edges = sorted({0, block.index, block.index + 1, num_blocks} - {0})
+                    alone = replace(now, stops=tuple(edges), teams=(team,) * len(edges), schedule="1f1b")
+                    cost = self._judge.cost(alone.plan(graph), edges.index(block.index + 1))
+                    known[kind] = cost.forward_s + cost.backward_s
+                found.append(known[kind])
+            self._weights[key] = found
+        return self._weights[key]
+
+
+def balanced(weights: Sequence[float], num_parts: int) -> tuple[int, ...]:
+    """Ends of `num_parts` runs, none empty, whose heaviest weighs least: bisection over what a run may weigh."""
+    low, high = max(weights), sum(weights)
+    best = _filled(weights, num_parts, high)
+    for _ in range(40):
+        middle = (low + high) / 2
+        found = _filled(weights, num_parts, middle)
+        if found is None:
+            low = middle
+        else:
+            best, high = found, middle
+    assert best is not None
+    return best
+
+
+def _filled(weights: Sequence[float], num_parts: int, most: float) -> tuple[int, ...] | None:
+    """Runs filled from the back, so that what is left over makes the first ones light; None if they do not hold all."""
+    stops, held_s, size = [len(weights)], 0.0, 0
+    for i in range(len(weights) - 1, -1, -1):
+        left = num_parts - len(stops)
+        if size and (held_s + weights[i] > most * (1 + 1e-12) or i + 1 <= left):
+            if left == 0:
+                return None
+            stops.append(i + 1)
+            held_s, size = 0.0, 0
+        held_s, size = held_s + weights[i], size + 1
+    return tuple(reversed(stops))
+
+
+CHEAP: tuple[Move, ...] = (Moves.schedules, Moves.store, Moves.microbatches, Moves.cuts)
