@@ -13,9 +13,10 @@ from ..sharding.rows import Parts
 
 def cut(shape: Shape, placement: Placement | None, parts: Parts) -> Shape:
     """`shape` after an axis of `parts` ranks; the largest part where it does not divide."""
-    if not isinstance(placement, Split) or parts == 1:
+    if parts == 1 or not isinstance(placement, Split) or placement.dim >= len(shape):
         return shape
-    return tuple(math.ceil(size / parts) if dim == placement.dim else size for dim, size in enumerate(shape))
+    dim = placement.dim
+    return (*shape[:dim], math.ceil(shape[dim] / parts), *shape[dim + 1 :])
 
 
 @dataclass(frozen=True)

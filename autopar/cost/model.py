@@ -11,7 +11,7 @@ Assumed: the optimizer is AdamW. Ranks of a stage differ by their devices and th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
@@ -259,11 +259,13 @@ class CostModel:
         ]
         return max(found, key=lambda one: sum(f + b for f, b in (*one.compute.values(), *one.collectives.values())))
 
-    def _breakdown(self, plan: Plan, index: int, data_rank: int | None) -> Breakdown:
+    def _breakdown(self, plan: Plan, index: int, data_rank: int | None, runs: Sequence[_Run] = ()) -> Breakdown:
+        """runs: those of the stage for this rank, where they are known."""
         stage = plan.stages[index]
+        runs = runs or self._runs(plan, stage, data_rank)
         compute: Table = {}
         collectives: Table = {}
-        for run in self._runs(plan, stage, data_rank):
+        for run in runs:
             parts = run.price.passes(run.recompute)
             for table, part in ((compute, parts[0]), (collectives, parts[1])):
                 for name, (forward_s, backward_s) in part.items():
@@ -288,7 +290,7 @@ class CostModel:
     def _stage(self, plan: Plan, index: int, data_rank: int | None) -> StageCost:
         stage = plan.stages[index]
         runs = self._runs(plan, stage, data_rank)
-        breakdown = self._breakdown(plan, index, data_rank)
+        breakdown = self._breakdown(plan, index, data_rank, runs)
         tables = (*breakdown.compute.values(), *breakdown.collectives.values())
         forward_s, backward_s = sum(f for f, _ in tables), sum(b for _, b in tables)
         pricer = self._pricer(plan.precision)
@@ -324,6 +326,7 @@ class CostModel:
             forward_peak_bytes=int(memory.forward_peak_bytes * factor),
             backward_peak_bytes=int(memory.backward_peak_bytes * factor),
             backward_weight_s=min(backward_s, sum(run.count * run.price.seconds.weight_s for run in runs)),
+            gradients_stay=traffic.reduce_s > 0 if memory.gradients_stay is None else memory.gradients_stay,
             deferred_bytes=int(sum(run.count * run.memory.deferred_bytes for run in runs) * factor),
         )
 
@@ -337,19 +340,19 @@ class CostModel:
         indices = list(zip(*stage.layouts, strict=True)) if stage.axes else [()] * len(blocks)
         prices: dict[tuple, _BlockPrice] = {}
         traits = self._traits
-        runs: list[_Run] = []
+        found: list[list] = []
         known: tuple = ()
         for block, layouts, recompute in zip(blocks, indices, stage.block_recompute, strict=True):
             trained, shares = traits[block.index]
-            key = (block.kind, layouts, trained)
-            if key == known and recompute == runs[-1].recompute and not shares and not runs[-1].shares_parameters:
-                runs[-1] = replace(runs[-1], count=runs[-1].count + 1)
+            key = (block.kind, layouts, trained, recompute)
+            if key == known and not shares and not found[-1][-1]:
+                found[-1][1] += 1
                 continue
-            if key not in prices:
-                prices[key] = self._block(block, tuple(plan.layouts[i] for i in layouts), setting, where)
-            runs.append(_Run(block, 1, prices[key], recompute, shares))
-            known = key
-        return runs
+            known, of_price = key, key[:-1]
+            if of_price not in prices:
+                prices[of_price] = self._block(block, tuple(plan.layouts[i] for i in layouts), setting, where)
+            found.append([block, 1, prices[of_price], recompute, shares])
+        return [_Run(*one) for one in found]
 
     @cached_property
     def _traits(self) -> list[tuple[tuple[bool, ...], bool]]:
@@ -392,7 +395,7 @@ class CostModel:
         local = pricer.local(setting.shards)
         view = BlockView(
             self.graph, block, steps, local, degrees, pricer.storages, tuple(edges[0]), tuple(edges[1]),
-            self.constants.fused_loss,
+            self.constants.fused_loss, self.constants.wide_loss,
         )  # fmt: skip
         rest = dict(zip(block.parameters, edges[1], strict=True))
         memory = block_memory(view, setting.accumulate)

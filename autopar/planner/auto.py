@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from ..plan import Plan
 from .alleviate import alleviated
+from .broad import Broad
 from .candidates import MAX_CANDIDATES, TooLarge, Tried, conclude, nothing_fits
 from .floors import Floors
 from .pricing import StagePrices
@@ -49,11 +50,12 @@ class _Entry:
 
 
 def auto(problem: Problem) -> Plan:
-    """The best plan found: the exact search's, changed by planner/alleviate.py where that makes it faster; on clusters of
-    unequal devices that of planner/unequal.py. ValueError, with the smallest plan found, when none fits."""
+    """The best plan found: the exact search's, or on many devices that of planner/broad.py, changed by
+    planner/alleviate.py where that makes it faster; on clusters of unequal devices that of planner/unequal.py. ValueError,
+    with the smallest plan found, when none fits."""
     if problem.cluster.hosts:
         return unequal(problem)
-    search = _Auto(problem)
+    search = Broad(problem) if problem.is_large else _Auto(problem)
     plan = search.run()
     return alleviated(problem, plan, [one.plan for one in sorted(search.tried, key=lambda one: one.step_time_s)])
 

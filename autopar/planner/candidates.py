@@ -18,6 +18,8 @@ from .stages import StageSearch
 MAX_CANDIDATES = 12
 MAX_RUNNERS_UP = 3
 MAX_TOO_LARGE = 3
+# Stages x microbatches up to which a whole program is walked for its figures.
+MAX_WALKED = 512
 # Forward and backward of the microbatches, with the communication inside the stages.
 WORK = "work"
 
@@ -40,7 +42,9 @@ class Tried:
         return cls(search.plan(pieces), shape, seconds, peak_bytes, _parts(search, pieces, costs, seconds))
 
     def simulated(self, problem: Problem) -> Tried:
-        """The same, with the figures of the simulator itself."""
+        """The same, with the figures of the simulator itself; of a long program the closed forms' are those, to rounding."""
+        if self.shape.pipeline * self.shape.microbatches > MAX_WALKED:
+            return self
         line = simulate(problem.graph, self.plan, problem.cluster, model=problem.costs)
         assert abs(line.step_time_s - self.step_time_s) <= 1e-6 * line.step_time_s, (line.step_time_s, self.step_time_s)
         return replace(self, step_time_s=line.step_time_s, peak_memory_bytes=max(line.peak_memory_bytes.values()))

@@ -10,7 +10,7 @@ alone, and have the rest of their programs in common.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -42,38 +42,76 @@ class LayoutChains:
         self._options: dict[tuple, LayoutOptions] = {}
         self._basis: dict[tuple, LayoutOptions] = {}
         self._fastest: dict[tuple, ChainSolution] = {}
+        self._frontiers: dict[int, tuple[ChainSolution, ...]] = {}
+        self._made: dict[tuple[Layout, ...], Chain] = {}
+        self._serving: dict[tuple[int, int, int], bool] = {}
         self._orders: dict[Hashable, Order] = {}
         self._answers: dict[tuple[int, int], Answers] = {}
 
     def of(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
         """Distinct chains for `shape`, the fastest first; the empty chain where there is no tensor axis."""
+        yield from self._distinct(problem, shape, (problem.recompute_choices[0], problem.recompute_choices[-1]))
+
+    def without_recompute(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
+        """Those of `of` that are found for blocks which compute nothing again, if they may."""
+        yield from self._distinct(problem, shape, problem.recompute_choices[:1])
+
+    def serve(self, problem: Problem, tensor: int, shards: int, others: int) -> bool:
+        """Whether chains that were found where the batch is cut into `shards` parts can run where it is `others`."""
+        if tensor == 1 or shards == others:
+            return True
+        key = (tensor, shards, others)
+        if key not in self._serving:
+            there, here = (
+                AxisPrices(
+                    problem, Shape(1, 1, tensor, n, "1f1b", 0), False, self._answers.setdefault((tensor, n), Answers())
+                )
+                for n in (shards, others)
+            )
+            self._serving[key] = all(
+                mine is theirs or set(map(id, theirs)) <= set(map(id, mine))
+                for op in problem.distinct_ops
+                for mine, theirs in ((here.strategies(op), there.strategies(op)),)
+            )
+        return self._serving[key]
+
+    def _distinct(self, problem: Problem, shape: Shape, choices: Sequence[str]) -> Iterator[Chain]:
         if shape.tensor == 1:
             yield Chain()
             return
         seen: set[tuple[Layout, ...]] = set()
-        for solution in self._solutions(problem, shape):
+        for solution in self._solutions(problem, shape, choices):
             if solution.layouts not in seen:
                 seen.add(solution.layouts)
-                yield Chain.of(solution.layouts)
+                yield self._chain(solution)
 
-    def _solutions(self, problem: Problem, shape: Shape) -> Iterator[ChainSolution]:
-        """The fastest chain, and, if more are asked for, the frontiers of both recompute choices."""
-        choices, num_blocks = problem.recompute_choices, len(problem.graph.blocks)
+    def _chain(self, solution: ChainSolution) -> Chain:
+        """The same object for the same layouts, so that what is priced for one shape serves others."""
+        if solution.layouts not in self._made:
+            self._made[solution.layouts] = Chain.of(solution.layouts)
+        return self._made[solution.layouts]
+
+    def _solutions(self, problem: Problem, shape: Shape, choices: Sequence[str]) -> Iterator[ChainSolution]:
+        """The fastest chain, and, if more are asked for, the frontiers of these recompute choices."""
+        num_blocks = len(problem.graph.blocks)
         # Speed alone does not depend on how many microbatches are in flight, nor so on the schedule.
         key = (shape.data, shape.tensor, shape.microbatches, shape.zero, choices[0])
         if key not in self._fastest:
             self._fastest[key] = chain_layouts(self._options_of(problem, shape, choices[0]), 0, num_blocks)
         yield self._fastest[key]
-        for recompute in choices:
+        for recompute in dict.fromkeys(choices):
             options = self._options_of(problem, shape, recompute)
-            yield from chain_frontier(options, 0, num_blocks, num_points=MAX_CHAINS)
+            # Options live as long as this object.
+            if id(options) not in self._frontiers:
+                self._frontiers[id(options)] = chain_frontier(options, 0, num_blocks, num_points=MAX_CHAINS)
+            yield from self._frontiers[id(options)]
 
     def smallest(self, problem: Problem, shape: Shape) -> Chain:
         """The chain that keeps least, with the most recomputation."""
         if shape.tensor == 1:
             return Chain()
         options = self._options_of(problem, shape, problem.recompute_choices[-1])
-        return Chain.of(smallest_chain(options, 0, len(problem.graph.blocks)).layouts)
+        return self._chain(smallest_chain(options, 0, len(problem.graph.blocks)))
 
     def pass_s(self, problem: Problem, tensor: int, shards: int) -> list[float]:
         """Per block, forward and backward on `tensor` ranks of one of `shards` shares of the batch.
@@ -177,7 +215,7 @@ class AxisPrices:
             return 0.0
         cluster, data = self.problem.cluster, self.shape.data
         size = self._local.size_bytes(parameter, placement, self.shape.tensor)
-        held = size / data if self.shape.zero == 3 else size
+        held = size / data if self.shape.zero else size
         step_s = optimizer_s(cluster.device, {held: 1}, self._model.corrections, self._model.constants)
         each_s = 0.0
         if data > 1:
@@ -198,9 +236,11 @@ class AxisPrices:
     def rest_bytes(self, parameter: str, placement: Placement) -> float:
         tensor = self.problem.graph.tensors[parameter]
         size = self._local.size_bytes(parameter, placement, self.shape.tensor)
+        # Parameter, gradient, optimizer state: from these levels on ZeRO shards each.
+        parts = [(size, 3)]
         if tensor.requires_grad:
-            size = 2 * size + OPTIMIZER_BYTES_PER_ELEMENT * size // tensor.dtype.itemsize
-        return size / (self.shape.data if self.shape.zero == 3 else 1) / self.in_flight
+            parts += [(size, 2), (OPTIMIZER_BYTES_PER_ELEMENT * size // tensor.dtype.itemsize, 1)]
+        return sum(part / (self.shape.data if self.shape.zero >= n else 1) for part, n in parts) / self.in_flight
 
     def saved_bytes(self, tensor: str, placement: Placement) -> float:
         if self.recompute:

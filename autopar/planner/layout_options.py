@@ -81,6 +81,7 @@ class LayoutOptions:
             self._states, self._signatures = basis._states, basis._signatures
         self._kinds: dict[tuple, _Kind] = {}
         self._tables: dict[tuple, np.ndarray] = {}
+        self._rows: dict[tuple, list[_Kind | None]] = {}
 
     def states(self, boundary: int) -> tuple[State, ...]:
         """The states of the cut in front of block `boundary` (behind the last block for len(blocks)) that are tried.
@@ -209,6 +210,15 @@ class LayoutOptions:
         return block.kind, gradients, self.graph.loss in names
 
     def _kind(self, index: int, shared_parameters: Mapping[str, Placement]) -> _Kind:
+        rest = tuple(shared_parameters.items())
+        if rest not in self._rows:
+            self._rows[rest] = [None] * len(self.graph.blocks)
+        row = self._rows[rest]
+        if row[index] is None:
+            row[index] = self._find_kind(index, shared_parameters)
+        return row[index]
+
+    def _find_kind(self, index: int, shared_parameters: Mapping[str, Placement]) -> _Kind:
         shared = {}
         if shared_parameters:
             parameters = self.graph.blocks[index].parameters

@@ -31,6 +31,8 @@ from .pins import Pins
 # Share of a device's memory that plans leave free for what the cost model does not count: the CUDA context, NCCL's
 # buffers, fragmentation of the allocator. An assumption; memory_limit_bytes= overrules it.
 RESERVE_SHARE = 0.1
+# On no more each shape gets layouts of its own, and the search is exact over them.
+FEW_DEVICES = 8
 
 
 class Costs(Protocol):
@@ -260,7 +262,7 @@ class Problem:
 
     def _shapes(self) -> Iterator[Shape]:
         for pipeline, data, tensor in self._triples():
-            if tensor > 1 and not self.splits(tensor, data):
+            if tensor > 1 and not self.splits(tensor, 1 if self.is_large else data):
                 continue
             if not self.allows_tensor(tensor, data):
                 continue
@@ -290,16 +292,21 @@ class Problem:
                 yield count
 
     def _zeros(self, data: int) -> tuple[int, ...]:
+        """On few devices 1 and 2 are left to the moves at the end."""
         pinned = self.constraints.zero
         if data == 1:
             return (0,) if pinned in (None, 0) else ()
-        return SEARCHED_ZEROS if pinned is None else (pinned,)
+        if pinned is not None:
+            return (pinned,)
+        return (0, 1, 2, 3) if self.is_large else SEARCHED_ZEROS
 
     def _schedules(self, pipeline: int, microbatches: int) -> tuple[str, ...]:
         if self.constraints.schedule is not None:
             return (self.constraints.schedule,)
-        # With one stage or one microbatch GPipe does what 1F1B does and holds at least as many activations.
-        return ("1f1b", "gpipe") if pipeline > 1 and microbatches > 1 else ("1f1b",)
+        # With one stage or one microbatch GPipe does what 1F1B does and holds at least as many activations. On many devices
+        # it is left to the moves at the end, because all that it can save is the time of a few transfers.
+        is_worth_it = pipeline > 1 and microbatches > 1 and not self.is_large
+        return ("1f1b", "gpipe") if is_worth_it else ("1f1b",)
 
     def splits(self, tensor: int, data: int) -> bool:
         """Whether any op that uses a parameter can share its work out over `tensor` ranks beside `data` ranks."""
@@ -316,20 +323,22 @@ class Problem:
     def _splits(self) -> dict[tuple[int, int], bool]:
         return {}
 
+    @property
+    def is_large(self) -> bool:
+        """Whether there are too many shapes for each to have layouts of its own."""
+        return self.cluster.world_size > FEW_DEVICES
+
     @cached_property
-    def _distinct_parameter_ops(self):
-        """One op per block kind and position, of those that take a parameter."""
-        kinds: set[int] = set()
-        ops = []
-        for block in self.graph.blocks:
-            if block.kind not in kinds:
-                kinds.add(block.kind)
-                ops += [
-                    op
-                    for op in self.graph.block_ops(block)
-                    if any(self.graph.tensors[name].role == "parameter" for name in op.inputs)
-                ]
-        return tuple(ops)
+    def distinct_ops(self) -> tuple[Op, ...]:
+        """One op per block kind and position."""
+        kinds = {block.kind: block for block in reversed(self.graph.blocks)}
+        return tuple(op for block in kinds.values() for op in self.graph.block_ops(block))
+
+    @cached_property
+    def _distinct_parameter_ops(self) -> tuple[Op, ...]:
+        """Of these the ones that take a parameter."""
+        roles = self.graph.tensors
+        return tuple(op for op in self.distinct_ops if any(roles[name].role == "parameter" for name in op.inputs))
 
     def _check_batch(self) -> None:
         pinned, rows = self.constraints, self.graph.batch_size

@@ -26,7 +26,7 @@ from .runs import FIELDS, Runs, figures
 EXACT_BLOCKS = 8
 # Up to so many devices in a cluster a replica may span hosts, and stages of uneven shares may shard parameters.
 MAX_SPREAD = 16
-_PEAKS = [FIELDS.index(name) for name in ("transient_bytes", "forward_peak_bytes", "backward_peak_bytes", "reduces")]
+_PEAKS = [FIELDS.index(name) for name in ("transient_bytes", "forward_peak_bytes", "backward_peak_bytes", "buffers")]
 
 
 @dataclass(frozen=True)
@@ -261,20 +261,21 @@ def _sums(kinds: Sequence[tuple], ask: Callable[[int, int], np.ndarray]) -> np.n
     blocks = np.array([known[kind, i == 0, i == count - 1] for i, kind in enumerate(kinds)])
     pairs = Counter(kinds[i] for i in range(1, count - 2) if kinds[i] == kinds[i + 1])
     once = np.zeros(len(FIELDS))
-    pair_transient = 0.0
     if pairs:
         kind = pairs.most_common(1)[0][0]
         i = next(i for i in range(1, count - 2) if kinds[i] == kinds[i + 1] == kind)
-        pair = ask(i, i + 2)
-        once = np.clip(2 * blocks[i] - pair, 0.0, blocks[i])
-        pair_transient = pair[_PEAKS[0]]
+        of_pair = ask(i, i + 2)
+        once = np.clip(2 * blocks[i] - of_pair, 0.0, blocks[i])
+    else:
+        of_pair = once
     ends = np.concatenate([np.zeros((1, len(FIELDS))), np.cumsum(blocks - once, axis=0)])
     table = once[:, None, None] + (ends[None, :, :] - ends[:, None, :]).transpose(2, 0, 1)
     exists = np.triu(np.ones((count + 1, count + 1)), 1)
     for field_ in _PEAKS:
         # Entry [start, stop] is the most of blocks start to stop - 1; none is negative.
         table[field_] = np.maximum.accumulate(exists * np.concatenate([[0.0], blocks[:, field_]]), axis=1)
-    transient = table[_PEAKS[0]]
-    table[_PEAKS[0]] = np.where(transient > 0, np.maximum(transient, pair_transient), transient)
+    # Neighbours add to each other's: one block's parameters are gathered beside the other's.
+    for field_ in _PEAKS[:3]:
+        table[field_] = np.where(table[field_] > 0, np.maximum(table[field_], of_pair[field_]), table[field_])
     table[FIELDS.index("exists")] = 1.0
     return table * exists

@@ -21,7 +21,10 @@ class Analysis:
     def __init__(self, graph: Graph, table: RuleTable = DEFAULT) -> None:
         self.graph = graph
         self.table = table
-        self.strategies: dict[tuple, tuple[Strategy, ...]] = {}  # see `strategies.strategies`
+        # See sharding/strategies.py.
+        self.strategies: dict[tuple, tuple[Strategy, ...]] = {}
+        self.options: dict[tuple[str, int], tuple[tuple[Strategy, ...], tuple[Strategy, ...]]] = {}
+        self.offered: dict[tuple, tuple[Strategy, ...]] = {}
         self.batch_layouts: dict[int, BatchLayout] = {}
         self._rules: dict[str, Rule | None] = {}
         self._whole: dict[str, Rule] = {}

@@ -92,7 +92,9 @@ class _BatchAxis:
         self.rows: dict[str, Ordering] = {}
         self.memo: dict[tuple[str, tuple[Placement, ...]], Strategy] = {}
         self.conflict: BatchConflict | None = None
-        self.prologue: set[str] = set()
+        # What one cut needs whole another does too, or else it starts again all the same.
+        known = next(iter(found.batch_layouts.values()), None)
+        self.prologue: set[str] = set(known.prologue) if known else set()
 
     def layout(self) -> BatchLayout:
         while not self._forward():

@@ -52,10 +52,9 @@ def _on_batch(graph: Graph, op: Op, shards: int) -> Sequence[Placement]:
 
 
 def _strategies(found: Analysis, op: Op, degree: int, shards: int) -> tuple[Strategy, ...]:
-    op_rule, gradient = found.rule(op), found.gradient(op)
-    whole = whole_strategies(op_rule, gradient)
     if op.name in found.graph.side_ops or degree == 1:
-        return whole[:1]
+        return whole_strategies(found.rule(op), found.gradient(op))[:1]
+    whole, options = _options(found, op, degree)
     cut_later: list[tuple[int, Split]] = []
     if shards > 1:
         layout = batch_layout(found.graph, shards)
@@ -63,22 +62,31 @@ def _strategies(found: Analysis, op: Op, degree: int, shards: int) -> tuple[Stra
             raise ValueError(f"{shards} parts of the batch were asked for, but {layout.conflict}")
         cut_later = list(_cut_later(found.graph, op, layout))
     on_batch = _on_batch(found.graph, op, shards)
-    options = [
-        split_strategy(op_rule, name, outer, degree, gradient) for name, outer in found.candidates.options[op.name]
-    ]
-    for group in op_rule.together:
-        outers = {outer for name, outer in found.candidates.options[op.name] if name == group.free} | {1}
-        options += [together_strategy(op_rule, group, degree, gradient, outer) for outer in sorted(outers)]
-    pending = found.candidates.pending[op.name]
-    options += [partial_strategy(op_rule, group, gradient) for group in op_rule.linear if group & pending]
+    op_rule = found.rule(op)
     fitting = [
         s
         for s in options
-        if s is not None
-        and _fits(op_rule, s, degree, on_batch, shards)
-        and not any(s.outputs[i] == split for i, split in cut_later)
+        if _fits(op_rule, s, degree, on_batch, shards) and not any(s.outputs[i] == split for i, split in cut_later)
     ]
-    return (*whole, *{s.key: s for s in fitting}.values())
+    every = (*whole, *{s.key: s for s in fitting}.values())
+    # The same tuple for every cut of the batch that leaves the same, so that what is worked out for one serves all.
+    return found.offered.setdefault((op.name, degree, tuple(s.key for s in every)), every)
+
+
+def _options(found: Analysis, op: Op, degree: int) -> tuple[tuple[Strategy, ...], tuple[Strategy, ...]]:
+    """Of an op that stands for its like: ways to run it whole, and all others, however the batch is cut."""
+    key = (op.name, degree)
+    if key not in found.options:
+        op_rule, gradient = found.rule(op), found.gradient(op)
+        names = found.candidates.options[op.name]
+        options = [split_strategy(op_rule, name, outer, degree, gradient) for name, outer in names]
+        for group in op_rule.together:
+            outers = {outer for name, outer in names if name == group.free} | {1}
+            options += [together_strategy(op_rule, group, degree, gradient, outer) for outer in sorted(outers)]
+        pending = found.candidates.pending[op.name]
+        options += [partial_strategy(op_rule, group, gradient) for group in op_rule.linear if group & pending]
+        found.options[key] = whole_strategies(op_rule, gradient), tuple(s for s in options if s is not None)
+    return found.options[key]
 
 
 def _cut_later(graph: Graph, op: Op, layout: BatchLayout) -> Iterator[tuple[int, Split]]:
