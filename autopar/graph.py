@@ -134,7 +134,8 @@ class Graph:
     inputs: names of the batch tensors; input_keys[i] is how a call names it: an int (positional) or str (keyword), and
         for nested structures a tuple of such keys.
     loss: name of the scalar loss tensor. loss_path: () when the module returns the loss itself, else ("loss",).
-    outputs: the module's other tensor outputs, as (path, tensor name).
+    outputs: the module's other tensor outputs, as (path, tensor name). output_form: what it returned, without the tensors
+        (capture/output_form.py).
     side_ops: ops that depend on no parameter, draw no random numbers and touch no buffer that is updated (masks, rotary
         tables, target shifts and counts): computed wherever they are needed, by every stage that needs them. All other
         ops are main ops, and `blocks` partitions exactly those.
@@ -158,6 +159,7 @@ class Graph:
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     opaque_modules: Mapping[str, torch.nn.Module] = field(default_factory=dict, repr=False, compare=False)
     precision: Precision = "float32"
+    output_form: Any = field(default=None, repr=False, compare=False)
 
     @cached_property
     def op(self) -> dict[str, Op]:

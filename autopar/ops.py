@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
@@ -82,8 +83,34 @@ def run_opaque(
     """
     # Generated code passes sequences as lists, and functional_call takes anything but a tuple for a single argument.
     named = dict(zip(state_names, state, strict=True))
-    out = torch.func.functional_call(modules[fqn], named, tuple(args), dict(kwargs))
+    with _without_states(modules[fqn]):
+        out = torch.func.functional_call(modules[fqn], named, tuple(args), dict(kwargs))
     return out if isinstance(out, torch.Tensor) else tuple(v for v in tree_leaves(out) if isinstance(v, torch.Tensor))
+
+
+@contextmanager
+def _without_states(module: torch.nn.Module) -> Iterator[None]:
+    """Plain attributes are before and after as if the call were the first: no tensor that autograd has made stands in one
+    before, and none stays where there was no tensor.
+
+    What passes from step to step is a buffer. States of another kind are cleared by the code around the module, which
+    runs at capture only.
+    """
+    kept = [(vars(part), dict(vars(part))) for part in module.modules()]
+    for now, then in kept:
+        now.update((name, None) for name, value in then.items() if _has_history(value))
+    try:
+        yield
+    finally:
+        for now, then in kept:
+            for name in [n for n, v in now.items() if isinstance(v, torch.Tensor) and v is not then.get(n)]:
+                if _has_history(now[name]) or not isinstance(then.get(name), torch.Tensor):
+                    del now[name]
+            now.update((name, then[name]) for name in then if name not in now or _has_history(then[name]))
+
+
+def _has_history(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.grad_fn is not None
 
 
 OPS: Mapping[str, Callable[..., Any]] = MappingProxyType(

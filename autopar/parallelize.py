@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from .runtime.initialise import Initialise, local_state, local_values
 from .runtime.loader import RankLoader
 from .runtime.model import ParallelModule
 from .runtime.optimizer_state import move_optimizer
+from .runtime.outputs import check_outputs
 from .runtime.random import Seeds
 from .runtime.reshard import reshard
 from .runtime.storage import ParameterSpec
@@ -58,20 +59,22 @@ class Model(ParallelModule):
         constraints: Mapping[str, Any],
         compile_with: Backend | None = None,
         timeout_s: float = TIMEOUT_S,
+        outputs: Literal["loss", "all"] = "loss",
     ) -> None:
         self.cluster = cluster
         self.corrections = Corrections()
         self.constraints = dict(constraints)
         self.seeds = Seeds(seed)
         self._compile_with = compile_with
+        self._wanted = frozenset(name for _, name in graph.outputs) if outputs == "all" else frozenset()
         start_s = time.perf_counter()
         state = local_state(graph, module, device, seed, initialise)
 
         def values(specs: Sequence[ParameterSpec]) -> Mapping[str, Tensor]:
             return local_values(specs, module, dist.get_rank(), seed, device, initialise)
 
-        runtime = build_runtime(graph, plan, values, state, device, self._stream(device), compile_with)
-        super().__init__(graph, runtime, simulate(graph, plan, cluster), device, timeout_s)
+        runtime = build_runtime(graph, plan, values, state, device, self._stream(device), compile_with, self._wanted)
+        super().__init__(graph, runtime, simulate(graph, plan, cluster), device, timeout_s, outputs)
         self.build_s = time.perf_counter() - start_s
         self.saving = Saving()
         self.state_names = state_names(module)
@@ -119,7 +122,7 @@ class Model(ParallelModule):
 
         state = old.executor.state
         stream = self._stream(self.device)
-        runtime = build_runtime(self.graph, plan, values, state, self.device, stream, self._compile_with)
+        runtime = build_runtime(self.graph, plan, values, state, self.device, stream, self._compile_with, self._wanted)
         move_optimizer(optimizer, old.storage.parameters, runtime.storage.parameters, before, after, rank, self.device)
         self.measurement.close()
         self.install(runtime)
@@ -141,6 +144,7 @@ def parallelize(
     reduce_dtype: Precision = "float32",
     offload: bool = False,
     compile: bool | Backend = False,
+    outputs: Literal["loss", "all"] = "loss",
     **constraints: Any,
 ) -> Model:
     """Make `module` train on the whole world, by the plan expected to be fastest among those that fit in memory.
@@ -160,14 +164,19 @@ def parallelize(
         the optimizer's state stay in host memory, and the optimizer runs there. A given plan says these two itself.
     compile: run blocks through torch.compile, each kind of block once; True is its default backend, and another may be
         named or given. An instruction may then take ten times timeout_s, because the first ones compile.
-    constraints: data=, tensor=, pipeline=, microbatches=, schedule=, zero=, recompute=, memory_limit_bytes= pin a choice
-        of the search each.
+    outputs: "loss", or "all": a call returns what the module returns (with a loss function: an object with `loss` and, as
+        `output`, that), its tensors whole on every rank, which costs their communication; no gradient flows into them.
+    constraints: data=, tensor=, pipeline=, microbatches=, schedule=, zero=, recompute=, memory_limit_bytes=,
+        memory_reserve=, layout= and stage= (by pattern of modules' names) pin a choice of the search each, and
+        time_limit_s= ends it; see `autopar.search`.
     Under torchrun all ranks must call it alike; without a launcher the world is this process. ValueError for what cannot
     be done, the same on every rank.
     """
     device = join_world()
     if plan is not None and constraints:
         raise ValueError(f"plan= is a whole plan, so it excludes {sorted(constraints)}; give one or the other")
+    if outputs not in ("loss", "all"):
+        raise ValueError(f"outputs={outputs!r}: expected 'loss' or 'all'")
     torch_dtype(reduce_dtype)
     given = from_rank_zero(lambda: plan if plan is None or isinstance(plan, Plan) else Plan.load(plan))
     graph = capture(module, example, loss, precision=precision or (given.precision if given else "float32"))
@@ -183,6 +192,8 @@ def parallelize(
     )
     chosen.validate(graph, cluster)
     graph = chosen.graph_of(graph)
+    if outputs == "all":
+        check_outputs(graph)
     seed = from_rank_zero(torch.initial_seed)
     return Model(
         graph,
@@ -195,4 +206,5 @@ def parallelize(
         constraints=constraints,
         compile_with="inductor" if compile is True else compile or None,
         timeout_s=timeout_s * (10 if compile else 1),
+        outputs=outputs,
     )

@@ -16,7 +16,7 @@ from .plan import SCHEMA, Layout, Plan, Recompute, Stage
 from .schedule.orders import SCHEDULES, schedule_named
 from .sharding.batch import batch_layout
 from .sharding.flow import find_strategies
-from .sharding.placement import REPLICATED, Split, parse_placement
+from .sharding.placement import PARTIAL, REPLICATED, Split, parse_placement
 from .sharding.reasons import refusal
 from .sharding.rows import stage_units
 from .sharding.rule import divides
@@ -33,7 +33,6 @@ def validate_plan(plan: Plan, graph: Graph, cluster: Cluster) -> None:
     _check_degrees(plan, graph)
     _check_stages(plan, graph)
     _check_schedule(plan, graph)
-    _check_runnable(plan)
     _check_batch(plan, graph)
     _check_layouts(plan, graph)
 
@@ -202,17 +201,6 @@ def _check_stream(plan: Plan, graph: Graph) -> None:
 
 def _uses(graph: Graph, stage: Stage, parameter: str) -> bool:
     return any(parameter in block.parameters for block in graph.blocks[stage.start : stage.stop])
-
-
-def _check_runnable(plan: Plan) -> None:
-    """What the vocabulary of plans can say and the runtime cannot do yet."""
-    for s, stage in enumerate(plan.stages):
-        at = f"plan.stages[{s}]"
-        if stage.zero and schedule_named(plan.schedule).splits_backward:
-            raise ValueError(
-                f"{at}.zero is {stage.zero}, but schedule {plan.schedule!r} puts gradients of weights off, and ZeRO reduces "
-                "them with those of inputs; set zero to 0, or the schedule to '1f1b' or 'interleaved'"
-            )
 
 
 def _check_stages(plan: Plan, graph: Graph) -> None:
@@ -396,9 +384,15 @@ def _check_tokens(graph: Graph, block: Block, layout: Layout, outer: Sequence[La
                 placement = parse_placement(token)
             except ValueError as error:
                 raise ValueError(f"{at}.{field}[{i}]: {error}") from None
+            tensor = graph.tensors[name]
+            if field == "parameters" and placement == PARTIAL:
+                splits = "".join(f", S{dim}" for dim in range(len(tensor.shape)))
+                raise ValueError(
+                    f"{at}.{field}[{i}] is {token}: {tensor.fqn} of shape {tensor.shape} cannot rest in summands; it rests "
+                    f"as one of R{splits}"
+                )
             if not isinstance(placement, Split):
                 continue
-            tensor = graph.tensors[name]
             if placement.dim >= len(tensor.shape):
                 raise ValueError(
                     f"{at}.{field}[{i}] is {token}, but {tensor.fqn or name} of shape {tensor.shape} has no dim "

@@ -230,12 +230,12 @@ def program_peak_bytes(row: Sequence[Instruction], costs: StageCost | Mapping[in
     `forward_peak_bytes` alone. Of a split backward, `deferred_bytes` stay from the end of its input half to the end of its
     weight half. In a stream, further versions of the weights stay from the update that replaces them to the first one after
     their last use. Gradients come into being during a stage's first backward of the step, which lets go of activations in
-    return; so it counts with the fuller of its two ends. Where they are reduced over data they have buffers, which stay
+    return; so it counts with the fuller of its two ends. Where they have buffers (`StageCost.gradients_stay`) these stay
     from step to step. Ignored: temporary tensors of the optimizer.
     """
     by_stage = {i.stage: costs for i in row} if isinstance(costs, StageCost) else costs
     training = any(isinstance(i, Backward | BackwardInput) for i in row)
-    unborn = {s for s, cost in by_stage.items() if not (training and cost.reduce_s > 0)}
+    unborn = {s for s, cost in by_stage.items() if not (training and cost.has_gradient_buffers)}
     live = sum(at_rest_bytes(cost) - (cost.gradient_bytes if s in unborn else 0) for s, cost in by_stage.items())
     peak = live
     versions: dict[int, set[int]] = {}
@@ -275,7 +275,7 @@ def stage_peak_bytes(cost: StageCost, schedule: str, stage: int, num_stages: int
     held = chosen.in_flight(stage, num_stages, microbatches)
     transient_bytes = max(cost.forward_peak_bytes, cost.backward_peak_bytes)
     full = held * cost.activation_bytes + transient_bytes
-    if cost.reduce_s > 0 or microbatches > held:
+    if cost.has_gradient_buffers or microbatches > held:
         return at_rest_bytes(cost) + cost.unsharded_bytes + full
     # All forwards precede the first backward, so that no gradients lie beside all activations.
     drained = cost.gradient_bytes + (held - 1) * cost.activation_bytes + cost.backward_peak_bytes

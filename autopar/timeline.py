@@ -38,12 +38,15 @@ class Event:
 class Timeline:
     """Events of one step. Times start at 0 with the step; `peak_memory_bytes` by rank, empty where not known.
 
+    transfers: what was on its way beside the instructions of a measured step, from its start to when it was known to be
+    complete: sends and receives by their instruction's token, asynchronous collectives by their kind.
     step_time_s runs from the first event to the end of the optimizer step.
     """
 
     events: tuple[Event, ...]
     step_time_s: float
     peak_memory_bytes: Mapping[int, int] = field(default_factory=dict)
+    transfers: tuple[Event, ...] = ()
 
     def by_rank(self) -> dict[int, tuple[Event, ...]]:
         """The events of each rank that has any, ranks ascending, in order of start."""
@@ -70,6 +73,15 @@ class Timeline:
         """Per rank: the rest of the step."""
         return {rank: self.step_time_s - busy for rank, busy in self.busy_s().items()}
 
+    def hidden_s(self) -> dict[int, float]:
+        """Per rank with transfers: the time of their way during which the rank computed, overlaps counted once."""
+        events, found = self.by_rank(), {}
+        for rank in sorted({transfer.rank for transfer in self.transfers}):
+            mine = [t for t in self.transfers if t.rank == rank]
+            busy = [e for e in events.get(rank, ()) if e.kind not in TRANSFER_KINDS]
+            found[rank] = _covered_s(mine) + _covered_s(busy) - _covered_s([*mine, *busy])
+        return found
+
     def bubble_fraction(self) -> float:
         """Share of the step in which the ranks with events are idle, averaged over them.
 
@@ -84,7 +96,8 @@ class Timeline:
             {
                 "step_time_s": self.step_time_s,
                 "peak_memory_bytes": {str(rank): size for rank, size in self.peak_memory_bytes.items()},
-                "events": [[e.rank, e.token, e.start_s, e.end_s, e.bytes] for e in self.events],
+                "events": [_plain(e) for e in self.events],
+                "transfers": [_plain(e) for e in self.transfers],
             }
         )
 
@@ -94,12 +107,21 @@ class Timeline:
         try:
             data = json.loads(text)
             return cls(
-                tuple(Event(int(r), str(t), float(s), float(e), int(b)) for r, t, s, e, b in data["events"]),
+                _events(data["events"]),
                 float(data["step_time_s"]),
                 {int(rank): int(size) for rank, size in data["peak_memory_bytes"].items()},
+                _events(data.get("transfers", ())),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a timeline ({error!r}); expected what Timeline.to_json wrote") from error
+
+
+def _plain(event: Event) -> list[int | str | float]:
+    return [event.rank, event.token, event.start_s, event.end_s, event.bytes]
+
+
+def _events(rows) -> tuple[Event, ...]:
+    return tuple(Event(int(r), str(t), float(s), float(e), int(b)) for r, t, s, e, b in rows)
 
 
 def _covered_s(events) -> float:

@@ -8,20 +8,23 @@ stage: as many of the model's layers as fit, in bfloat16 from float32 parameters
 same module under torch.autocast and torch.compile. Steps of the two alternate; medians, their ratio, and the share of the
 device's peak that the model's own floating point operations make.
 
-memory: plans of up to 64 ranks, searched for a cluster of this device. One rank of each runs alone in a process of its own
-under torch's fake process group; the allocator's peak is held against the predicted one.
+memory: plans of up to 64 ranks, searched for a cluster of this device. The first and the last rank of each run alone, in
+processes of their own, under torch's fake process group; the allocator's peak is held against the predicted one.
 
-On a machine without a GPU both parts run on a small shape on the CPU, which shows only that they run.
+On a machine without a GPU both parts run on a small shape on the CPU. Of the stage that shows only that it runs; the
+memory is that of live tensors, counted one by one (rank_memory.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
+import queue
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -35,23 +38,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import autopar  # noqa: E402
 from autopar.cluster.spec import Cluster  # noqa: E402
-from autopar.parallelize import Model  # noqa: E402
-from autopar.runtime.torch_private import join_pretended_world  # noqa: E402
+from benchmarks.rank_memory import RankMemory, rank_memory, with_stages  # noqa: E402
 from launch.model import LanguageModel, ModelConfig  # noqa: E402
 
 LLAMA_3_8B = dict(vocabulary=128256, hidden=4096, heads=32, kv_heads=8, feed_forward=14336, rotary_base=500000.0)
-SMALL = dict(vocabulary=256, hidden=64, heads=4, kv_heads=2, feed_forward=128)
+SMALL = dict(vocabulary=512, hidden=128, heads=4, kv_heads=2, feed_forward=384)
 BYTES_PER_PARAMETER = 20  # parameter, gradient and AdamW's two moments in float32, and the copy to compute with
 MEMORY_SHARE = 0.8
 ROUNDS = 10
-PLANS: tuple[dict[str, int], ...] = (
-    {"data": 8, "tensor": 1, "pipeline": 1, "zero": 3},
-    {"data": 64, "tensor": 1, "pipeline": 1, "zero": 3},
-    {"data": 2, "tensor": 4, "pipeline": 1, "zero": 0},
-    {"data": 1, "tensor": 2, "pipeline": 4, "microbatches": 8},
-    {"data": 8, "tensor": 4, "pipeline": 2, "microbatches": 4, "zero": 3},
-    {"data": 4, "tensor": 8, "pipeline": 2, "microbatches": 4, "zero": 0},
+PLANS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+    ({"data": 8, "zero": 0}, {}),
+    ({"data": 8, "zero": 3, "microbatches": 2}, {"zero": 1}),
+    ({"data": 8, "zero": 3}, {"zero": 2}),
+    ({"data": 8, "zero": 3}, {}),
+    ({"data": 64, "zero": 3}, {}),
+    ({"data": 8, "zero": 3, "microbatches": 4}, {"recompute": "full"}),
+    ({"data": 8, "zero": 3}, {"recompute": "selective"}),
+    ({"data": 2, "tensor": 4, "zero": 0}, {}),
+    ({"tensor": 2, "pipeline": 4, "microbatches": 8, "zero": 0, "schedule": "1f1b"}, {}),
+    ({"data": 8, "pipeline": 4, "microbatches": 4, "zero": 0, "schedule": "gpipe"}, {"recompute": "full"}),
+    ({"data": 8, "tensor": 4, "pipeline": 2, "microbatches": 4, "zero": 3, "schedule": "1f1b"}, {}),
+    ({"data": 4, "tensor": 8, "pipeline": 2, "microbatches": 4, "zero": 0, "schedule": "1f1b"}, {}),
 )
+"""What the search is held to (other degrees are 1), and what its stages are given besides."""
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -184,59 +194,74 @@ def run_stage(case: Case) -> Iterator[str]:
     yield f"autopar / torch = {medians['autopar'] / medians['torch']:.4f}"
 
 
-def measured_memory(rank: int, results: Any, shape: dict[str, Any], case: Case, pins: dict[str, int]) -> None:
-    """In a process of its own: the peak of one rank of a plan, and the predicted one."""
-    world_size = pins["data"] * pins["tensor"] * pins["pipeline"]
-    join_pretended_world(rank, world_size)
+def measured_memory(
+    ranks: Sequence[int], results: Any, case: Case, pins: dict[str, Any], given: dict[str, Any], precision: str
+) -> None:
+    """In a process of its own: the peaks of some ranks of a plan, measured and predicted."""
+    torch.set_num_threads(1)
     with torch.device("meta"):
         module = LanguageModel(case.config)
-        example = tuple(t.to("meta") for t in batch_of(case))
-    precision = "bfloat16" if torch.cuda.is_available() else "float32"
-    graph = autopar.capture(module, example, precision=precision)
-    hardware = cluster(world_size)
-    plan = autopar.search(graph, hardware, progress=False, **pins)
-    model = Model(
-        graph, plan, hardware, module, seed=0, device=device(), initialise=None, constraints={}, timeout_s=600
-    )
-    tokens, targets = (t.to(device()) for t in batch_of(case))
-    step = trainer(model, lambda: model(tokens, targets))
-    for _ in range(3):
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        step()
-    measured = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else model.measurement.peak_memory_bytes
-    results.put((rank, measured, model.prediction.peak_memory_bytes[rank]))
+    batch = batch_of(case)
+    graph = autopar.capture(module, batch, precision=precision)
+    hardware = cluster(num_ranks(pins))
+    plan = with_stages(autopar.search(graph, hardware, progress=False, **pins), given)
+    for rank in ranks:
+        results.put(rank_memory(graph, plan, hardware, module, batch, rank, device()))
+    results.put(None)
 
 
-def run_memory(shape: dict[str, Any], case: Case, most_ranks: int) -> Iterator[str]:
+def num_ranks(pins: dict[str, Any]) -> int:
+    return pins["data"] * pins["tensor"] * pins["pipeline"]
+
+
+def run_memory(case: Case, most_ranks: int, precisions: Sequence[str]) -> Iterator[str]:
     """Lines of the record: the first and the last rank of every plan."""
     context = mp.get_context("spawn")
-    for pins in PLANS:
-        world_size = pins["data"] * pins["tensor"] * pins["pipeline"]
+    errors: list[float] = []
+    for precision, (held, given) in itertools.product(precisions, PLANS):
+        pins = {"data": 1, "tensor": 1, "pipeline": 1, "recompute": "none"} | held
+        world_size = num_ranks(pins)
         if world_size > most_ranks or case.rows % (pins["data"] * pins.get("microbatches", 1)):
             continue
-        for rank in sorted({0, world_size - 1}):
-            results = context.SimpleQueue()
-            process = context.Process(target=measured_memory, args=(rank, results, shape, case, pins))
-            process.start()
-            process.join()
-            words = ", ".join(f"{name} {value}" for name, value in pins.items())
-            if process.exitcode or results.empty():
-                yield f"{words}: rank {rank} failed with exit code {process.exitcode}"
-                continue
-            _, measured, predicted = results.get()
+        words = ", ".join(f"{name} {value}" for name, value in (held | given).items())
+        results = context.Queue()
+        # On one stage all ranks are alike, but for the parts that do not divide.
+        ranks = sorted({0, world_size - 1})
+        process = context.Process(target=measured_memory, args=(ranks, results, case, pins, given, precision))
+        process.start()
+        for rank in ranks:
+            found = next_of(results, process)
+            if found is None:
+                yield f"{precision}, {words}: rank {rank} failed with exit code {process.exitcode}"
+                break
+            errors.append(found.error)
             yield (
-                f"{words}: rank {rank} measured {measured / 2**30:.3f} GiB, predicted {predicted / 2**30:.3f} GiB "
-                f"({predicted / measured - 1:+.1%})"
+                f"{precision}, {words}: rank {rank} measured {found.measured_bytes / 2**20:.1f} MiB, "
+                f"predicted {found.predicted_bytes / 2**20:.1f} MiB ({found.error:+.1%})"
             )
+        process.join()
+    if errors:
+        within = sum(abs(error) <= 0.05 for error in errors)
+        yield f"{within} of {len(errors)} within 5%, largest error {max(errors, key=abs):+.1%}"
+
+
+def next_of(results: Any, process: Any) -> RankMemory | None:
+    """The next result, None once the process has ended without one."""
+    while True:
+        try:
+            return results.get(timeout=1.0)
+        except queue.Empty:
+            if not process.is_alive():
+                return None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", choices=["stage", "memory"], help="only this one")
-    parser.add_argument("--sequence", type=int, default=4096 if torch.cuda.is_available() else 32)
+    parser.add_argument("--sequence", type=int, default=4096 if torch.cuda.is_available() else 64)
     parser.add_argument("--rows", type=int, default=1, help="rows of the stage's batch")
     parser.add_argument("--ranks", type=int, default=64, help="the largest world of the memory part")
+    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS, help="of the memory part")
     parser.add_argument("--record", type=Path, help="a file to write the figures to as well")
     arguments = parser.parse_args()
     shape = LLAMA_3_8B if torch.cuda.is_available() else SMALL
@@ -250,7 +275,7 @@ def main() -> None:
         else:
             layers = 16 if torch.cuda.is_available() else 4
             case = Case(ModelConfig(layers=layers, **shape), 64, arguments.sequence)
-            found = run_memory(shape, case, arguments.ranks)
+            found = run_memory(case, arguments.ranks, arguments.precisions)
         for line in found:
             print(line, flush=True)
             lines.append(line)

@@ -116,12 +116,19 @@ INSTANCES = {
         Instance(
             "llama-3-405b", 10, lambda: llama(16384, 53248, 126, 128, 2048, 8192), lambda: _preset("h100-80gb", 2048)
         ),
+        Instance("unequal-13b", 10, lambda: gpt(5120, 40, 40, 512, 1024), lambda: _four_kinds()),
     )
 }
 
 
 def _preset(name: str, hosts: int) -> Cluster:
     return Cluster.preset(name, hosts=hosts, devices_per_host=8)
+
+
+def _four_kinds() -> Cluster:
+    """64 devices in 16 hosts: 4 hosts of 4 of each kind."""
+    names = ("a100-80gb", "a100-40gb", "v100-16gb", "t4-16gb")
+    return Cluster.join(*(Cluster.preset(name, hosts=4, devices_per_host=4) for name in names))
 
 
 def measure(instance: Instance, runs: int) -> dict[str, Any]:

@@ -244,7 +244,9 @@ def plan_of(row: Row, graph: Graph) -> Plan:
     axes: list[tuple[Layout, ...]] = []
     outer: dict[str, tuple[tuple[Strategy, int], ...]] = {}
     if context > 1:
-        axes.append(context_layouts(graph, context, shards=shards, gathered=zero == 3))
+        # FSDP shards over the data and the context axis together.
+        sharded = _zero(row.text("dp_mode"), data * context, tensor, row.count("gpus_per_node", 8))[0] == 3
+        axes.append(context_layouts(graph, context, shards=shards, gathered=sharded))
         for block, layout in zip(graph.blocks, axes[0], strict=True):
             for op, key in zip(graph.block_ops(block), layout.strategies, strict=True):
                 outer[op.name] = ((find_strategies(graph, op, (key,), (context,), shards)[0], context),)

@@ -3,7 +3,8 @@
 While it runs, the calls of torch.distributed listed in `Loopback.CALLS` are answered in memory, so code that uses those
 and nothing else of it (collectives on tensors, isend and irecv, groups by ranks) runs unchanged. One rank runs at a
 time, until it waits for another; then the next in order of rank that can go on does. The order is therefore the same in
-every run, and a deadlock is an error at once that lists what each rank waits for.
+every run, and a deadlock is an error at once that lists what each rank waits for. A message that nobody has received
+when all have ended is one too, because elsewhere its sender waits.
 """
 
 from __future__ import annotations
@@ -77,10 +78,19 @@ class _Reduction:
     tensor: Tensor
     op: Any
     others: Callable[[], tuple[list[Any], int]]
+    callbacks: list[Callable[[Any], None]] = field(default_factory=list)
 
     def wait(self) -> None:
         stacked = torch.stack(self.others()[0])
         self.tensor.detach().copy_(stacked.amax(0) if self.op == dist.ReduceOp.MAX else _sum(stacked, self.op))
+        for callback in self.callbacks:
+            callback(None)
+
+    def get_future(self) -> _Reduction:
+        return self
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        self.callbacks.append(callback)
 
 
 def run(function: Callable[..., T], num_ranks: int, *args: Any) -> list[T]:
@@ -152,6 +162,11 @@ class Loopback:
                 thread.join()
         if self._failure is not None:
             raise self._failure
+        left = [
+            f"rank {source} waits for rank {target} to receive" for (_, source, target), m in self.mail.items() if m
+        ]
+        if left:
+            raise Deadlock("\n".join(["no rank can go on", *sorted(left)]))
         return [results[rank] for rank in range(self.num_ranks)]
 
     def wait_until(self, ready: Callable[[], bool], what: str) -> None:

@@ -40,6 +40,8 @@ class _Idle:
     def step(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
+    def close(self) -> None: ...
+
 
 def _mesh(axes: StageAxes) -> DeviceMesh:
     kept = [axis for axis in (*axes.model, axes.data) if axis.size > 1]
@@ -98,6 +100,9 @@ def parallel_step(
     for rank, (_, found) in enumerate(results):
         for name, (ownership, part) in found.items():
             whole = gradients[name]
+            if whole is None:
+                assert part is None, f"{name} is frozen, and got a gradient"
+                continue
             wanted = ownership.take(whole, rank)
             part = torch.zeros_like(wanted) if part is None else part
             worst = max(worst, float((part - wanted).norm() / whole.norm().clamp(min=1e-12)))

@@ -1,4 +1,7 @@
-"""Small random modules over the supported ops: token sequences [B, S, H] through random steps to a random loss."""
+"""Small random modules over the supported ops: token sequences [B, S, H] through random steps to a random loss.
+
+Output and input embeddings may be tied, and some parameters frozen.
+"""
 
 from __future__ import annotations
 
@@ -138,6 +141,10 @@ class RandomModel(nn.Module):
         if self.loss != "regression" and draw.random() < 0.4:
             self.out.weight = self.embed.weight
         self.penalty = draw.random() < 0.2
+        if draw.random() < 0.4:
+            for parameter in self.steps.parameters():
+                parameter.requires_grad_(draw.random() < 0.7)
+            self.embed.weight.requires_grad_(draw.random() < 0.7)
 
     def forward(self, ids: Tensor, labels: Tensor, classes: Tensor, targets: Tensor) -> Tensor:
         """ids, labels [B, S] (-100: no label), classes [B], targets [B, S, V]."""

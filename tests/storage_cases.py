@@ -156,6 +156,6 @@ class CountCollectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            kind = next(kind for kind, part in self.KINDS.items() if part in str(func))
+            kind = next((kind for kind, part in self.KINDS.items() if part in str(func)), "message")
             self.found[kind] = self.found.get(kind, 0) + 1
         return func(*args, **(kwargs or {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -158,3 +159,36 @@ def test_search_takes_a_limit_and_a_stop():
     stop.set()
     with pytest.raises(ValueError, match="asked to stop"):
         search(graph, cluster, stop=stop, progress=False)
+
+
+class PressedCtrlC:
+    """A real SIGINT to this process at the n-th question."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def is_set(self) -> bool:
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(signal.SIGINT)
+        return False
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sigint_in_the_middle_returns_a_plan_or_stays_an_interrupt(method):
+    problem, told = problem_for(method, 5), 0
+    best_s = METHODS[method](problem).prediction.step_time_s
+    for n in (1, 3, 6, 12, 40):
+        asked = PressedCtrlC(n)
+        try:
+            plan = METHODS[method](replace(problem, budget=Budget(stop=asked)))
+        except KeyboardInterrupt:
+            continue
+        plan.validate(problem.graph, problem.cluster)
+        assert plan.prediction.step_time_s >= best_s * (1 - 1e-9)
+        if "cut short by an interrupt" in str(plan.candidates):
+            told += 1
+        else:
+            # proved before, or over before
+            assert asked.left > 0 or plan.prediction.step_time_s == best_s
+    assert told or method in ("auto", "tofu", "whale", "flexflow", "unity", "uniap")

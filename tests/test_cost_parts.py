@@ -99,8 +99,10 @@ def test_software_is_known_by_name() -> None:
 
 
 def test_constants_leave_cpus_and_their_measured_rates_alone() -> None:
-    """Whatever the software is called, a device that does not compute asynchronously has no constants of its own."""
-    assert constants_of(replace(CPU, software="megatron-deepspeed")) == Constants()
+    """Whatever the software is called, a device that does not compute asynchronously has no constants of its own; what
+    autopar's runtime does there is what it does everywhere."""
+    constants = constants_of(replace(CPU, software="megatron-deepspeed"))
+    assert constants == Constants(wide_loss=False, scatter_each=True, slices_at_rest=True)
     graph = llama()
     plain, named = cost(graph, CPU), cost(graph, replace(CPU, software="megatron-deepspeed"))
     assert plain == named
@@ -151,9 +153,14 @@ def test_zero_levels_shard_more_and_more() -> None:
     count, size = len(graph.blocks), sum(t.size_bytes for t in graph.parameters)
     costs = [cost(graph, CPU, Stage(0, count, (0, 1, 2, 3), 4, zero=zero)) for zero in range(4)]
     assert [c.optimizer_bytes for c in costs] == [2 * size, size // 2, size // 2, size // 2]
-    assert [c.gradient_bytes for c in costs] == [size, size, size // 4, size // 4]
+    # With one microbatch nothing is to be summed up whole, so that ZeRO 1 scatters like ZeRO 2.
+    assert [c.gradient_bytes for c in costs] == [size, size // 4, size // 4, size // 4]
+    twice = [cost(graph, CPU, Stage(0, count, (0, 1, 2, 3), 4, zero=zero), microbatches=2) for zero in range(4)]
+    assert [c.gradient_bytes for c in twice] == [size, size, size // 4, size // 4]
+    assert [c.has_gradient_buffers for c in costs] == [True, False, False, False]
     batch = costs[0].parameter_bytes - size
-    assert [c.parameter_bytes - batch for c in costs] == [size, size, size, size // 4]
+    # Between steps levels 1 and 2 hold slices too, beside which a step gathers the whole.
+    assert [c.parameter_bytes - batch for c in costs] == [size, size + size // 4, size + size // 4, size // 4]
     assert costs[1].optimizer_s < costs[0].optimizer_s
     hybrid = cost(graph, CPU, Stage(0, count, (0, 1, 2, 3), 4, zero=3, zero_group=2))
     assert hybrid.optimizer_bytes == size and hybrid.parameter_bytes - batch == size // 2
@@ -180,8 +187,14 @@ def test_traffic_of_each_zero_level_by_hand() -> None:
     zero2 = traffic(0.0, zero=2)
     assert (zero2.backward_s, zero2.reduce_s, zero2.after_s) == (15 * 4, 0.0, 30 * 4)
     zero3 = traffic(0.0, zero=3)
+    assert (zero3.forward_s, zero3.backward_s, zero3.reduce_s) == (30 * 4, 45 * 4, 0.0)
+    # All but the first block's gathers and scatters hide behind the block before.
+    hidden = traffic(1.0, zero=3)
+    assert (hidden.forward_s, hidden.backward_s, hidden.reduce_s) == (10 * 4, 15 * 4, 0.0)
+    # Other stacks scatter once per step.
+    constants = replace(constants, scatter_each=False)
+    zero3 = traffic(0.0, zero=3)
     assert (zero3.forward_s, zero3.backward_s, zero3.reduce_s) == (30 * 4, 30 * 4, 15 * 4)
-    # All but the first block's gathers hide behind the block before.
     hidden = traffic(1.0, zero=3)
     assert (hidden.forward_s, hidden.backward_s, hidden.reduce_overlap_s) == (10 * 4, 10 * 4, 10 * 4)
     halves = traffic(0.0, zero=1, zero_group=2)

@@ -16,6 +16,7 @@ import models
 import pytest
 import torch
 from plan_cases import random_plan
+from storage_cases import CountCollectives
 from torch import Tensor, nn
 
 import autopar
@@ -70,6 +71,9 @@ def errors(model: autopar.Model, module: nn.Module) -> float:
     for name, parameter in model.named_parameters():
         ownership: Ownership = parameter.autopar.ownership
         whole = oracle[name].grad
+        if whole is None:
+            assert parameter.grad is None, f"{name} is frozen, and got a gradient"
+            continue
         expected = ownership.take(whole, model.runtime.groups.rank)
         worst = max(worst, float((local_tensor(parameter.grad) - expected).norm() / whole.norm()))
     return worst
@@ -165,6 +169,58 @@ def test_schedules(pool, name: str, data: int, tensor: int) -> None:
         for plan, (loss, gradient, evaluated) in zip(plans, found, strict=True):
             assert loss < 1e-6 and evaluated < 1e-6, (rank, plan, loss, evaluated)
             assert gradient < 1e-5, (rank, plan, gradient)
+
+
+def zero_step(name: str, plans: list[dict[str, Any]]) -> list[tuple[float, float, dict[str, int], int]]:
+    """Per plan: loss error, gradient error, collectives of one step that shard parameters, and what is gathered together."""
+    found = []
+    for plan in plans:
+        model, example, module, loss = parallel(name, plan)
+        call(model, example).backward()
+        model.zero_grad()
+        with CountCollectives() as counted:
+            value = call(model, example)
+        value.backward()
+        expected = call(module, example, loss)
+        module.zero_grad()
+        expected.backward()
+        storages = model.runtime.storage.stages.values()
+        units = sum(len(s._units) + bool(s._stage.keys) for s in storages)
+        found.append((abs(value.item() / expected.item() - 1), errors(model, module), counted.found, units))
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-h1", "zb-v"])
+@pytest.mark.parametrize("name", ["build_tied_lm", pytest.param("build_conv_net", marks=pytest.mark.slow)])
+def test_zero_under_every_schedule(pool, name: str, schedule: str) -> None:
+    """Exact at every level, and no collective more often than the level needs (the table in runtime/shards.py)."""
+    plans = [
+        dict(data=2, tensor=1, pipeline=2, microbatches=microbatches, schedule=schedule, zero=zero, seed=microbatches)
+        for microbatches, zero in ((4, 1), (4, 2), (4, 3), (1 if schedule != "interleaved" else 2, 3))
+    ]
+    for rank, results in enumerate(pool.run(zero_step, name, plans, world_size=4, timeout_s=240)):
+        for plan, (loss, gradient, counted, units) in zip(plans, results, strict=True):
+            assert loss < 1e-6 and gradient < 1e-5, (rank, plan, loss, gradient)
+            times = plan["microbatches"]
+            most = units * (1 if plan["zero"] == 1 else times)
+            # A weight half may find that the one before has reduced all there is.
+            least = units if schedule.startswith("zb") else most
+            assert least <= counted["scatter"] <= most, (rank, plan, counted, units)
+            assert counted["gather"] <= units * (1 if plan["zero"] < 3 else 2 * times), (rank, plan, counted, units)
+
+
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_hybrid_zero_under_split_backwards(pool, precision: str) -> None:
+    plans = [
+        dict(
+            data=4, tensor=1, pipeline=1, microbatches=2, schedule="zb-h1", zero=zero, zero_group=2, recompute=recompute
+        )
+        for zero, recompute in ((1, "none"), (2, "full"), (3, "selective"))
+    ]
+    for rank, results in enumerate(pool.run(zero_step, "build_llama", plans, world_size=4, timeout_s=240)):
+        for plan, (loss, gradient, counted, units) in zip(plans, results, strict=True):
+            assert loss < 1e-6 and gradient < 1e-5, (rank, plan, loss, gradient)
+            assert counted["scatter"] == units * (1 if plan["zero"] == 1 else 2), (rank, plan, counted, units)
 
 
 def ten_steps(name: str, plan: dict[str, Any]) -> tuple[list[float], list[float]]:

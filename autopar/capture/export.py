@@ -63,6 +63,7 @@ def capture(
         constants=draft.constants,
         opaque_modules=traced.opaque.modules,
         precision=precision,
+        output_form=traced.output_form,
     )
 
 

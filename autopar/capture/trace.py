@@ -18,6 +18,7 @@ from ..torch_private import fake_mode, forbid_custom_autograd, quiet_export_fail
 from .draft import CaptureError, Untraceable
 from .example import Call, Loss, find_loss, loss_of, output_tensors, rebuild
 from .opaque import Recorder, record_opaque
+from .output_form import form_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Trace:
     program: torch.export.ExportedProgram
     loss_path: tuple[str, ...]
     output_paths: tuple[tuple[Any, ...], ...]
+    output_form: Any
     fqns: dict[str, str]
     trainable: frozenset[str]
     rest_dtypes: dict[str, torch.dtype]
@@ -43,6 +45,7 @@ class _Paths:
 
     loss: tuple[str, ...] = ()
     outputs: tuple[tuple[Any, ...], ...] = ()
+    form: Any = None
 
 
 class _WithLoss(torch.nn.Module):
@@ -66,6 +69,7 @@ class _WithLoss(torch.nn.Module):
             value = loss_of(out, self.loss, rebuild(self.call.targets, flat))
         others = [(path, t) for path, t in output_tensors(out) if self.loss is not None or path != self.paths.loss]
         self.paths.outputs = tuple(path for path, _ in others)
+        self.paths.form = form_of(out)
         return (value, *(t for _, t in others))
 
 
@@ -107,7 +111,9 @@ def trace(
             raise
         except Exception as error:
             raise Untraceable(*_explain(module, error)) from error
-    return Trace(program, wrapper.paths.loss, wrapper.paths.outputs, fqns, trainable, rest_dtypes, recorder)
+    return Trace(
+        program, wrapper.paths.loss, wrapper.paths.outputs, wrapper.paths.form, fqns, trainable, rest_dtypes, recorder
+    )
 
 
 @contextmanager

@@ -23,7 +23,9 @@ def span(cluster: Cluster, ranks: tuple[int, ...]) -> Span:
     """The span of a group of distinct global ranks; evenly spaced ones, as meshes have them, take no walk."""
     count, width = len(ranks), cluster.devices_per_host
     if cluster.hosts:
-        return _of_kinds(cluster, ranks)
+        if ranks not in cluster.spans:
+            cluster.spans[ranks] = _of_kinds(cluster, ranks)
+        return cluster.spans[ranks]
     if count <= 1:
         return Span(count, count, count, count)
     step = ranks[1] - ranks[0]

@@ -257,6 +257,11 @@ class Cluster:
         return self._links[runs]
 
     @cached_property
+    def spans(self) -> dict[tuple[int, ...], Any]:
+        """What cluster/span.py has found of a cluster with `hosts`."""
+        return {}
+
+    @cached_property
     def _links(self) -> dict[tuple[int, ...], tuple[Link, Link]]:
         return {}
 

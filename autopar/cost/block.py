@@ -340,6 +340,7 @@ class Pricer:
             tuple(len(self.graph.consumers[name]) for name in op.inputs),
             self.constants.products_in,
             self.constants.fused_loss,
+            self.constants.wide_loss,
             self.constants.softmax_multiple,
             self.constants.softmax_longest,
             self.constants.loss_metrics,

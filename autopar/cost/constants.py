@@ -39,6 +39,7 @@ class Constants:
         collective that hides behind compute; the rest is what the transfer costs the compute beside it.
     update_overlap: share of ZeRO 1's and 2's gather of updated parameters that hides.
     fused_loss: whether the cross entropy reads narrow logits as they are and writes their gradient in their place.
+    wide_loss: whether the cross entropy else computes on a copy of narrow logits in float32, as under torch.autocast.
     loss_metrics: how often the training loop computes the loss once more of the logits, in float32, for its metrics.
     softmax_multiple, softmax_longest: of which multiple of batch x heads, and up to how many keys (0: any), the stack
         has one kernel for the masked softmax of narrow scores (Megatron-LM, fused_softmax.py, is_kernel_available).
@@ -86,6 +87,7 @@ class Constants:
     tensor_overlap: float = 0.0
     update_overlap: float = 0.0
     fused_loss: bool = False
+    wide_loss: bool = True
     loss_metrics: int = 0
     softmax_multiple: int = 1
     softmax_longest: int = 0
@@ -153,7 +155,7 @@ _TORCH_COMPILE = {
 
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     # autopar's own runtime: eager torch, fully_shard.
-    "": {"scatter_each": True, "slices_at_rest": True},
+    "": {"scatter_each": True, "slices_at_rest": True, "wide_loss": False},
     "torch": {
         "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.05, "product_scale": 0.97, "attention_scale": 0.87,
         "gather_overlap": 0.96, "scatter_each": True, "slices_at_rest": True, "context_bytes": 2e9,
@@ -183,9 +185,9 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
         "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
     "megatron-deepspeed": {
-        "launch_s": 72e-6, "backward_launch_s": 17e-6, "kernel_s": 4e-6, "fusion": 0.62, "product_scale": 1.03,
-        "microbatch_s": 3.6e-4, "step_s": 1e-3, "optimizer_passes": 4.9, "overlap": 0.0, "recompute_stops": False,
-        "softmax_multiple": 4, "softmax_longest": 2048, "parameter_bytes": 2.0, "gradient_bytes": 2.0,
+        "launch_s": 72e-6, "backward_launch_s": 17e-6, "kernel_s": 2.8e-6, "fusion": 0.69, "product_scale": 1.06,
+        "collective_s": 2.8e-5, "microbatch_s": 3.6e-4, "step_s": 1e-3, "optimizer_passes": 4.9, "overlap": 0.0,
+        "recompute_stops": False, "softmax_multiple": 4, "softmax_longest": 2048, "parameter_bytes": 2.0, "gradient_bytes": 2.0,
         "optimizer_bytes": 16.0,
         "narrow_copy": False, "context_bytes": 4e9, "allocator_share": 0.15,
     },
@@ -203,7 +205,7 @@ FLOAT8 = "+float8"
 def constants_of(cluster: Cluster) -> Constants:
     """What holds for the cluster's kind of device and its software. ValueError for software that is not known."""
     if not cluster.device.asynchronous:
-        return Constants()
+        return replace(Constants(), **SOFTWARE[""])
     return named_constants(cluster.device.kind, cluster.software)
 
 

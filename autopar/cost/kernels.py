@@ -40,7 +40,7 @@ class Call:
     """An op with local shapes, in the order of its inputs and outputs.
 
     copies: a view op that cannot alias its input. shared_uses: per input, how many consumers add to its gradient.
-    products_in: dtype that linear layers cast their operands to, "" for none. fused_loss, softmax_multiple,
+    products_in: dtype that linear layers cast their operands to, "" for none. fused_loss, wide_loss, softmax_multiple,
     softmax_longest, loss_metrics: as in `Constants`.
     """
 
@@ -53,6 +53,7 @@ class Call:
     shared_uses: tuple[int, ...]
     products_in: str = ""
     fused_loss: bool = False
+    wide_loss: bool = True
     softmax_multiple: int = 1
     softmax_longest: int = 0
     loss_metrics: int = 0
@@ -359,13 +360,13 @@ def _dropout(call: Call) -> tuple[Kernels, Kernels]:
 
 
 def _loss(call: Call) -> tuple[Kernels, Kernels]:
-    """On logits of a narrower type it computes in float32, and makes a copy in that first."""
+    """On logits of a narrower type it computes in float32 on a copy, unless it takes them as they are."""
     size = call.bytes(0)
     wide = math.prod(call.shapes[0]) * 4
     if call.tensors[0].dtype.itemsize < 4 and call.fused_loss:
         metrics = call.loss_metrics * [_bytes("copy", size + wide), _bytes("loss", 2 * wide)]
         return [_bytes("loss", size), *metrics], [_bytes("loss", 2 * size, adjoint=True)]
-    if call.tensors[0].dtype.itemsize < 4:
+    if call.tensors[0].dtype.itemsize < 4 and call.wide_loss:
         forward = [_bytes("copy", size + wide), _bytes("loss", 2 * wide)]
         return forward, [_bytes("loss", 5 * wide, adjoint=True), _bytes("copy", size + wide)]
     return [_bytes("loss", 2 * size)], [_bytes("loss", 5 * size, adjoint=True)]

@@ -19,6 +19,7 @@ from ..sharding.placement import Split, conversion
 from .borders import copies_input, widening
 from .kernels import counted_in_flops
 from .local import LocalShapes
+from .scratch import is_loss, scratch_bytes
 from .storage import VIEWS, Storages, base_name
 
 
@@ -34,7 +35,8 @@ class BlockMemory:
     forward_peak_bytes: most that is alive in the forward, beyond the block's saved inputs; bare_peak_bytes: the same
         when nothing is saved (the first forward under recompute).
     backward_peak_bytes: most that is alive in the backward beyond saved_bytes, the gradients of the block's outputs
-        among it; parameter gradients count only where they are temporary.
+        among it; parameter gradients count only where they are temporary. whole_gradients_peak_bytes: the same where
+        all of them stay to the block's end, to be scattered together.
     parameter_bytes: one entry per `Block.parameters`. selective_bytes: of the results that selective recomputation
         keeps, those of ops counted in flops. deferred_bytes: of the inputs and the gradients of the results of ops
         with a weight, which stay while that weight's gradient is put off.
@@ -53,6 +55,7 @@ class BlockMemory:
     parameter_bytes: tuple[int, ...]
     selective_bytes: int = 0
     deferred_bytes: int = 0
+    whole_gradients_peak_bytes: int = 0
 
 
 # A storage is named by the tensor (and its placement) that made it.
@@ -72,6 +75,7 @@ class BlockView:
     input_placements: tuple[Places, ...]
     parameter_placements: tuple[Places, ...]
     fused_loss: bool = False
+    wide_loss: bool = True
 
     def size(self, tensor: str, places: Places) -> int:
         return self.local.held_bytes(tensor, places, self.degrees)
@@ -95,6 +99,7 @@ def block_memory(view: BlockView, accumulate: bool) -> BlockMemory:
     saved = {key: size for key, size in walk.saved.items() if key in walk.made}
     side = {name: size for (name, _), size in walk.saved.items() if _is_side(graph, name)}
     outputs = [walk.at_end(name) for name in block.outputs]
+    backward_peak_bytes, whole_gradients_peak_bytes = walk.backward_peaks(accumulate)
     inputs = [(name, "") for name in block.inputs]
     return BlockMemory(
         saved_bytes=sum(saved.values()) + walk.extra_bytes,
@@ -108,41 +113,19 @@ def block_memory(view: BlockView, accumulate: bool) -> BlockMemory:
         read_side_bytes=tuple((name, size) for (name, _), size in walk.sizes.items() if _is_side(graph, name)),
         forward_peak_bytes=walk.forward_peak(saving=True),
         bare_peak_bytes=walk.forward_peak(saving=False),
-        backward_peak_bytes=walk.backward_peak(accumulate),
+        backward_peak_bytes=backward_peak_bytes,
         parameter_bytes=tuple(
             view.size(name, place) for name, place in zip(block.parameters, view.parameter_placements, strict=True)
         ),
         selective_bytes=sum(size for key, size in walk.expensive.items() if key in walk.made),
         deferred_bytes=walk.deferred_bytes,
+        whole_gradients_peak_bytes=whole_gradients_peak_bytes,
     )
 
 
 def _is_side(graph: Graph, name: str) -> bool:
     producer = graph.producer.get(name)
     return producer is not None and producer.name in graph.side_ops
-
-
-def is_loss(op: Op) -> bool:
-    """A cross entropy on logits."""
-    return base_name(op.target) in ("cross_entropy_sum", "cross_entropy_loss")
-
-
-def scratch_bytes(op: Op, sizes: Sequence[int], out_bytes: int, logit_bytes: int = 4) -> tuple[int, int]:
-    """(forward, backward) bytes that an op needs besides its inputs, outputs and what it saves.
-
-    sizes: of its inputs. A loss's backward makes the gradient of the log-softmax besides that of the logits, and both,
-    like a copy of the logits in its forward, are float32 where the logits (of logit_bytes each) are narrower; a power's
-    and a root's take an intermediate result; convolution libraries copy input and result into layouts of their own.
-    """
-    name = base_name(op.target)
-    if is_loss(op):
-        wide = sizes[0] * 4 // logit_bytes
-        return (wide, 2 * wide) if logit_bytes < 4 else (0, sizes[0])
-    if name.startswith(("conv1d", "conv2d", "conv3d", "conv_transpose", "convolution")):
-        return 0, sizes[0] + out_bytes
-    if name in ("pow", "rsqrt", "square", "sqrt"):
-        return 0, out_bytes
-    return 0, 0
 
 
 class _Walk:
@@ -242,7 +225,8 @@ class _Walk:
                 self.saved[bordered] = self.sizes[bordered]
                 self.savers[bordered] = index
                 continue
-            if key is not None and self.view.graph.tensors[key[0]].role not in ("parameter", "input", "buffer"):
+            # What lies at rest is there anyway; a parameter that was gathered for this use is not.
+            if key is not None and not (key[1] == "rest" and self._lies_at_rest(key[0])):
                 self.saved[key] = self.sizes[key]
                 self.savers.setdefault(key, index)
         if op.outputs:
@@ -257,7 +241,8 @@ class _Walk:
                 share = self.view.size(*largest) / max(1, self.view.graph.tensors[largest[0]].size_bytes)
                 self.extra[index] = int(op.saved_extra_bytes * share)
             sizes = [self.view.size(n, p) for n, p in zip(op.inputs, in_places, strict=True)]
-            width = self.view.local.tensors[op.inputs[0]].dtype.itemsize if op.inputs else 4
+            wide = op.inputs and self.view.wide_loss
+            width = self.view.local.tensors[op.inputs[0]].dtype.itemsize if wide else 4
             self.scratch[index] = (0, 0) if in_place else scratch_bytes(op, sizes, mine, width)
             if bordered is not None:
                 forward, backward = self.scratch[index]
@@ -271,6 +256,9 @@ class _Walk:
         self.sizes[key] = int(self.view.size(name, self.view.inputs_of(step)[0]) * share)
         self.made[key] = self.last_use[key] = index
         return key
+
+    def _lies_at_rest(self, name: str) -> bool:
+        return self.view.graph.tensors[name].role in ("parameter", "input", "buffer")
 
     def forward_peak(self, saving: bool) -> int:
         live = {(name, ""): self.sizes[name, ""] for name in self.view.block.inputs if (name, "") not in self.saved}
@@ -296,14 +284,21 @@ class _Walk:
                 total -= live.pop(key, 0)
         return peak
 
-    def backward_peak(self, accumulate: bool) -> int:
-        """Walk the steps in reverse; `live` counts gradients made less saved storages released."""
+    def backward_peaks(self, accumulate: bool) -> tuple[int, int]:
+        """Walk the steps in reverse; `live` counts gradients made less saved storages released, `whole` is the sum of
+        parameter gradients so far. Returns the most of `live`, and of both."""
         graph, view = self.graph, self.view
         gradients: dict[tuple[str, str], int] = {}  # (tensor, placement) -> buffer
         sizes: dict[int, int] = {}
         holders: dict[int, int] = {}
-        live = peak = 0
+        live = peak = whole = whole_peak = 0
+        whole_of: set[str] = set()
         fresh = iter(range(1 << 60))
+
+        def note(temporary: int = 0, scratch: int = 0) -> None:
+            nonlocal peak, whole_peak
+            peak = max(peak, live + temporary + scratch)
+            whole_peak = max(whole_peak, live + whole + scratch)
 
         def hold(tensor: str, place: str, buffer: int) -> None:
             gradients[tensor, place] = buffer
@@ -326,13 +321,13 @@ class _Walk:
 
         def contribute(tensor: str, placement: Places, buffer: int | None) -> None:
             """A gradient arrives: `buffer` when it is shared with another tensor's, else a new one."""
-            nonlocal peak, live
+            nonlocal live
             place = token(placement)
             size = view.size(tensor, placement)
             own = buffer is None
             if own:
                 buffer = new(size)
-            peak = max(peak, live)
+            note()
             if (tensor, place) not in gradients:
                 hold(tensor, place, buffer)
                 return
@@ -340,7 +335,7 @@ class _Walk:
             if holders[gradients[tensor, place]] > 1:
                 release(tensor, place)
                 hold(tensor, place, new(size))
-                peak = max(peak, live)
+                note()
             if own:
                 live -= size
 
@@ -348,7 +343,7 @@ class _Walk:
             if graph.tensors[name].requires_grad and name not in view.block.inputs:
                 place = self.have.get(name, "")
                 hold(name, place, new(self.sizes[self.at_end(name)]))
-        peak = live
+        note()
         parameters = set(view.block.parameters)
         for index in range(len(view.steps) - 1, -1, -1):
             step = view.steps[index]
@@ -363,24 +358,26 @@ class _Walk:
             arrived = [gradients.get((n, token(p))) for n, p in zip(op.outputs, out_places, strict=True)]
             if not op.no_grad and (any(b is not None for b in arrived) or graph.loss in op.outputs):
                 passed = arrived[0] if _passes_gradient(op, graph, view.storages) else None
-                temporary = self.scratch.get(index, (0, 0))[1]
+                temporary = 0
                 for name, place in zip(op.inputs, in_places, strict=True):
                     tensor = graph.tensors[name]
                     if not tensor.requires_grad:
                         continue
                     if name in parameters:
                         temporary += view.size(name, place) if accumulate else 0
+                        whole += 0 if name in whole_of else view.size(name, place)
+                        whole_of.add(name)
                         continue
                     same = passed is not None and tensor.numel == graph.tensors[op.outputs[0]].numel
                     contribute(name, place, passed if same else None)
-                peak = max(peak, live + temporary)
+                note(temporary, self.scratch.get(index, (0, 0))[1])
             for name, place in zip(op.outputs, out_places, strict=True):
                 release(name, token(place))
             live -= self.extra.get(index, 0)
             for key, saver in self.savers.items():
                 if saver == index and key in self.made:
                     live -= self.saved[key]
-        return max(peak, 0)
+        return max(peak, 0), max(whole_peak, 0)
 
 
 def _passes_gradient(op: Op, graph: Graph, storages: Storages) -> bool:

@@ -326,6 +326,7 @@ class CostModel:
             forward_peak_bytes=int(memory.forward_peak_bytes * factor),
             backward_peak_bytes=int(memory.backward_peak_bytes * factor),
             backward_weight_s=min(backward_s, sum(run.count * run.price.seconds.weight_s for run in runs)),
+            gradients_stay=traffic.reduce_s > 0 if memory.gradients_stay is None else memory.gradients_stay,
             deferred_bytes=int(sum(run.count * run.memory.deferred_bytes for run in runs) * factor),
         )
 
@@ -394,7 +395,7 @@ class CostModel:
         local = pricer.local(setting.shards)
         view = BlockView(
             self.graph, block, steps, local, degrees, pricer.storages, tuple(edges[0]), tuple(edges[1]),
-            self.constants.fused_loss,
+            self.constants.fused_loss, self.constants.wide_loss,
         )  # fmt: skip
         rest = dict(zip(block.parameters, edges[1], strict=True))
         memory = block_memory(view, setting.accumulate)

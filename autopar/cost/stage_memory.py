@@ -7,9 +7,8 @@ and communication buffers (`context_bytes`). Both are 0 on CPUs.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +16,7 @@ from ..graph import Block, Graph
 from ..plan import Plan, Recompute, Stage
 from ..sharding.rows import stage_parts
 from .constants import Constants
+from .gathered import Gathered, Sizes, gathered, scatters_each
 from .local import LocalShapes
 from .memory import BlockMemory
 
@@ -57,6 +57,7 @@ class StageMemory:
     local_bytes: int
     trainable_bytes: int
     held_elements: Mapping[float, int]
+    gradients_stay: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,8 @@ def stage_memory(
     trainable_bytes = sum(one.size_bytes * count for one, count in parameters.items() if one.trained)
     group = stage.zero_group or stage.data
     cuts = [group if stage.zero >= level else 1 for level in (1, 2, 3)]
+    if stage.zero == 1 and constants.slices_at_rest and scatters_each(stage, plan.microbatches, constants):
+        cuts[1] = group  # the only microbatch's gradients are scattered block by block
     resting = [0.0, 0.0, 0.0]
     held: dict[float, int] = {}
     for one, count in parameters.items():
@@ -120,7 +123,8 @@ def stage_memory(
             resting[1] += count * elements * rest.gradient / cuts[1]
             resting[2] += 0.0 if plan.offload else count * elements * rest.optimizer / cuts[0]
             held[elements / cuts[0]] = held.get(elements / cuts[0], 0) + count
-    activation, forward_peak, backward_peak = _activations(runs, constants.selective_kept)
+    whole = _whole(graph, local(1), stage, runs, plan.microbatches, constants)
+    activation, forward_peak, backward_peak = _activations(runs, constants.selective_kept, whole)
     first, last = runs[0], runs[-1].memory
     if index > 0 and first.recompute == "none":  # what arrives is kept, because its gradient travels on
         memory = first.memory
@@ -128,20 +132,23 @@ def stage_memory(
     # The stage's last output waits for its gradient; a loss is a scalar.
     if index + 1 < len(plan.stages):
         activation += sum(b for b, saved in zip(last.output_bytes, last.saves_output, strict=True) if not saved)
+    # Beside them: what is received one microbatch ahead, both ways, and the gradient that is being sent.
+    passing = 2 * sum(first.memory.input_bytes) if _receives(plan, index, index - 1) else 0
+    passing += sum(last.output_bytes) if _receives(plan, index, index + 1) else 0
     slack = 1.0 + constants.allocator_share
     inputs = _batch_inputs(graph, local(stage_parts(stage, 1, data_rank)))
-    unsharded = _gathered(runs, trainable_bytes, stage, plan.microbatches, constants)
     return StageMemory(
         parameter_bytes=_ceil(resting[0]) + inputs,
         gradient_bytes=_ceil(resting[1]),
         optimizer_bytes=_ceil(resting[2]),
-        unsharded_bytes=int(unsharded * slack + constants.context_bytes),
+        unsharded_bytes=int((whole.always + passing) * slack + constants.context_bytes),
         activation_bytes=int(activation * slack),
         forward_peak_bytes=int(forward_peak * slack),
         backward_peak_bytes=int(backward_peak * slack),
         local_bytes=local_bytes,
         trainable_bytes=trainable_bytes,
         held_elements=held,
+        gradients_stay=_gradients_stay(stage, parameters, constants),
     )
 
 
@@ -150,11 +157,7 @@ def _parameters(graph: Graph, local: LocalShapes, runs: Sequence[BlockRun]) -> C
     found: Counter[_Parameter] = Counter()
     shared: dict[str, _Parameter] = {}
     for run in runs:
-        for name, size in zip(run.block.parameters, run.memory.parameter_bytes, strict=True):
-            tensor = graph.tensors[name]
-            one = _Parameter(
-                size, tensor.at_rest.itemsize, local.tensors[name].dtype.itemsize, bool(tensor.requires_grad)
-            )
+        for name, one in _of_block(graph, local, run):
             if run.shares_parameters:
                 shared[name] = one
             else:
@@ -163,22 +166,70 @@ def _parameters(graph: Graph, local: LocalShapes, runs: Sequence[BlockRun]) -> C
     return found
 
 
+def _of_block(graph: Graph, local: LocalShapes, run: BlockRun) -> list[tuple[str, _Parameter]]:
+    """The parameters of the first block of a run, by name."""
+    found = []
+    for name, size in zip(run.block.parameters, run.memory.parameter_bytes, strict=True):
+        tensor = graph.tensors[name]
+        used_bytes = local.tensors[name].dtype.itemsize
+        found.append((name, _Parameter(size, tensor.at_rest.itemsize, used_bytes, bool(tensor.requires_grad))))
+    return found
+
+
+def _whole(
+    graph: Graph, local: LocalShapes, stage: Stage, runs: Sequence[BlockRun], microbatches: int, constants: Constants
+) -> Gathered:
+    """What ZeRO gathers and scatters, see gathered.py."""
+    if stage.zero == 0:
+        return gathered([(run.count, (0, 0, 0)) for run in runs], (0, 0, 0), stage, microbatches, constants)
+    uses = Counter(name for run in runs if run.shares_parameters for name in run.block.parameters)
+    own: list[tuple[int, Sizes]] = []
+    common: dict[str, _Parameter] = {}
+    for run in runs:
+        named = _of_block(graph, local, run)
+        common |= {name: one for name, one in named if uses[name] > 1}
+        own.append((run.count, _sizes([one for name, one in named if uses[name] < 2], constants)))
+    return gathered(own, _sizes(list(common.values()), constants), stage, microbatches, constants)
+
+
+def _sizes(parameters: Sequence[_Parameter], constants: Constants) -> Sizes:
+    trained = [one for one in parameters if one.trained]
+    reduced = sum(
+        one.size_bytes // one.used_bytes * at_rest(one.wide_bytes, one.used_bytes, constants).gradient
+        for one in trained
+    )
+    return sum(one.size_bytes for one in parameters), sum(one.size_bytes for one in trained), int(reduced)
+
+
+def _receives(plan: Plan, index: int, neighbour: int) -> bool:
+    """Whether messages come to a stage from another one, which exists and runs on other ranks."""
+    return 0 <= neighbour < len(plan.stages) and plan.stages[neighbour].ranks != plan.stages[index].ranks
+
+
+def _gradients_stay(stage: Stage, parameters: Iterable[_Parameter], constants: Constants) -> bool | None:
+    """As in `StageCost`. Gradients of narrow copies are summed in buffers of their own."""
+    if stage.zero:
+        return False if constants.slices_at_rest else None
+    return True if any(one.used_bytes < one.wide_bytes for one in parameters) else None
+
+
 def _ceil(size: float) -> int:
     return -int(-size // 1)
 
 
-def _activations(runs: Sequence[BlockRun], selective_kept: float) -> tuple[int, int, int]:
-    """(activation, forward peak, backward peak) bytes of one microbatch.
+def _activations(runs: Sequence[BlockRun], selective_kept: float, whole: Gathered) -> tuple[int, int, int]:
+    """(activation, forward peak, backward peak) bytes of one microbatch; in the peaks what ZeRO lays `whole` counts too.
 
     Both peaks are beyond `activation`, which counts from the forward's start to the backward's end: while a block runs
     forward, later blocks have not saved yet, and in its backward they have let go. A block that is computed again keeps
     its inputs and, if selectively, the results of its expensive ops; the rest comes back, whole, for its own backward.
 
-    From its second block on a run adds the same with each, and peaks in its last.
+    From its second block on a run adds the same with each, and peaks in its last two.
     """
     sides: dict[str, int] = {}
     outputs_kept: Sequence[bool] = ()
     forward = backward = done = 0
+    besides = iter(whole.blocks)
 
     def keep(memory: BlockMemory, choice: Recompute) -> tuple[int, int]:
         """What a block adds to what is kept, and what of it the block makes."""
@@ -199,48 +250,34 @@ def _activations(runs: Sequence[BlockRun], selective_kept: float) -> tuple[int, 
         memory, choice = run.memory, run.recompute
         # Passing through, an input stays counted where it was.
         kept_after = memory.saves_output if choice == "none" else ()
-        for number in range(min(run.count, 2)):
+        for number in range(min(run.count, 3)):
             size, own = keep(memory, choice)
             outputs_kept = kept_after
-            if number:
-                done += (run.count - 2) * size
-            if choice == "none":
-                forward = max(forward, done + (size - own) + memory.forward_peak_bytes)
-                done += size
-                backward = max(backward, done + memory.backward_peak_bytes)
-                continue
-            # The bare peak starts with the inputs, which `size` has counted.
-            inputs = sum(memory.input_bytes)
-            forward = max(forward, done + max(0, size - own - inputs) + own + memory.bare_peak_bytes)
-            done += size
-            # While it comes back, the gradients of its outputs wait; `backward_peak_bytes` has them already.
+            if number == 1:
+                done += max(0, run.count - 3) * size
+            beside = next(besides)
+            before, inputs = done, sum(memory.input_bytes)
+            # While it runs backward, the gradients of its outputs wait; `backward_peak_bytes` has them already.
             waiting = sum(memory.output_bytes)
-            again = max(memory.forward_peak_bytes + waiting, memory.saved_bytes + memory.backward_peak_bytes)
-            backward = max(backward, done - own + again)
+            passing = memory.whole_gradients_peak_bytes if whole.whole_gradients else memory.backward_peak_bytes
+            forward = max(forward, done + beside.gathering)
+            if choice == "none":
+                forward = max(forward, done + (size - own) + memory.forward_peak_bytes + beside.forward)
+                done += size
+                backward = max(backward, done + passing + beside.backward)
+            else:
+                # The bare peak starts with the inputs, which `size` has counted.
+                least = done + max(0, size - own - inputs) + own
+                forward = max(forward, least + memory.bare_peak_bytes + beside.forward)
+                done += size
+                again = max(memory.forward_peak_bytes + waiting, memory.saved_bytes + passing)
+                backward = max(backward, done - own + again + beside.backward)
+            if beside.ending:
+                backward = max(backward, done + waiting + beside.copying, before + inputs + beside.ending)
     # Side tensors are made once per microbatch and stay until its forward ends.
     read = sum({name: size for run in runs for name, size in run.memory.read_side_bytes}.values())
     forward += max(0, read - sum(sides.values()))
     return done, max(0, forward - done), max(0, backward - done)
-
-
-def _gathered(
-    runs: Sequence[BlockRun], gradient_bytes: int, stage: Stage, microbatches: int, constants: Constants
-) -> int:
-    """What lies whole while blocks compute, besides what is at rest.
-
-    ZeRO 3: the block at work and the one prefetched, with whole gradients on their way to be scattered. fully_shard
-    frees a block's parameters after its forward and keeps one reduce-scatter input at a time. With several microbatches
-    gradients are scattered in the last backward only, and lie whole until then, unless each microbatch scatters. ZeRO 2:
-    the gradients of the block at work, in front of their reduction.
-    """
-    if stage.zero < 2:
-        return 0
-    sizes = [sum(run.memory.parameter_bytes) for run in runs for _ in range(min(run.count, 2))]
-    if stage.zero == 2:
-        return 2 * max(sizes)
-    pairs = [a + b for a, b in itertools.pairwise(sizes)] or sizes
-    once = microbatches == 1 or constants.scatter_each
-    return max(pairs) + (2 * max(sizes) if once else gradient_bytes + max(sizes))
 
 
 def _batch_inputs(graph: Graph, local: LocalShapes) -> int:

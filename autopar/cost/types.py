@@ -22,6 +22,8 @@ class StageCost:
     forward_peak_bytes, backward_peak_bytes: extra transient bytes while a microbatch's forward (backward) runs.
     backward_weight_s: the part of backward_s that a schedule with split backwards can put off (gradients of weights).
     deferred_bytes: what one microbatch keeps between the halves of such a backward.
+    gradients_stay: whether gradients lie in buffers that stay from step to step, and do not come into being in the first
+        backward; None: where they are reduced over data.
     """
 
     forward_s: float
@@ -42,6 +44,11 @@ class StageCost:
     backward_peak_bytes: int
     backward_weight_s: float = 0.0
     deferred_bytes: int = 0
+    gradients_stay: bool | None = None
+
+    @property
+    def has_gradient_buffers(self) -> bool:
+        return self.reduce_s > 0 if self.gradients_stay is None else self.gradients_stay
 
     @property
     def backward_input_s(self) -> float:

@@ -182,7 +182,7 @@ class Floors:
 
     def _rest_bytes(self, shape: Shape, cost: StageCost) -> int:
         """What lies at rest beside all microbatches in flight: gradients too, unless all forwards come first."""
-        gradients_early = cost.reduce_s > 0 or shape.microbatches > self._in_flight(shape)[0]
+        gradients_early = cost.has_gradient_buffers or shape.microbatches > self._in_flight(shape)[0]
         return at_rest_bytes(cost) - (0 if gradients_early else cost.gradient_bytes)
 
     def _recomputed_s(self, shape: Shape, excess_bytes: float) -> float:

@@ -24,7 +24,7 @@ from ..schedule.step_time import exposed_reduce_s
 from ..simulate import at_rest_bytes
 
 FIELDS = ("forward_s", "backward_s", "send_s", "tail_s", "rest_bytes", "gradient_bytes", "transient_bytes",
-          "activation_bytes", "forward_peak_bytes", "backward_peak_bytes", "reduces", "exists")  # fmt: skip
+          "activation_bytes", "forward_peak_bytes", "backward_peak_bytes", "buffers", "exists")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Runs:
     """Costs of blocks [start, stop) as one stage: arrays [start, stop].
 
     tail_s: what follows a stage's last backward, `reduce_model_s` apart, which may depend on where other stages lie.
-    transient_bytes: `StageCost.unsharded_bytes`. reduces: whether gradients are reduced over data (1.0 or 0.0).
+    transient_bytes: `StageCost.unsharded_bytes`. buffers: whether gradients have buffers that stay (1.0 or 0.0).
     exists: 1.0 where there is such a run; elsewhere all is zero.
     """
 
@@ -46,7 +46,7 @@ class Runs:
     activation_bytes: np.ndarray
     forward_peak_bytes: np.ndarray
     backward_peak_bytes: np.ndarray
-    reduces: np.ndarray
+    buffers: np.ndarray
     exists: np.ndarray
 
     def peak_bytes(self, schedule: str, stage: int, num_stages: int, microbatches: int) -> np.ndarray:
@@ -58,7 +58,7 @@ class Runs:
         fixed = self.rest_bytes + self.transient_bytes
         if microbatches > held:
             return fixed + full
-        return fixed + np.where(self.reduces > 0, full, np.maximum(full, drained) - self.gradient_bytes)
+        return fixed + np.where(self.buffers > 0, full, np.maximum(full, drained) - self.gradient_bytes)
 
 
 def figures(cost: StageCost) -> tuple[float, ...]:
@@ -74,7 +74,7 @@ def figures(cost: StageCost) -> tuple[float, ...]:
         cost.activation_bytes,
         cost.forward_peak_bytes,
         cost.backward_peak_bytes,
-        float(cost.reduce_s > 0),
+        float(cost.has_gradient_buffers),
         1.0,
     )
 

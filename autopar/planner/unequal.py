@@ -4,10 +4,11 @@ Space: the order of the devices along the pipeline and which of them a stage has
 and tensor degree, ZeRO 0 or 3, recomputation or none, and the rows of unlike replicas in proportion to their speed
 (planner/unequal_ways.py); microbatches; and where the layers are cut.
 
-Method: best first over numbers of microbatches and of stages. A number of microbatches starts with the bound that holds
-without memory; when it comes up it gets tables with memory, of which each number of stages has a bound; when that comes
-up, its pipelines are walked (planner/unequal_walk.py). The search ends when the least bound left is no better than the
-best plan, or when each walk has used up its visits; then the gap to the least bound is told.
+Method: numbers of microbatches from about one per device to fewer and to more. Each has a floor, all devices at their best
+all the time; where that does not rule it out, tables (planner/unequal_bounds.py), of which each number of stages has a
+bound; and where that does not, its pipelines are walked (planner/unequal_walk.py). In models of few blocks nothing else
+is left out. In others a walk has a number of visits, and numbers of microbatches beyond one that led to nothing better are
+left; then the gap between the best plan and the least bound of what was left out is told.
 
 On small clusters the plans of Metis, of Whale, and of the exact search for what all devices have in common are where it
 starts from.
@@ -15,7 +16,6 @@ starts from.
 
 from __future__ import annotations
 
-import heapq
 import math
 from dataclasses import replace
 
@@ -27,16 +27,20 @@ from .problem import Problem
 from .stages import TOLERANCE
 from .unequal_bounds import Bounds
 from .unequal_room import Room
-from .unequal_walk import Judge, Walk
+from .unequal_walk import Judge, Walk, improve
 from .unequal_ways import WayFinder
 
 # Partial plans looked at per numbers of microbatches and stages: in small problems all, in others a few.
 MAX_VISITS = 20_000
-MAX_VISITS_OF_SUMS = 60
+MAX_VISITS_OF_SUMS = 24
+# Numbers of stages walked per number of microbatches, in others than small problems.
+MAX_WALKS_OF_SUMS = 10
+# Allowance for rates that rise as shares of the batch get smaller, and for replicas that span hosts.
+FLOOR_SLACK = 0.95
 # Up to so many devices other methods' plans are tried first.
 MAX_SEEDED = 8
 # Longer pipelines are not looked at: with more stages a device holds too little to be kept busy.
-MAX_STAGES = 32
+MAX_STAGES = 20
 
 
 def unequal(problem: Problem) -> Plan:
@@ -49,6 +53,9 @@ class _Unequal:
         self.problem = problem
         self.room, self.finder, self.judge = Room(problem.cluster), WayFinder(problem), Judge(problem)
         self.open_bound_s = math.inf
+        # Numbers of microbatches that have led to nothing better.
+        self._futile: list[int] = []
+        self.near = min(self._microbatches(), key=lambda count: abs(math.log(count / problem.cluster.world_size)))
         pinned = problem.constraints
         self.schedule = pinned.schedule or "1f1b"
         most = min(MAX_STAGES, len(problem.graph.blocks), problem.cluster.world_size)
@@ -76,31 +83,41 @@ class _Unequal:
     def _search(self) -> None:
         if self.problem.cluster.world_size <= MAX_SEEDED:
             self._seed()
-        # (bound, order, microbatches, stages, tables): stages 0 where no tables with memory were made yet.
-        heap: list[tuple[float, int, int, int, Bounds | None]] = []
         counts = list(self._microbatches())
+        # Numbers of microbatches not looked at yet, with their floors.
+        left = {count: FLOOR_SLACK * count * self.finder.least_pass_s(count) for count in counts}
         with self.problem.budget.bar("planning", " counts", len(counts)) as bar:
-            for count in counts:
-                quick = self._bounds(count, quick=True).root_s()
-                if quick < math.inf:
-                    heapq.heappush(heap, (quick, len(heap), count, 0, None))
-            order = len(heap)
-            while heap and not self._is_beaten(heap[0][0]):
-                bound_s, _, count, stages, tables = heapq.heappop(heap)
-                if self._expired:
-                    self.open_bound_s = min(self.open_bound_s, bound_s)
-                    return
-                if tables is None:
-                    bar.update()
-                    tables = self._bounds(count, quick=False)
-                    for stages in self._stages():
-                        found_s = max(bound_s, tables.root_s(stages))
-                        if found_s < math.inf:
-                            order += 1
-                            heapq.heappush(heap, (found_s, order, count, stages, tables))
+            for count in sorted(counts, key=lambda count: abs(math.log(count / self.near))):
+                if self._is_beaten(left[count]):
                     continue
-                visits = MAX_VISITS if self.finder.is_exact else MAX_VISITS_OF_SUMS
-                self.open_bound_s = min(self.open_bound_s, Walk(tables, self.judge, stages, visits).run())
+                if self._expired or (not self.finder.is_exact and self._is_past(count)):
+                    self.open_bound_s = min(self.open_bound_s, left[count])
+                    continue
+                self._look_at(count)
+                bar.update()
+
+    def _is_past(self, count: int) -> bool:
+        """Whether a number of microbatches lies beyond one that has led to nothing better."""
+        return any(min(count, self.near) <= other <= max(count, self.near) for other in self._futile)
+
+    def _look_at(self, count: int) -> None:
+        """All numbers of stages with so many microbatches, the least bound first."""
+        tables = Bounds(self.problem, self.room, self.finder, count, self.schedule, self.most_stages)
+        before_s = self.judge.best_s
+        bounds = sorted((tables.root_s(stages), stages) for stages in self._stages())
+        for number, (bound_s, stages) in enumerate(bounds):
+            if self._is_beaten(bound_s):
+                break
+            if self._expired or (number >= MAX_WALKS_OF_SUMS and not self.finder.is_exact):
+                self.open_bound_s = min(self.open_bound_s, bound_s)
+                break
+            best_s = self.judge.best_s
+            visits = MAX_VISITS if self.finder.is_exact else MAX_VISITS_OF_SUMS
+            self.open_bound_s = min(self.open_bound_s, Walk(tables, self.judge, stages, visits).run())
+            if self.judge.best_s < best_s:
+                improve(self.judge, tables)
+        if self.judge.best_s >= before_s:
+            self._futile.append(count)
 
     def _microbatches(self):
         rows, pinned = self.problem.graph.batch_size, self.problem.constraints.microbatches
@@ -111,9 +128,6 @@ class _Unequal:
     def _stages(self):
         pinned = self.problem.constraints.pipeline
         return [pinned] if pinned else range(1, self.most_stages + 1)
-
-    def _bounds(self, count: int, quick: bool) -> Bounds:
-        return Bounds(self.problem, self.room, self.finder, count, self.schedule, self.most_stages, quick)
 
     def _is_beaten(self, bound_s: float) -> bool:
         return bound_s >= self.judge.best_s * (1 - TOLERANCE)

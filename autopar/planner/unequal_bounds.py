@@ -1,17 +1,19 @@
 """The least step time of the pipelines that complete a state of `Room`, by dynamic programming from the end.
 
-With f, b, h, t the forward, backward, send and tail seconds of a stage, c = f + b, and M microbatches, the bounds of
-planner/stages.py, taken over all groups of devices that the next stage may have (r stages are left, from block i on):
+With f, b, h, t the forward, backward, send and tail seconds of a stage, c = f + b, M microbatches of which 1F1B keeps K in
+flight at a stage, and x' the state behind a move, over all groups of devices that the next stage may have (r stages are
+left, from block i on):
 
     passing[x, r, i] = min over move, way, stop of (c + 2 h) + passing[x', r - 1, stop]
     drain[x, r, i]   = min of max(M c, (c + 2 h) + drain[x', r - 1, stop])
-    work[x, r, i]    = min of max(M c + t, (f + h) + work[x', r - 1, stop])
+    back[x, r, i]    = min of max((f + h) + back[x', r - 1, stop], (c + 2 h) + t + passing[x', r - 1, stop])
+    work[x, r, i]    = min of max(M c + t, (f + h) + work[x', r - 1, stop], lead + the same as back)
 
-x' being the state behind the move; a way counts where it fits in memory with r - 1 stages behind it. drain is exactly
-the least over all completions of its own path, work of its own; their maximum at the start bounds every plan. A boundary
-is taken to be sent over the fastest link that it may have, and to be no larger than what leaves.
-
-`quick`: without memory, for the fastest ways alone, whatever the number of stages.
+passing is the round trip of a microbatch; drain the work of the slowest stage between the trips to it and back; back what
+the last microbatch takes down to the end and back up to some stage, whose tail follows; and lead = (M - 1) f + (M - K) b
+what a stage does before that microbatch. Each is the length of paths that every schedule contains, so that the most of
+them bounds every plan; a way counts where it fits in memory with r - 1 stages behind it. A boundary is taken to be sent
+over the fastest link that it may have, and to be no larger than what leaves.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..schedule.orders import schedule_named
 from .problem import Problem
 from .stages import FIT_SLACK
 from .unequal_room import START, Move, Room, State
@@ -30,37 +33,46 @@ from .unequal_ways import Way, WayFinder
 SUM_SLACK = 0.005
 TIME_SLACK = 0.995
 
+# What `least` has: c, c + 2 h, f + h, M c + t, lead + f + h, lead + c + 2 h + t, c + 2 h + t.
+_NUM_TERMS = 7
+
 
 class Bounds:
     """One number of microbatches and a schedule. most_stages: that a pipeline has."""
 
     def __init__(
-        self,
-        problem: Problem,
-        room: Room,
-        finder: WayFinder,
-        microbatches: int,
-        schedule: str,
-        most_stages: int,
-        quick: bool,
+        self, problem: Problem, room: Room, finder: WayFinder, microbatches: int, schedule: str, most_stages: int
     ) -> None:
         self.problem, self.room, self.finder = problem, room, finder
-        self.microbatches, self.schedule, self.quick = microbatches, schedule, quick
+        self.microbatches, self.schedule, self.most_stages = microbatches, schedule, most_stages
         self.num_blocks = len(problem.graph.blocks)
-        self.most_stages = 1 if quick else most_stages
-        self._least: dict[tuple, tuple[np.ndarray, ...] | None] = {}
+        # Sums of blocks are no more exact than single precision.
+        self._dtype = np.float64 if finder.is_exact else np.float32
+        in_flight = schedule_named(schedule).in_flight
+        # By stages behind.
+        self.held = np.array([in_flight(0, behind + 1, microbatches) for behind in range(most_stages)])
+        self._least: dict[tuple, np.ndarray | None] = {}
         self._sends: dict[tuple, np.ndarray] = {}
-        self.passing: dict[State, np.ndarray] = {}
-        self.drain: dict[State, np.ndarray] = {}
-        self.work: dict[State, np.ndarray] = {}
+        self._tables: dict[State, np.ndarray] = {}
+        self._end = np.full((4, most_stages + 1, self.num_blocks + 1), math.inf, self._dtype)
+        self._end[:, 0, self.num_blocks] = 0.0
+        # A round trip through no stage.
+        self.end_trip = self._end[0]
         self._tabulate()
 
     def ways(self, move: Move) -> Sequence[Way]:
-        return self.finder.ways(move.kind, move.ranks, self.microbatches, self.quick)
+        return self.finder.ways(move.kind, move.ranks, self.microbatches)
 
     def fits(self, way: Way, behind: int) -> np.ndarray:
-        slack = FIT_SLACK if self.finder.is_exact else SUM_SLACK
-        return way.fits(self.schedule, behind, self.microbatches, slack)
+        """Whether each run fits with so many stages behind it."""
+        if self.finder.is_exact:
+            return way.fits(self.schedule, behind, self.microbatches, FIT_SLACK)
+        return way.most_held(SUM_SLACK) >= self.held[behind]
+
+    def lead_s(self, way: Way, behind: int) -> np.ndarray:
+        """What a stage does before it begins with the last microbatch."""
+        count = self.microbatches
+        return (count - 1) * way.forward_s + max(0, count - int(self.held[behind])) * way.backward_s
 
     def send_s(self, move: Move, way: Way) -> np.ndarray:
         """[stop]: the least that handing on takes."""
@@ -88,66 +100,66 @@ class Bounds:
                     found[cluster.kind_number(host[0])] = (move.ranks, (host[0],))
         return list(found.values())
 
-    def least(self, move: Move) -> tuple[np.ndarray, ...] | None:
-        """(c, c + 2 h, f + h, M c + t) at their least over the ways of a move, each [stages behind, start, stop]."""
+    def least(self, move: Move) -> np.ndarray | None:
+        """The terms of a stage at their least over the ways of a move: [term, stages behind, start, stop]."""
         key = (move.kind, move.joined)
         if key not in self._least:
             self._least[key] = self._find_least(move)
         return self._least[key]
 
-    def _find_least(self, move: Move) -> tuple[np.ndarray, ...] | None:
-        shape = (self.most_stages, self.num_blocks + 1, self.num_blocks + 1)
-        tables = tuple(np.full(shape, math.inf) for _ in range(4))
+    def _find_least(self, move: Move) -> np.ndarray | None:
+        shape = (_NUM_TERMS, self.most_stages, self.num_blocks + 1, self.num_blocks + 1)
+        found = np.full(shape, math.inf, self._dtype)
+        levels, level_of = np.unique(self.held, return_inverse=True)
         for way in self.ways(move):
             send_s = self.send_s(move, way)[None, :]
-            compute_s = way.forward_s + way.backward_s
-            values = (
-                compute_s,
-                compute_s + 2 * send_s,
-                way.forward_s + send_s,
-                self.microbatches * compute_s + way.tail_s,
-            )
-            for behind in range(self.most_stages):
-                open_ = way.classes[0][0].exists > 0 if self.quick else self.fits(way, behind)
-                for table, value in zip(tables, values, strict=True):
-                    np.minimum(table[behind], np.where(open_, value, math.inf), out=table[behind])
-        return tables if np.isfinite(tables[0]).any() else None
+            compute_s, down_s = way.forward_s + way.backward_s, way.forward_s + send_s
+            pass_s = compute_s + 2 * send_s
+            plain = (compute_s, pass_s, down_s, self.microbatches * compute_s + way.tail_s)
+            for level in range(len(levels)):
+                behinds = np.nonzero(level_of == level)[0]
+                lead_s = self.lead_s(way, behinds[0])
+                terms = np.stack([*plain, lead_s + down_s, lead_s + pass_s + way.tail_s, pass_s + way.tail_s])
+                for behind in behinds if self.finder.is_exact else behinds[:1]:
+                    open_ = self.fits(way, behind)
+                    if not open_.any():
+                        break
+                    np.minimum(found[:, behind], np.where(open_, terms, math.inf), out=found[:, behind])
+        if not self.finder.is_exact:
+            found = found[:, [int(np.argmax(level_of == level)) for level in level_of]]
+        return found if np.isfinite(found[0]).any() else None
 
     def _tabulate(self) -> None:
-        stages, blocks, count = self.most_stages, self.num_blocks, self.microbatches
-        rows = 1 if self.quick else stages + 1
-        end = np.full((rows, blocks + 1), math.inf)
-        end[0, blocks] = 0.0
+        count = self.microbatches
         for state in self.room.states():
-            tables = [np.full((rows, blocks + 1), math.inf) for _ in range(3)]
+            # As many stages as there are devices left.
+            rows = min(self.most_stages, self.room.left(state))
+            table = np.full_like(self._end, math.inf)
             for move in self.room.moves(state):
                 least = self.least(move)
                 if least is None:
                     continue
                 over = self.room.is_end(move.after)
-                passing, drain, work = (
-                    (end,) * 3 if over else (t[move.after] for t in (self.passing, self.drain, self.work))
-                )
-                behind = slice(0, rows if self.quick else rows - 1)
-                compute_s, pass_s, down_s, tail_s = least
+                num = 1 if over else rows
+                rest = self._end if over else self._tables[move.after]
+                passing, drain, work, back = rest[:, :num, None, :]
+                compute_s, pass_s, down_s, tail_s, lead_down_s, lead_tail_s, pass_tail_s = least[:, :num]
+                mirrored_s = np.maximum(lead_down_s + back, lead_tail_s + passing)
                 found = (
-                    (pass_s + passing[behind, None, :]).min(axis=2),
-                    np.maximum(count * compute_s, pass_s + drain[behind, None, :]).min(axis=2),
-                    np.maximum(tail_s, down_s + work[behind, None, :]).min(axis=2),
+                    pass_s + passing,
+                    np.maximum(count * compute_s, pass_s + drain),
+                    np.maximum(np.maximum(tail_s, down_s + work), mirrored_s),
+                    np.maximum(down_s + back, pass_tail_s + passing),
                 )
-                own = slice(0, rows) if self.quick else slice(1, rows)
-                for table, values in zip(tables, found, strict=True):
-                    np.minimum(table[own], values, out=table[own])
-            self.passing[state], self.drain[state], self.work[state] = tables
-        self.end = end
+                for mine, values in zip(table, found, strict=True):
+                    np.minimum(mine[1 : num + 1], values.min(axis=2), out=mine[1 : num + 1])
+            self._tables[state] = table
 
-    def rest(self, state: State, stages: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(passing, drain, work) of what is left behind a state in so many stages: [first block]."""
-        if self.room.is_end(state):
-            return (self.end[stages],) * 3
-        return self.passing[state][stages], self.drain[state][stages], self.work[state][stages]
+    def rest(self, state: State, stages: int) -> np.ndarray:
+        """(passing, drain, work, back) of what is left behind a state in so many stages: [table, first block]."""
+        return (self._end if self.room.is_end(state) else self._tables[state])[:, stages]
 
-    def root_s(self, stages: int = 0) -> float:
+    def root_s(self, stages: int) -> float:
         """No plan of so many stages is faster."""
-        found = max(float(self.drain[START][stages, 0]), float(self.work[START][stages, 0]))
-        return found * (1.0 if self.finder.is_exact else TIME_SLACK)
+        _, drain, work, _ = self.rest(START, stages)[:, 0]
+        return float(max(drain, work)) * (1.0 if self.finder.is_exact else TIME_SLACK)

@@ -1,9 +1,9 @@
 """Which devices of an unequal cluster the stages of a pipeline may take, in which order: a graph of what is taken.
 
 Hosts of one kind are alike, so a pipeline takes them in the order of their ranks. It goes through the cluster bloc by
-bloc. A bloc is one kind of hosts, of which a stage takes whole hosts or an aligned part of one; or several kinds that
-are neighbours in speed, cut into as many equal units (some hosts of each) as their numbers have in common, of which a
-stage takes one or more, and shares its rows among unlike replicas. Blocs may come in any order:
+bloc. A bloc is one kind of hosts, of which a stage takes whole hosts or an aligned part of one (in large clusters half);
+or several kinds that are neighbours in speed, cut into as many equal units (some hosts of each) as their numbers have in
+common, of which a stage takes one or more, and shares its rows among unlike replicas. Blocs may come in any order:
 
     state    (kinds that are used up, the bloc that is open, how many of its devices are taken)
     move     the devices of one more stage                                                           `Room.moves`
@@ -20,6 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..cluster.spec import Cluster
+
+# In larger clusters the parts of hosts that stages have are halves, and blocs are of one kind, of two or of all.
+MAX_WHOLE_PARTS = 16
 
 State = tuple[frozenset[int], tuple[int, ...], int]
 START: State = (frozenset(), (), 0)
@@ -85,9 +88,14 @@ class Room:
 
     @functools.cached_property
     def blocs(self) -> tuple[tuple[int, ...], ...]:
-        """Single kinds, then several that are neighbours in speed."""
+        """Single kinds, then two that are neighbours in speed (in small clusters any number), then all."""
         count = self.num_kinds
-        spans = [self._by_speed[a:b] for a, b in itertools.combinations(range(count + 1), 2)]
+        small = self.cluster.world_size <= MAX_WHOLE_PARTS
+        spans = [
+            self._by_speed[a:b]
+            for a, b in itertools.combinations(range(count + 1), 2)
+            if small or b - a <= 2 or b - a == count
+        ]
         return tuple(tuple(sorted(span)) for span in sorted(spans, key=len))
 
     def _find(self, state: State) -> Iterator[Move]:
@@ -105,7 +113,7 @@ class Room:
         first, inside = divmod(taken, width)
         if len(bloc) == 1:
             for size in range(1, width):
-                if width % size == 0 and inside % size == 0:
+                if width % size == 0 and inside % size == 0 and size >= self._least_part(width):
                     ranks = tuple(units[first][inside : inside + size])
                     joined = inside + size < width
                     yield Move(ranks, (bloc, size), self._after(used, bloc, taken + size), joined)
@@ -114,6 +122,9 @@ class Room:
                 ranks = tuple(sorted(itertools.chain(*units[first : first + count])))
                 size = count * width
                 yield Move(ranks, (bloc, size), self._after(used, bloc, taken + size), False)
+
+    def _least_part(self, width: int) -> int:
+        return 1 if self.cluster.world_size <= MAX_WHOLE_PARTS else -(-width // 2)
 
     def _after(self, used: frozenset[int], bloc: tuple[int, ...], taken: int) -> State:
         units = self._units(bloc)

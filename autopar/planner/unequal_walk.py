@@ -20,10 +20,13 @@ from ..simulate import stage_peak_bytes
 from .problem import Problem
 from .stages import TOLERANCE
 from .unequal_bounds import TIME_SLACK, Bounds
-from .unequal_room import START, State
+from .unequal_room import START, Move, State
 from .unequal_ways import Mesh
 
-Part = tuple[Mesh, int, int]
+# How much what is left counts in the order of ways beside their bounds, which for many ways are those of one path.
+LEFT_WEIGHT = 0.3
+
+Part = tuple[Mesh, int, int, Move]
 
 
 class Judge:
@@ -33,11 +36,13 @@ class Judge:
         self.problem = problem
         self.best: Plan | None = None
         self.best_s = math.inf
+        # The stages of the best plan, where a walk has found it.
+        self.parts: tuple[Part, ...] = ()
         self.tried: dict[tuple, Plan] = {}
 
     def plan(self, parts: tuple[Part, ...], microbatches: int, schedule: str) -> Plan:
         layouts: dict = {}
-        stages = tuple(mesh.stage(start, stop, layouts) for mesh, start, stop in parts)
+        stages = tuple(mesh.stage(start, stop, layouts) for mesh, start, stop, _ in parts)
         graph = self.problem.graph
         return Plan(
             graph.name, graph.fingerprint, self.problem.cluster.world_size, graph.batch_size, microbatches, schedule,
@@ -60,7 +65,14 @@ class Judge:
         if before is None or seconds < before.prediction.step_time_s:
             self.tried[key] = plan
         if better:
-            self.best, self.best_s = plan, seconds
+            self.best, self.best_s, self.parts = plan, seconds, ()
+        return better
+
+    def offer_parts(self, parts: tuple[Part, ...], microbatches: int, schedule: str) -> bool:
+        """As `offer`, of a plan of these parts."""
+        better = self.offer(self.plan(parts, microbatches, schedule))
+        if better:
+            self.parts = parts
         return better
 
     def _peak_bytes(self, plan: Plan) -> int | None:
@@ -78,8 +90,9 @@ class Judge:
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """The first stages, decided. before_s: the sum of their c + 2 h; down_s: of f + h; tail_s: of the first one; path_s:
-    the longest path found so far; bound_s: no completion is faster."""
+    """The first stages, decided. before_s: the sum of their c + 2 h; down_s: of f + h; tail_s: of the first one; lead_s: the
+    most of what one of them does before the last microbatch; path_s: the longest path found so far; bound_s: no completion
+    is faster; guess_s: in which order to look."""
 
     state: State
     start: int
@@ -87,8 +100,10 @@ class _Node:
     before_s: float
     down_s: float
     tail_s: float
+    lead_s: float
     path_s: float
     bound_s: float
+    guess_s: float
 
 
 class Walk:
@@ -102,7 +117,7 @@ class Walk:
 
     def run(self) -> float:
         """The bound of what was not looked at, infinite where all was."""
-        self._descend(_Node(START, 0, (), 0.0, 0.0, 0.0, 0.0, self.bounds.root_s(self.stages)))
+        self._descend(_Node(START, 0, (), 0.0, 0.0, 0.0, 0.0, 0.0, self.bounds.root_s(self.stages), 0.0))
         return self.open_bound_s
 
     def _cutoff(self) -> float:
@@ -116,11 +131,9 @@ class Walk:
             return
         self.num_visited += 1
         if len(node.parts) == self.stages:
-            self.judge.offer(self.judge.plan(node.parts, self.bounds.microbatches, self.bounds.schedule))
+            self.judge.offer_parts(node.parts, self.bounds.microbatches, self.bounds.schedule)
             return
-        for child in sorted(self._children(node), key=lambda child: child.bound_s):
-            if child.bound_s >= self._cutoff():
-                break
+        for child in sorted(self._children(node), key=lambda child: child.guess_s):
             self._descend(child)
 
     def _children(self, node: _Node) -> Iterator[_Node]:
@@ -133,7 +146,7 @@ class Walk:
         for move in bounds.room.moves(node.state):
             if bounds.room.is_end(move.after) != (behind == 0):
                 continue
-            passing, drain, work = (table[window] for table in bounds.rest(move.after, behind))
+            passing, drain, work, back = bounds.rest(move.after, behind)[:, window]
             if not np.isfinite(drain).any():
                 continue
             for way in bounds.ways(move):
@@ -145,19 +158,55 @@ class Walk:
                 first_tail_s = tail_s if first else node.tail_s
                 path_s = np.maximum(node.path_s, node.before_s + own_s + first_tail_s)
                 path_s = np.maximum(path_s, node.down_s + own_s + tail_s)
-                bound_s = np.maximum(path_s, before_s + drain + first_tail_s)
-                bound_s = np.maximum(bound_s, before_s + passing + (count - 1) * send_s + first_tail_s)
-                bound_s = self.slack * np.maximum(bound_s, down_s + work)
+                # The last microbatch, which comes after all that a decided stage does before, goes to the end and back.
+                lead_s = np.maximum(node.lead_s, bounds.lead_s(way, behind)[node.start, window])
+                trip_s = node.down_s + before_s - node.before_s + passing
+                bounds_s = (
+                    path_s,
+                    before_s + drain + first_tail_s,
+                    before_s + passing + (count - 1) * send_s + first_tail_s,
+                    down_s + work,
+                    lead_s + before_s + passing + first_tail_s,
+                    lead_s + down_s + back,
+                    lead_s + trip_s + tail_s,
+                )
+                bound_s = np.maximum.reduce(bounds_s) * self.slack
+                guess_s = bound_s + LEFT_WEIGHT * np.maximum(drain, work)
                 fits = bounds.fits(way, behind)[node.start, window]
                 for i in np.nonzero(fits & (bound_s < self._cutoff()))[0]:
                     stop = window.start + int(i)
                     yield _Node(
                         move.after,
                         stop,
-                        (*node.parts, (replace(way.mesh, ranks=move.ranks), node.start, stop)),
+                        (*node.parts, (replace(way.mesh, ranks=move.ranks), node.start, stop, move)),
                         float(before_s[i]),
                         float(down_s[i]),
                         float(first_tail_s[i] if first else node.tail_s),
+                        float(lead_s[i]),
                         float(path_s[i]),
                         max(node.bound_s, float(bound_s[i])),
+                        float(guess_s[i]),
                     )
+
+
+def improve(judge: Judge, bounds: Bounds, rounds: int = 8) -> None:
+    """Moves one cut by one block, or changes the mesh of one stage, of the best plan, as long as that helps."""
+    for _ in range(rounds):
+        parts = judge.parts
+        if not any(
+            judge.offer_parts(other, bounds.microbatches, bounds.schedule) for other in _neighbours(parts, bounds)
+        ):
+            return
+
+
+def _neighbours(parts: tuple[Part, ...], bounds: Bounds) -> Iterator[tuple[Part, ...]]:
+    for s in range(len(parts) - 1):
+        (left, start, cut, move), (right, _, stop, after) = parts[s : s + 2]
+        for moved in (cut - 1, cut + 1):
+            if start < moved < stop:
+                yield (*parts[:s], (left, start, moved, move), (right, moved, stop, after), *parts[s + 2 :])
+    for s, (mesh, start, stop, move) in enumerate(parts):
+        for way in bounds.ways(move):
+            other = replace(way.mesh, ranks=move.ranks)
+            if other != mesh and bounds.fits(way, len(parts) - s - 1)[start, stop]:
+                yield (*parts[:s], (other, start, stop, move), *parts[s + 1 :])

@@ -24,9 +24,9 @@ from .runs import FIELDS, Runs, figures
 
 # Up to so many blocks every run is priced exactly.
 EXACT_BLOCKS = 8
-# Up to so many devices in a cluster a replica may span hosts.
+# Up to so many devices in a cluster a replica may span hosts, and stages of uneven shares may shard parameters.
 MAX_SPREAD = 16
-_PEAKS = [FIELDS.index(name) for name in ("transient_bytes", "forward_peak_bytes", "backward_peak_bytes", "reduces")]
+_PEAKS = [FIELDS.index(name) for name in ("transient_bytes", "forward_peak_bytes", "backward_peak_bytes", "buffers")]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,18 @@ class Way:
     classes: tuple[tuple[Runs, int], ...]
     _fits: dict = field(default_factory=dict)
 
+    def most_held(self, slack: float) -> np.ndarray:
+        """How many microbatches in flight each run has memory for; less than 1 where none. Gradients lie beside them."""
+        if "held" not in self._fits:
+            found = np.full(self.forward_s.shape, np.inf)
+            for runs, limit_bytes in self.classes:
+                fixed = runs.rest_bytes + runs.transient_bytes
+                fixed = fixed + np.maximum(runs.forward_peak_bytes, runs.backward_peak_bytes)
+                free = limit_bytes * (1 + slack) - fixed
+                found = np.minimum(found, free / np.maximum(runs.activation_bytes, 1.0))
+            self._fits["held"] = np.where(self.classes[0][0].exists > 0, found, 0.0)
+        return self._fits["held"]
+
     def fits(self, schedule: str, behind: int, microbatches: int, slack: float) -> np.ndarray:
         """Whether each run fits in memory with `behind` stages behind it."""
         key = (schedule, min(behind, microbatches), behind < microbatches)
@@ -92,16 +104,37 @@ class WayFinder:
     def is_exact(self) -> bool:
         return self.num_blocks <= EXACT_BLOCKS
 
-    def ways(self, kind: tuple, ranks: tuple[int, ...], microbatches: int, fastest: bool) -> tuple[Way, ...]:
-        """Of groups of this kind, of which `ranks` is one. fastest: those without recomputation and ZeRO alone."""
-        key = (kind, microbatches, fastest)
+    def ways(self, kind: tuple, ranks: tuple[int, ...], microbatches: int) -> tuple[Way, ...]:
+        """Of groups of this kind, of which `ranks` is one."""
+        key = (kind, microbatches)
         if key not in self._ways:
-            self._ways[key] = tuple(self._find(ranks, microbatches, fastest))
+            self._ways[key] = tuple(self._find(ranks, microbatches))
         return self._ways[key]
 
-    def _find(self, ranks: tuple[int, ...], microbatches: int, fastest: bool) -> Iterator[Way]:
+    def least_pass_s(self, microbatches: int) -> float:
+        """No pipeline moves on by a microbatch in less: all devices at their best, in replicas that take it whole."""
+        speed = 0.0
+        for hosts in self._hosts_of_kinds():
+            ranks, count = hosts[0], sum(map(len, hosts))
+            best = 0.0
+            for tensor in range(1, len(ranks) + 1):
+                if len(ranks) % tensor == 0 and (tensor == 1 or self.problem.splits(tensor, microbatches)):
+                    chain = self._chain(tensor, microbatches)
+                    (each,) = replica_speeds(self.problem, ranks[:tensor], chain, tensor, microbatches)
+                    best = max(best, each / tensor)
+            speed += count * best
+        return 1.0 / speed
+
+    def _hosts_of_kinds(self) -> list[list[tuple[int, ...]]]:
+        cluster = self.problem.cluster
+        hosts: list[dict[int, list[int]]] = [{} for _ in cluster.kinds]
+        for rank in range(cluster.world_size):
+            hosts[cluster.kind_number(rank)].setdefault(cluster.host(rank), []).append(rank)
+        return [[tuple(host) for host in mine.values()] for mine in hosts]
+
+    def _find(self, ranks: tuple[int, ...], microbatches: int) -> Iterator[Way]:
         problem, pinned = self.problem, self.problem.constraints
-        choices = problem.recompute_choices[:1] if fastest else problem.recompute_choices
+        choices = problem.recompute_choices
         for data, tensor in self._meshes(ranks):
             shares = self._shares(ranks, data, tensor, microbatches)
             if shares is None:
@@ -109,7 +142,9 @@ class WayFinder:
             units = self._units(data, shares, microbatches)
             if tensor > 1 and not problem.splits(tensor, units):
                 continue
-            levels = (pinned.zero,) if pinned.zero is not None else (0,) if fastest else (0, 3)
+            levels = (pinned.zero,) if pinned.zero is not None else (0, 3)
+            if pinned.zero is None and shares and problem.cluster.world_size > MAX_SPREAD:
+                levels = (0,)
             for zero in dict.fromkeys(level if data > 1 else 0 for level in levels):
                 if pinned.zero not in (None, zero):
                     continue
@@ -193,7 +228,8 @@ class WayFinder:
     def cost(self, mesh: Mesh, microbatches: int, rank: int, start: int, stop: int) -> StageCost:
         """Of a pipeline in which others have the blocks before and behind; what parameters shared with them cost apart."""
         graph = self.problem.graph
-        around = Mesh(mesh.ranks, mesh.data, 1, 0, "none", mesh.shares, Chain())
+        # Whoever is next is asked for what it costs to reach apart (`Bounds.send_s`).
+        around = Mesh(mesh.ranks[:1], mesh.data, 1, 0, "none", mesh.shares, Chain())
         stages = [Stage(0, 0, (), 1)] if start else []
         stages.append(mesh.stage(start, stop))
         if stop < self.num_blocks:
@@ -228,18 +264,18 @@ def _sums(kinds: Sequence[tuple], ask: Callable[[int, int], np.ndarray]) -> np.n
     if pairs:
         kind = pairs.most_common(1)[0][0]
         i = next(i for i in range(1, count - 2) if kinds[i] == kinds[i + 1] == kind)
-        once = np.clip(2 * blocks[i] - ask(i, i + 2), 0.0, blocks[i])
-        pair_transient = ask(i, i + 2)[_PEAKS[0]]
+        of_pair = ask(i, i + 2)
+        once = np.clip(2 * blocks[i] - of_pair, 0.0, blocks[i])
     else:
-        pair_transient = 0.0
+        of_pair = once
     ends = np.concatenate([np.zeros((1, len(FIELDS))), np.cumsum(blocks - once, axis=0)])
     table = once[:, None, None] + (ends[None, :, :] - ends[:, None, :]).transpose(2, 0, 1)
-    for field_ in _PEAKS:
-        values = blocks[:, field_]
-        for start in range(count):
-            table[field_, start, start + 1 :] = np.maximum.accumulate(values[start:])
-    transient = table[_PEAKS[0]]
-    table[_PEAKS[0]] = np.where(transient > 0, np.maximum(transient, pair_transient), transient)
     exists = np.triu(np.ones((count + 1, count + 1)), 1)
+    for field_ in _PEAKS:
+        # Entry [start, stop] is the most of blocks start to stop - 1; none is negative.
+        table[field_] = np.maximum.accumulate(exists * np.concatenate([[0.0], blocks[:, field_]]), axis=1)
+    # Neighbours add to each other's: one block's parameters are gathered beside the other's.
+    for field_ in _PEAKS[:3]:
+        table[field_] = np.where(table[field_] > 0, np.maximum(table[field_], of_pair[field_]), table[field_])
     table[FIELDS.index("exists")] = 1.0
     return table * exists

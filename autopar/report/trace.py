@@ -4,7 +4,8 @@ The format is the "JSON Object Format" of the Trace Event Format document: compl
 microseconds, and metadata events ("ph": "M") that name processes and threads.
 
 Predicted and measured are two processes, each with one thread per rank. Sends run beside the compute, and slices of one
-thread must nest; so the sends of each direction have a thread of their own below their rank's.
+thread must nest; so the sends of each direction have a thread of their own below their rank's. What was measured beside
+the instructions are asynchronous events ("ph": "b" and "e"), which may overlap.
 """
 
 from __future__ import annotations
@@ -78,6 +79,10 @@ def _process(pid: int, name: str, line: Timeline) -> Iterator[dict[str, Any]]:
                 "dur": event.duration_s * 1e6,
                 "args": {"kind": _NAMES.get(event.kind, event.kind), "bytes": event.bytes},
             }
+    for number, transfer in enumerate(line.transfers):
+        common = {"name": transfer.token, "cat": "transfer", "id": number, "pid": pid, "tid": _thread(transfer)}
+        yield {**common, "ph": "b", "ts": transfer.start_s * 1e6, "args": {"bytes": transfer.bytes}}
+        yield {**common, "ph": "e", "ts": transfer.end_s * 1e6}
     for rank, size_bytes in line.peak_memory_bytes.items():
         if rank in {event.rank for event in line.events}:
             yield {

@@ -20,6 +20,8 @@ from .torch_private import all_gather_single, reduce_scatter_single
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
+Transfer = Callable[[str, int], Callable[[], None]]
+"""(kind, bytes) of something that begins to travel -> what to call when it has arrived"""
 Record = Callable[[str, tuple[int, ...], int, float], None]
 """(kind, global ranks, bytes of the whole tensor as cost/collectives.py counts them, seconds)"""
 
@@ -30,6 +32,7 @@ class Axis:
 
     on_collective, when set, hears of every collective (for refinement). Setting it makes collectives synchronise with
     the device, so the runtime sets it for measured steps only.
+    on_transfer, when set, hears of asynchronous collectives as they begin.
     """
 
     name: str
@@ -38,12 +41,21 @@ class Axis:
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None
     on_collective: Record | None = field(default=None, repr=False)
+    on_transfer: Transfer | None = field(default=None, repr=False)
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """Reduce in place where `tensor` is contiguous; returns the reduced tensor."""
         tensor = tensor.contiguous()
         self._timed("all_reduce", tensor, lambda: dist.all_reduce(tensor, _REDUCTIONS[op], group=self.group))
         return tensor
+
+    def begin_all_reduce(self, tensor: Tensor) -> dist.Work:
+        """Start to sum a contiguous tensor in place; the result waits for it."""
+        arrived = self.on_transfer and self.on_transfer("all_reduce", tensor.numel() * tensor.element_size())
+        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        if arrived is not None:
+            work.get_future().add_done_callback(lambda _: arrived())
+        return work
 
     def all_gather(self, tensor: Tensor, dim: int, blocks: int = 1) -> Tensor:
         """Join the slices of all ranks along `dim`."""

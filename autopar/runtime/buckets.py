@@ -62,7 +62,7 @@ class Bucket:
         assert self.flat is not None and not self.launched
         self.launched = True
         if self.axis is not None:
-            self.work = dist.all_reduce(self.flat, group=self.axis.group, async_op=True)
+            self.work = self.axis.begin_all_reduce(self.flat)
 
     def reset(self) -> None:
         """Forget a step that was broken off; its memory may still be on the wire, so it is not used again."""

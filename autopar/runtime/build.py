@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..graph import Graph, torch_dtype
 from ..ops import mutated_inputs
 from ..plan import Plan, Stage
 from ..schedule.build import program_for
+from ..schedule.delivered import delivered, delivered_in_stream
 from ..schedule.instructions import Instruction
 from ..schedule.orders import schedule_named
 from ..sharding.axes import Places
@@ -122,12 +124,14 @@ def build_runtime(
     device: torch.device,
     random: Callable[[str], AbstractContextManager[Any]],
     compile_with: Backend | None = None,
+    wanted: frozenset[str] = frozenset(),
 ) -> Runtime:
     """Build this rank's runtime; all ranks of the world must call it with the same plan.
 
     values(specs): this rank's local parts of these parameters, by original name. state: buffers and constants on
     `device`, by tensor name. random(key): a context in which random ops draw from the stream of that key.
-    compile_with: torch.compile's backend for the blocks; None: they run as they are.
+    compile_with: torch.compile's backend for the blocks; None: they run as they are. wanted: outputs of the module that
+    programs leave in `Executor.given`.
     """
     rank, schedule = dist.get_rank(), schedule_named(plan.schedule)
     groups = build_groups(plan)
@@ -136,7 +140,7 @@ def build_runtime(
     functions: Functions = {}
     specs: dict[int, tuple[ParameterSpec, ...]] = {}
     for s, mesh in groups.meshes.items():
-        compiled[s] = compile_stage(graph, plan, s, mesh.data.rank, mesh.model, device)
+        compiled[s] = compile_stage(graph, plan, s, mesh.data.rank, mesh.model, device, wanted)
         if compile_with is not None:
             compiled[s] = replace(compiled[s], blocks=compile_blocks(compiled[s].blocks, compile_with, functions))
         specs[s] = _with_reductions(graph, compiled[s], by_stage[s], rank)
@@ -168,12 +172,15 @@ def build_runtime(
 
     storage = RankStorage(specs, build_storage, values(tuple(union.values())))
     recorder = Recorder(rank, device)
+    for mesh in groups.meshes.values():
+        for axis in (*mesh.lines.values(), *(mesh.hybrid or ())):
+            axis.on_transfer = recorder.transfer
     executor = Executor(
         graph=graph,
         parts={s: StagePart(compiled[s], mesh, storage.stages[s]) for s, mesh in groups.meshes.items()},
         microbatches=plan.microbatches,
         groups=groups,
-        transport=_transport(graph, plan, groups, device),
+        transport=_transport(graph, plan, groups, device, recorder),
         storage=storage,
         recorder=recorder,
         state=state,
@@ -210,7 +217,7 @@ def _with_reductions(
     return tuple(found)
 
 
-def _transport(graph: Graph, plan: Plan, groups: Groups, device: torch.device) -> Transport:
+def _transport(graph: Graph, plan: Plan, groups: Groups, device: torch.device, recorder: Recorder) -> Transport:
     """With the routes of activations and gradients over every boundary of this rank's stages."""
     routes = {}
     for first, second in zip(range(len(plan.stages) - 1), range(1, len(plan.stages)), strict=True):
@@ -222,6 +229,13 @@ def _transport(graph: Graph, plan: Plan, groups: Groups, device: torch.device) -
         routes[first, second] = route(list(crossing.values()), list(dtypes.values()), groups.rank)
         returning = {name: h.of_gradient() for name, h in crossing.items() if graph.tensors[name].requires_grad}
         routes[second, first] = route(list(returning.values()), [dtypes[name] for name in returning], groups.rank)
-    transport = Transport(groups, device, routes)
+    transport = Transport(groups, device, routes, _delivered(plan, groups), recorder.transfer)
     transport.connect()
     return transport
+
+
+def _delivered(plan: Plan, groups: Groups) -> Callable[[Instruction], Iterable[Instruction]]:
+    if not schedule_named(plan.schedule).flushes:
+        return partial(delivered_in_stream, num_stages=len(plan.stages))
+    found = delivered(program_for(plan), plan.groups.index(plan.stages[groups.stage].ranks))
+    return lambda receive: found.get(receive, ())

@@ -81,6 +81,9 @@ def _convolution(mask: tuple[bool, bool, bool]) -> Callable[..., Tensor]:
     def gradient(grad: Tensor, x: Tensor, w: Tensor, rest: Sequence[Any]) -> Tensor:
         dims = w.dim() - 2
         given = [*rest, *(1, 0, 1, 1)[len(rest) :]]
+        if mask[1]:
+            # Its own gradient wants only the weight's shape, and ZeRO 3 has let go of its memory by then.
+            w = w.new_empty(w.shape)
         stride, padding, dilation = ([v] * dims if isinstance(v, int) else list(v) for v in given[:3])
         results = aten.convolution_backward(
             grad, x, w, None, stride, padding, dilation, False, [0] * dims, given[3], list(mask)

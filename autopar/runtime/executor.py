@@ -65,7 +65,7 @@ class _Step:
     rows: dict[int, Mapping[str, Tensor]]
     training: bool
     split: bool
-    backwards_left: Counter[int]
+    backwards_left: Counter[tuple[type, int]]
     random: Callable[[int, str], AbstractContextManager[Any]]
     optimizer: torch.optim.Optimizer | None = None
     whole: dict[Place, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -79,7 +79,13 @@ class _Step:
     loss: dict[int, Tensor] = field(default_factory=dict)
     scale: Tensor | None = None
     reduced: set[int] = field(default_factory=set)
+    given: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     parameter_gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def left_over(self) -> set[Place]:
+        """Where something waits for an instruction; nowhere when a program has ended."""
+        return {*self.arrived, *self.inputs, *self.outputs, *self.returned, *self.gradients, *self.owed}
 
 
 @dataclass(eq=False)
@@ -89,6 +95,7 @@ class Executor:
     parts: the stages that the rank runs, by index. Two of them that follow each other hand over without a message.
     state: buffers and constants of the graph, on the device, by tensor name.
     random(key): a context in which random ops draw from the stream of that key.
+    given: this rank's parts of the outputs that the latest program was to give, by name and microbatch.
     tied: parameters of the plan that several sets of ranks hold, if this rank holds one; gradients are summed over them.
     """
 
@@ -106,6 +113,7 @@ class Executor:
 
     def __post_init__(self) -> None:
         self.current: Instruction | None = None
+        self.given: dict[str, dict[int, Tensor]] = {}
 
     def run(
         self, actions: Sequence[Instruction], batch: Mapping[str, Tensor], training: bool, scale: Tensor | None = None
@@ -118,8 +126,8 @@ class Executor:
         """
         actions = [a for a in actions if not isinstance(a, OptimizerStep)]
         split = any(isinstance(a, BackwardInput) for a in actions)
-        last_halves = BackwardWeight if split else Backward
-        left = Counter(a.stage for a in actions if isinstance(a, last_halves))
+        kinds = (Backward, BackwardInput, BackwardWeight)
+        left = Counter((type(a), a.stage) for a in actions if isinstance(a, kinds))
         step = _Step({0: batch}, training, split, left, lambda _, key: self.random(key), scale=scale)
         self.storage.begin()
         differentiable = bool(step.backwards_left)
@@ -133,10 +141,13 @@ class Executor:
         for action in actions:
             self._execute(step, action)
         self.transport.finish()
-        if not differentiable:
+        if differentiable:
+            assert not step.left_over, f"values of {step.left_over} have not been used"
+        else:
             for part in self.parts.values():
                 part.storage.end_evaluation()
         self.current = None
+        self.given = step.given
         return step.loss.get(0), step.parameter_gradients
 
     def stream(
@@ -215,6 +226,7 @@ class Executor:
 
     def _forward(self, step: _Step, action: Forward) -> int:
         part, place = self.parts[action.stage], (action.stage, action.microbatch)
+        assert place not in step.outputs, f"{action} has run already"
         compiled, chunk = part.compiled, self._chunk(step, part, action.microbatch)
         batch = action.microbatch // self.microbatches
         whole = step.whole.get((action.stage, batch), ())
@@ -236,6 +248,8 @@ class Executor:
             return activations
 
         outputs = part.storage.forward(run_blocks, *arrived)
+        for name, value in chunk.given.items():
+            step.given.setdefault(name, {})[action.microbatch] = value
         values = dict(zip(compiled.blocks[-1].outputs, outputs, strict=True))
         if self.graph.loss in values:
             loss = values[self.graph.loss]
@@ -256,27 +270,31 @@ class Executor:
 
     def _backward(self, step: _Step, action: Backward | BackwardInput) -> int:
         place = (action.stage, action.microbatch)
-        if isinstance(action, Backward):
-            self._count_backward(step, action.stage)
+        last, storage = self._is_last(step, action), self.parts[action.stage].storage
+        if isinstance(action, BackwardInput):
+            storage.begin_input_half(last)
+        elif last:
+            storage.begin_last_backward()
         roots = [t for t in step.outputs.pop(place) if t.requires_grad]
         torch.autograd.backward(roots, step.returned.pop(place, None))
         inputs = step.inputs.pop(place)
         gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in inputs]
         if action.stage - 1 in self.parts:
             step.returned[action.stage - 1, action.microbatch] = gradients
-        else:
+        elif action.stage > 0:
             step.gradients[place] = gradients
         return 0
 
     def _backward_weight(self, step: _Step, action: BackwardWeight) -> int:
-        self._count_backward(step, action.stage)
-        step.owed.pop((action.stage, action.microbatch)).settle()
+        with self.parts[action.stage].storage.weight_half(self._is_last(step, action)):
+            step.owed.pop((action.stage, action.microbatch)).settle()
         return 0
 
-    def _count_backward(self, step: _Step, stage: int) -> None:
-        step.backwards_left[stage] -= 1
-        if step.backwards_left[stage] == 0:
-            self.parts[stage].storage.begin_last_backward()
+    def _is_last(self, step: _Step, action: Backward | BackwardInput | BackwardWeight) -> bool:
+        """Whether a stage runs no more of this kind in the step. Counts: ask once for each instruction."""
+        key = type(action), action.stage
+        step.backwards_left[key] -= 1
+        return step.backwards_left[key] == 0
 
     def _send_activation(self, step: _Step, action: SendActivation) -> int:
         place = (action.stage, action.microbatch)

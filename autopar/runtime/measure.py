@@ -113,15 +113,16 @@ class Measurement:
         return sum({s.data_ptr(): s.nbytes() for s in memory}.values())
 
     def _join(self, events: tuple[Event, ...]) -> None:
-        mine = (events, self.step_times_s[-1], self.peak_memory_bytes)
+        mine = (events, self.step_times_s[-1], self.peak_memory_bytes, tuple(self.runtime.recorder.transfers))
         everyone: list[Any] = [mine]
         if dist.get_world_size() > 1:
             everyone = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, mine)
         self.timeline = Timeline(
-            events=tuple(e for events, _, _ in everyone for e in events),
-            step_time_s=max(time_s for _, time_s, _ in everyone),
-            peak_memory_bytes={r: peak for r, (_, _, peak) in enumerate(everyone) if peak is not None},
+            events=tuple(e for events, *_ in everyone for e in events),
+            step_time_s=max(time_s for _, time_s, *_ in everyone),
+            peak_memory_bytes={r: peak for r, (_, _, peak, _) in enumerate(everyone) if peak is not None},
+            transfers=tuple(t for *_, transfers in everyone for t in transfers),
         )
 
     _optimizer: Any = staticmethod(lambda: None)

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..capture.output_form import Hole
+from ..capture.output_form import build as build_form
 from ..graph import Graph
 from ..plan import Plan
 from ..schedule.instructions import Instruction
@@ -24,6 +26,7 @@ from .executor import loss_dtype
 from .failure import publish, stop_everyone
 from .loss_scale import LossScale
 from .measure import Measurement
+from .outputs import whole_outputs
 from .storage import deliver
 from .stream import Feed, agree_on_end, run_stream
 from .watchdog import TIMEOUT_S, Watchdog, ring
@@ -44,14 +47,21 @@ class ParallelModule(nn.Module):
     Call it like the original with the global batch, or with just this rank's rows (see `loader`). A call with gradients
     enabled runs the plan's whole program, forwards and backwards of all microbatches; `loss.backward()` then adds the
     gradients, scaled by whatever the loss was multiplied with, to `.grad` of the parameters. Under `torch.no_grad()`
-    a call runs forwards only.
+    a call runs forwards only. outputs: "loss", or "all": a call returns what the module returns, its other outputs whole on
+    every rank and detached (see runtime/outputs.py).
 
     parameters(): this rank's part of the parameters of its stage, under their original names.
     plan: what runs. prediction: the simulator's Timeline for it. timeline: the latest measured one.
     """
 
     def __init__(
-        self, graph: Graph, runtime: Runtime, prediction: Timeline, device: torch.device, timeout_s: float = TIMEOUT_S
+        self,
+        graph: Graph,
+        runtime: Runtime,
+        prediction: Timeline,
+        device: torch.device,
+        timeout_s: float = TIMEOUT_S,
+        outputs: str = "loss",
     ) -> None:
         super().__init__()
         self.graph = graph
@@ -60,6 +70,7 @@ class ParallelModule(nn.Module):
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         loss = graph.tensors[graph.loss].dtype
         self._loss_scale = LossScale(loss, device) if graph.precision == "float16" else None
+        self.outputs = outputs
         self.install(runtime)
         self.watchdog = Watchdog(_instruction_of(weakref.ref(self)), timeout_s, device)
         weakref.finalize(self, self.watchdog.close)
@@ -97,13 +108,30 @@ class ParallelModule(nn.Module):
                 scale = self._loss_scale.value if self._loss_scale and differentiable else None
                 summand, gradients = runtime.executor.run(actions, batch, self.training, scale)
                 loss, found = self._whole_loss(summand, None if scale is None else self._loss_scale.unscale(gradients))
+                others = self._whole_outputs()
         except Exception as error:
             runtime.abandon()
             raise _explained(error, runtime) from error
         if differentiable:
             after = None if scale is None else partial(self._loss_scale.after, found=found)
             loss = _Deliver.apply(self._anchor, loss, runtime.storage.parameters, gradients, after)
+        if others is not None:
+            return self._returned(loss, others)
         return Output(loss=loss) if self.graph.loss_path else loss
+
+    def _whole_outputs(self) -> dict[tuple[Any, ...], Tensor] | None:
+        if self.outputs != "all":
+            return None
+        executor = self.runtime.executor
+        parts, executor.given = executor.given, {}
+        return whole_outputs(self.runtime, self.graph, parts, self.device)
+
+    def _returned(self, loss: Tensor, others: dict[tuple[Any, ...], Tensor]) -> Any:
+        """What the module returns; where the loss is a function of that, both."""
+        form, path = self.graph.output_form, self.graph.loss_path
+        if path or (form == Hole(()) and () not in others):
+            return build_form(form, {**others, path: loss})
+        return Output(loss=loss, output=build_form(form, others))
 
     def stream(self, batches: Iterable[Any], optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         """Train on batch after batch without waiting for the pipeline to empty (plan.schedule "pipedream" or "2bw").

@@ -34,12 +34,14 @@ class Recorder:
     device: torch.device
     events: list[Event] = field(default_factory=list)
     samples: list[CollectiveSample] = field(default_factory=list)
+    transfers: list[Event] = field(default_factory=list)
     _origin: float = 0.0
     _pending: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     _cuda_origin: torch.cuda.Event | None = None
 
     def begin(self) -> None:
-        self.events, self.samples, self._pending = [], [], []
+        # New lists: what was started in the step before may still report its end.
+        self.events, self.samples, self.transfers, self._pending = [], [], [], []
         self._origin = time.perf_counter()
         if self.device.type == "cuda":
             self._cuda_origin = _mark()
@@ -54,6 +56,17 @@ class Recorder:
         start_s = time.perf_counter() - self._origin
         size_bytes = handler(*args)
         self.events.append(Event(self.rank, token, start_s, time.perf_counter() - self._origin, size_bytes))
+
+    def transfer(self, token: str, size_bytes: int) -> Callable[[], None]:
+        """Something begins to travel beside the instructions, as the host sees it; call the result when it has arrived, from
+        any thread."""
+        transfers, origin = self.transfers, self._origin
+        start_s = time.perf_counter() - origin
+
+        def arrived() -> None:
+            transfers.append(Event(self.rank, token, start_s, time.perf_counter() - origin, size_bytes))
+
+        return arrived
 
     def collective(self, kind: str, ranks: tuple[int, ...], size_bytes: int, seconds: float) -> None:
         self.samples.append(CollectiveSample(kind, ranks, size_bytes, seconds))

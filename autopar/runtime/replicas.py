@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -60,6 +61,15 @@ class Replicas:
 
     def begin_last_backward(self) -> None:
         self._leaves.begin_last_backward()
+
+    def begin_input_half(self, last: bool) -> None:
+        pass
+
+    @contextmanager
+    def weight_half(self, last: bool) -> Iterator[None]:
+        if last:
+            self._leaves.begin_last_backward()
+        yield
 
     def finish(self) -> dict[str, Tensor]:
         return self._leaves.finish()

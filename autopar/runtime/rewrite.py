@@ -46,6 +46,7 @@ class Chunk:
     data: the axis of the ranks that share a microbatch, for ops whose rows meet. found: by op, the buffers as its first
     run of the step found them, shared by all chunks of a step.
     owed: where the backward is split, what its weight half will have to compute.
+    given: outputs of the module by name, where they are wanted.
     """
 
     rank: int
@@ -56,6 +57,11 @@ class Chunk:
     found: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     owed: Owed | None = None
     kept: Kept | None = None
+    given: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @torch.compiler.disable
+    def give(self, name: str, tensor: torch.Tensor) -> None:
+        self.given.setdefault(name, tensor.detach())
 
     @torch.compiler.disable
     def keep_op(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +106,7 @@ class Rewriter:
     degrees: of its model axes. axes: by the numbers of model axes, those axes as one ((0,): the first alone).
     training: whether random ops draw and norms use batch statistics.
     deferrable: parameters that no other block of the stage uses, where backwards are split (see runtime/deferred.py).
+    wanted: outputs of the module that blocks give to their chunk, whole on the model axes.
     """
 
     graph: Graph
@@ -110,6 +117,7 @@ class Rewriter:
     device: torch.device
     training: bool = True
     deferrable: frozenset[str] = frozenset()
+    wanted: frozenset[str] = frozenset()
 
     def sides(
         self, name: str, ops: Sequence[Op], batch: Sequence[str], whole: Sequence[str], outputs: Sequence[str]
@@ -159,6 +167,9 @@ class Rewriter:
             if isinstance(step, Run):
                 emitter.run(step)
         results = [emitter.value(t, self.batch.placements[t], places) for t, places in outputs]
+        for output in [t for step in steps if isinstance(step, Run) for t in step.op.outputs if t in self.wanted]:
+            value = Ref(emitter.value(output, self.batch.placements[output], self.whole))
+            emitter.calls.append(Call(Chunk.give, (Ref("chunk"), output, value), (), ()))
         deferrable = [value for t, value in given.items() if t in self.deferrable]
         calls = put_off(emitter.calls, deferrable) if deferrable else emitter.calls
         return compile_calls(name, calls, arguments, results, "chunk" if keeps else "")
@@ -296,7 +307,12 @@ class _Emitter:
         """Whether the memory of `tensor` has no reader but the one conversion that asks for it."""
         while True:
             op = self.graph.producer.get(tensor)
-            if op is None or len(self.graph.consumers[tensor]) > 1 or tensor in op.saves:
+            if (
+                op is None
+                or tensor in self.rewriter.wanted
+                or len(self.graph.consumers[tensor]) > 1
+                or tensor in op.saves
+            ):
                 return False
             kind = op.target.split(".")[1]
             if kind in _FRESH and op.target.startswith("aten."):

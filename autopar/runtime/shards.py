@@ -8,8 +8,10 @@ in what is whole while a step runs, and so in how often they communicate (M micr
     2      whole from first use to last   a slice                            1          M
     3      whole while a block runs       a slice                            2 M        M
 
-Between steps all levels hold slices alone. Hybrid: slices lie over groups of consecutive data ranks, which each hold a
-copy of the whole; a gradient is scattered inside its group, and summed over the groups once per step.
+Between steps all levels hold slices alone. Where backwards are split, an input half gathers as a backward does, and a
+weight half, which needs no parameters, reduces what it and the input halves before it have brought. Hybrid: slices lie
+over groups of consecutive data ranks, which each hold a copy of the whole; a gradient is scattered inside its group, and
+summed over the groups once per step.
 
 `fully_shard` sees the tensor-local parameters as plain tensors and knows nothing of the tensor axis: so the computation
 gets plain tensors, and the parameters at rest are our own DTensors over both axes, on the memory of its shards. Its
@@ -23,7 +25,8 @@ belong to the stage, which keeps them gathered from its forward to its backward.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,7 +38,7 @@ from .axis import Axis
 from .buckets import BUCKET_BYTES
 from .leaves import Leaves, to_host
 from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, data_mesh
-from .torch_private import forget_step, local_tensor
+from .torch_private import end_backward, forget_step, local_tensor
 
 
 class _Context:
@@ -91,6 +94,7 @@ class Shards:
         assert axes.data.size > 1 and level in (1, 2, 3)
         self._level = level
         self._open = ""
+        self._brought: dict[int, set[Any]] = {}
         self._specs = {spec.fqn: spec for spec in specs}
         self._axes = axes
         # A block may return a view; nothing in a captured graph writes into it, which is what torch warns of.
@@ -121,6 +125,7 @@ class Shards:
         for module in modules:
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+        self._chain_prefetches()
         self._stage.to_empty(device="cpu" if offload else axes.device)
 
         self._units = units
@@ -142,6 +147,16 @@ class Shards:
         self._leaves = Leaves(whole, self.parameters, axes, bucket_bytes, reduction, offload)
         self._blocks = {index: tuple(fqns) for index, fqns in blocks.items()}
         self._calls: dict[int, Callable[..., Any]] = {}
+
+    def _chain_prefetches(self) -> None:
+        """Each unit of a backward gathers the next one ahead, and the last one none.
+
+        By itself fully_shard goes by the order of all forwards, and at the end of a backward would gather what the
+        microbatch before used last: once too often in a step.
+        """
+        order: list[Any] = [self._stage, *(unit for index in reversed(self._layers) for unit in self._layers[index])]
+        for unit, following in zip(order, [*order[1:], order[-1]], strict=True):
+            unit.set_modules_to_backward_prefetch([following])
 
     def _meta(self, fqns: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, bool]]:
         tensors = {
@@ -197,6 +212,7 @@ class Shards:
         self._begin("step")
         self._set_last(False)
         self._leaves.begin_step()
+        self._brought.clear()
         for parameter in self._slices.values():
             parameter.grad = None
 
@@ -204,13 +220,33 @@ class Shards:
         self._set_last(True)
         self._leaves.begin_last_backward()
 
+    def begin_input_half(self, last: bool) -> None:
+        self._set(last=False, reduces=False, frees=last or self._level == 3)
+
+    @contextmanager
+    def weight_half(self, last: bool) -> Iterator[None]:
+        if last:
+            self._leaves.begin_last_backward()
+        yield
+        # Without a reduction first: it brings gradients to the dtype that they are summed in.
+        self._set(last=False, reduces=False, frees=False)
+        end_backward(self._stage, self._brought if self._axes.hybrid else None)
+        if last or self._level > 1:
+            self._set(last, reduces=True, frees=False)
+            end_backward(self._stage)
+
     def _set_last(self, last: bool) -> None:
         """Whether the backwards that follow are the last one."""
+        self._set(last, reduces=last or self._level > 1, frees=last or self._level == 3)
+
+    def _set(self, last: bool, reduces: bool, frees: bool) -> None:
+        """What a backward ends: the step, summands of gradients, the need for whole parameters."""
         stage = self._stage
         stage.set_is_last_backward(last)
-        stage.set_requires_gradient_sync(last or self._level > 1)
+        stage.set_requires_gradient_sync(reduces)
+        # Behind the line above, which sets this as well.
         stage.set_requires_all_reduce(last)
-        stage.set_reshard_after_backward(last or self._level == 3)
+        stage.set_reshard_after_backward(frees)
 
     def begin_evaluation(self) -> None:
         self._begin("evaluation")

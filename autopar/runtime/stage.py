@@ -71,9 +71,16 @@ class CompiledStage:
 
 
 def compile_stage(
-    graph: Graph, plan: Plan, index: int, data_rank: int, axes: Mapping[tuple[int, ...], Axis], device: torch.device
+    graph: Graph,
+    plan: Plan,
+    index: int,
+    data_rank: int,
+    axes: Mapping[tuple[int, ...], Axis],
+    device: torch.device,
+    wanted: frozenset[str] = frozenset(),
 ) -> CompiledStage:
-    """Rewrite the blocks of stage `index` for one rank. axes: its model axes by number, alone and several as one."""
+    """Rewrite the blocks of stage `index` for one rank. axes: its model axes by number, alone and several as one.
+    wanted: outputs of the module to give out."""
     stage = plan.stages[index]
     rows = rows_of(plan, stage, data_rank)
     shards = rows.units
@@ -83,8 +90,8 @@ def compile_stage(
     if schedule_named(plan.schedule).splits_backward:
         uses = Counter(name for block in members for name in block.parameters)
         deferrable = frozenset(name for name, count in uses.items() if count == 1)
-    rewriter = Rewriter(graph, batch, rows, stage.axes, axes, device, deferrable=deferrable)
-    evaluation = Rewriter(graph, batch, rows, stage.axes, axes, device, training=False)
+    rewriter = Rewriter(graph, batch, rows, stage.axes, axes, device, deferrable=deferrable, wanted=wanted)
+    evaluation = Rewriter(graph, batch, rows, stage.axes, axes, device, training=False, wanted=wanted)
     layouts = plan.layouts_of(stage)
     # A replicated parameter used by a split op gets one summand of its gradient per rank. The reduction is linear in
     # the uses, so such a parameter enters every block as SHARED, which defers it to the end of the step.

@@ -12,6 +12,7 @@ until `deliver` adds them there. Two implementations: `Replicas` (ZeRO 0) and `S
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -92,7 +93,8 @@ class Storage(Protocol):
     """What both implementations offer.
 
     A step is: `begin_step`; forwards and backwards of all microbatches, each forward inside `forward`, blocks called
-    through `block(index)`; `begin_last_backward` in front of the last microbatch's backward; `finish`.
+    through `block(index)`; `begin_last_backward` in front of the last microbatch's backward; `finish`. Where backwards are
+    split, `begin_input_half` stands in front of every input half, and every weight half runs inside `weight_half`.
     Without gradients it is `begin_evaluation`, the forwards, `end_evaluation`. Either may be broken off by an error; the
     next begin starts afresh.
     """
@@ -120,6 +122,12 @@ class Storage(Protocol):
 
     def begin_last_backward(self) -> None:
         """Gradients of the backward that follows are final: reduce each as soon as it is there."""
+
+    def begin_input_half(self, last: bool) -> None:
+        """Gradients that the input half brings wait for a weight half. last: no forward or input half comes after it."""
+
+    def weight_half(self, last: bool) -> AbstractContextManager[None]:
+        """Around the weight half of a backward. last: when it ends, every gradient of the step is there."""
 
     def buffers(self) -> list[Tensor]:
         """What is held besides the parameters from step to step."""

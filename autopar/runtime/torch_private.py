@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -48,6 +51,22 @@ def forget_step(root: FSDPModule) -> None:
         group._partial_reduce_output = None
         group._training_state = idle
         group._to_sharded()
+
+
+def end_backward(root: FSDPModule, brought: dict[int, set[object]] | None = None) -> None:
+    """What a `fully_shard`ed module does at the end of a backward, for gradients that have come outside of one.
+
+    brought: by group, the parameters whose gradients its first call found, kept by the caller for a step: later calls
+    reduce the same ones, with zeros where nothing new has come, as sums over several reductions want.
+    """
+    state = root._get_fsdp_state()
+    groups = [group for member in state._state_ctx.all_states for group in member._fsdp_param_groups]
+    for number, group in enumerate(groups if brought is not None else ()):
+        here = {p for p in group.fsdp_params if hasattr(p, "_unsharded_param")}
+        here = {p for p in here if p.unsharded_accumulated_grad is not None or p._unsharded_param.grad is not None}
+        for parameter in brought.setdefault(number, here) - here:
+            parameter._unsharded_param.grad = torch.zeros_like(parameter._unsharded_param)
+    state._root_post_backward_final_callback()
 
 
 def default_store() -> dist.Store | None:
@@ -116,8 +135,9 @@ def place_of(stored: _StorageInfo) -> tuple[str, int, int]:
     return stored.relative_path, stored.offset, stored.length
 
 
-def join_pretended_world(rank: int, world_size: int) -> None:
-    """Become one rank of a world whose other ranks do not exist: collectives return at once and exchange nothing.
+@contextmanager
+def pretended_world(rank: int, world_size: int) -> Iterator[None]:
+    """Be one rank of a world whose other ranks do not exist: collectives return at once and exchange nothing.
 
     What this rank computes and holds is as in the real world, its values are not. Python objects that it would be sent
     are its own.
@@ -127,6 +147,13 @@ def join_pretended_world(rank: int, world_size: int) -> None:
     def gather(objects: list[object], own: object, group: dist.ProcessGroup | None = None) -> None:
         objects[:] = [own] * len(objects)
 
+    exchanging = dist.broadcast_object_list, dist.all_gather_object
     dist.broadcast_object_list = lambda objects, src=0, group=None: None
     dist.all_gather_object = gather
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        yield
+    finally:
+        dist.broadcast_object_list, dist.all_gather_object = exchanging
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,13 +1,12 @@
 """Activations and gradients between neighbouring stages, point to point, along planned routes.
 
-Sends are started and left behind; a receive is posted one instruction ahead of its use, so that the bytes travel while
-the stage computes.
+Sends are started and left behind, and let go of once they are known to have arrived; a receive is posted one instruction
+ahead of its use, so that the bytes travel while the stage computes.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +20,7 @@ from ..schedule.instructions import (
     SendActivation,
     SendGradient,
 )
+from .axis import Transfer
 from .groups import Groups
 from .routes import Message, Piece, Route
 
@@ -39,16 +39,35 @@ class _Arriving:
     outputs: list[Tensor]
     packed: list[tuple[Message, Tensor]]
     works: list[dist.Work]
+    arrived: Callable[[], None]
+
+
+@dataclass(eq=False)
+class _Leaving:
+    """Sends under way, and their buffers."""
+
+    works: list[dist.Work]
+    buffers: list[Tensor]
+    arrived: Callable[[], None]
+
+    def finish(self) -> None:
+        for work in self.works:
+            work.wait()
+        self.arrived()
 
 
 @dataclass(eq=False)
 class Transport:
-    """routes: this rank's side of every hand-over that it takes part in."""
+    """routes: this rank's side of every hand-over that it takes part in. delivered(receive): the sends that have arrived when
+    this receive has (schedule/delivered.py). on_transfer(token, bytes): hears of what begins to travel, and gives what to
+    call when it has arrived."""
 
     groups: Groups
     device: torch.device
     routes: Mapping[Way, Route]
-    _sends: deque[tuple[list[dist.Work], list[Tensor]]] = field(default_factory=deque)
+    delivered: Callable[[Receive], Iterable[Instruction]] = lambda receive: ()
+    on_transfer: Transfer = lambda token, size_bytes: lambda: None
+    _sends: dict[Instruction, _Leaving] = field(default_factory=dict)
     _posted: dict[Receive, _Arriving] = field(default_factory=dict)
     _ahead: dict[type, Iterator[Receive]] = field(default_factory=dict)
 
@@ -82,11 +101,14 @@ class Transport:
             buffer = _pack(message, tensors, self.device)
             operations.append((dist.isend, buffer, message.peer, self.groups.boundaries[way]))
             kept.append(buffer)
-        while self._sends and all(work.is_completed() for work in self._sends[0][0]):
-            self._sends.popleft()
+        # What the backend itself says to be done (NCCL does) need not wait for news of it.
+        while self._sends and all(work.is_completed() for work in next(iter(self._sends.values())).works):
+            self._sends.pop(next(iter(self._sends))).arrived()
+        size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in kept)
         if operations:
-            self._sends.append((_started(operations, self.device), kept))
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+            arrived = self.on_transfer(str(action), size_bytes)
+            self._sends[action] = _Leaving(_started(operations, self.device), kept, arrived)
+        return size_bytes
 
     def receive(self, action: Receive) -> list[Tensor]:
         """The tensors of `action`, complete; posts the next receive of its kind."""
@@ -95,6 +117,10 @@ class Transport:
         route, arriving = self.routes[way], self._posted.pop(action)
         for work in arriving.works:
             work.wait()
+        arriving.arrived()
+        for send in self.delivered(action):
+            if send in self._sends:
+                self._sends.pop(send).finish()
         for message, buffer in arriving.packed:
             for piece in message.pieces:
                 place, value = piece.of(arriving.outputs), _seen(buffer, piece, arriving.outputs)
@@ -107,9 +133,8 @@ class Transport:
 
     def finish(self) -> None:
         """Wait for all sends of the program."""
-        for works, _ in self._sends:
-            for work in works:
-                work.wait()
+        for leaving in self._sends.values():
+            leaving.finish()
         self._sends.clear()
         assert not self._posted
 
@@ -136,7 +161,9 @@ class Transport:
             else:
                 buffer = message.pieces[0].of(outputs)
             operations.append((dist.irecv, buffer, message.peer, self.groups.boundaries[way]))
-        self._posted[action] = _Arriving(outputs, packed, _started(operations, self.device))
+        size_bytes = sum(buffer.numel() * buffer.element_size() for _, buffer, _, _ in operations)
+        arrived = self.on_transfer(str(action), size_bytes)
+        self._posted[action] = _Arriving(outputs, packed, _started(operations, self.device), arrived)
 
 
 def _started(operations: list[_Operation], device: torch.device) -> list[dist.Work]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -72,6 +73,12 @@ class Versions:
 
     def begin_last_backward(self) -> None:
         """Nothing: an update reduces when it is due."""
+
+    def begin_input_half(self, last: bool) -> None:
+        raise AssertionError("streams have whole backwards")
+
+    def weight_half(self, last: bool) -> AbstractContextManager[None]:
+        raise AssertionError("streams have whole backwards")
 
     def finish(self) -> dict[str, Tensor]:
         raise AssertionError("weights in versions are updated inside a stream, not step by step")

@@ -100,7 +100,9 @@ class _RingAttention(torch.autograd.Function):
         wide = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
         largest = query.new_full((*query.shape[:-1], 1), -math.inf, dtype=wide)
         total = torch.zeros_like(largest)
-        out = query.new_zeros((*query.shape[:-1], value.shape[-1]), dtype=wide)
+        # Rows outside heads in memory, as fused attention has it: joining the heads again is then a view.
+        *outer, heads, rows, _ = query.shape
+        out = query.new_zeros((*outer, rows, heads, value.shape[-1]), dtype=wide).transpose(-2, -3)
         here = [key.contiguous(), value.contiguous()]
         for step in range(axis.size):
             arriving = axis.pass_on(here) if step < axis.size - 1 else None
@@ -112,7 +114,8 @@ class _RingAttention(torch.autograd.Function):
                 higher = torch.maximum(largest, lse)
                 safe = higher.masked_fill(higher == -math.inf, 0.0)
                 old, new = (largest - safe).exp(), (lse - safe).exp()
-                out = out.mul_(old).add_(found.to(wide).mul_(new))
+                # `found` is not written into: selective recomputation has kept what the kernel returned.
+                out = out.mul_(old).add_(found.to(wide) * new)
                 total = total.mul_(old).add_(new)
                 largest = higher
             if arriving is not None:
