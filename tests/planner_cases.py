@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -11,8 +13,10 @@ from autopar.cluster.spec import Cluster, Device, Link
 from autopar.cost.types import StageCost
 from autopar.graph import Block, Graph, Op, Ref, Tensor
 from autopar.plan import Layout, Plan
+from autopar.planner.methods.exhaustive import every_plan
 from autopar.planner.pricing import Piece, assemble
-from autopar.planner.problem import Chain, Problem, Shape
+from autopar.planner.problem import Chain, Constraints, Problem, Shape
+from autopar.simulate import simulate
 
 WIDTH = 24
 
@@ -200,3 +204,42 @@ def is_in_wide_space(plan: Plan) -> bool:
     return len(first.axes) < 2 and all(
         len(set(s.block_recompute)) == 1 and (s.data, s.axes, s.zero, s.zero_group) == storage for s in plan.stages
     )
+
+
+PINS = [{}, {"schedule": "1f1b"}, {"zero": 0}, {"microbatches": 2}, {"recompute": "full"}, {"schedule": "gpipe"}]
+
+
+def random_problem(seed: int, world_sizes=(1, 2, 3, 4, 6, 8), most_blocks: int = 6, **pinned) -> Problem:
+    """A small problem: up to 6 blocks of up to 3 kinds, on up to 8 devices, some of them on two hosts."""
+    draw = random.Random(seed)
+    world = draw.choice(world_sizes)
+    kinds = tuple(draw.randrange(3) for _ in range(draw.randrange(2, most_blocks + 1)))
+    graph = chain_graph(kinds, draw.choice([4, 6, 8]))
+    cluster = small_cluster(world, world // 2 if world % 2 == 0 and draw.random() < 0.5 else world)
+    costs = MadeUpCosts(graph, cluster, seed, slow_network=draw.choice([0.1, 1, 10]))
+    return Problem(graph, cluster, costs, WholeLayouts(), Constraints(**pinned))
+
+
+def limited(problem: Problem, limit_bytes: int) -> Problem:
+    return replace(problem, constraints=replace(problem.constraints, memory_limit_bytes=limit_bytes))
+
+
+def simulated(problem: Problem, plans: Iterable[Plan] | None = None) -> list[tuple[float, int]]:
+    """(step time, peak of the fullest rank) of every plan, by default of the exact search's space."""
+    plans = every_plan(problem) if plans is None else plans
+    lines = (simulate(problem.graph, plan, problem.cluster, model=problem.costs) for plan in plans)
+    return [(line.step_time_s, max(line.peak_memory_bytes.values())) for line in lines]
+
+
+def small_enough(seed: int, most_plans: int, plans: Callable[[Problem], Iterator[Plan]] = every_plan) -> Problem:
+    """A random problem whose space the oracle can walk, pinned at random until it is."""
+    draw = random.Random(seed)
+    for _ in range(100):
+        problem = random_problem(draw.randrange(10**6), **draw.choice(PINS))
+        try:
+            count = sum(1 for _ in itertools.islice(plans(problem), most_plans + 1))
+        except ValueError:
+            continue
+        if 1 < count <= most_plans:
+            return problem
+    raise AssertionError("no small problem was drawn")

@@ -10,8 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 from models import ZOO, build_llama
-from planner_cases import MadeUpCosts, WholeLayouts, chain_graph, is_in_wide_space, small_cluster
-from test_planner import limited, random_problem, simulated
+from planner_cases import (
+    MadeUpCosts,
+    WholeLayouts,
+    chain_graph,
+    is_in_wide_space,
+    limited,
+    random_problem,
+    simulated,
+    small_cluster,
+)
 
 from autopar import capture
 from autopar.cluster.spec import Cluster

@@ -10,29 +10,27 @@ Assumed: the optimizer is AdamW. Ranks of a stage differ by their devices and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
 from ..cluster.hosts import seen_by
-from ..cluster.span import span
 from ..cluster.spec import Cluster
 from ..graph import Block, Graph, Op
-from ..plan import Layout, Plan, Recompute, Stage
-from ..sharding.axes import Places, absolute
-from ..sharding.flow import Convert, Step, block_flow, layout_places
-from ..sharding.placement import SHARED, Placement, conversion
-from ..sharding.rows import Parts, stage_parts
+from ..plan import Plan, Recompute, Stage
+from ..sharding.placement import Placement
+from ..sharding.rows import stage_parts
 from ..sharding.strategy import Strategy
-from .block import BlockSeconds, Both, ModelAxes, Pricer, Structure, Table, add
+from .block import Both, ModelAxes, Table, add
+from .block_prices import BlockPrice, BlockPrices, Setting
 from .collectives import collective_s
 from .compute import kernel_s, optimizer_s
 from .constants import Constants, constants_of
 from .corrections import Corrections
 from .data_axis import BlockLoad, DataTraffic, data_traffic
 from .kernels import Kernel
-from .memory import BlockMemory, BlockView, block_memory
+from .memory import BlockMemory
 from .mixed import RankClass, boundary_pairs, rank_classes, slowest
 from .side_ops import SideOps
 from .stage_memory import OPTIMIZER_BYTES_PER_ELEMENT, StageMemory, stage_memory
@@ -52,48 +50,12 @@ class Breakdown:
 
 
 @dataclass(frozen=True, slots=True)
-class _Setting:
-    """What a block's price depends on besides the block: the cut of the batch, and the model axes.
-
-    shards: into how many parts such as the fullest data rank's the batch is cut (`stage_parts`).
-    """
-
-    shards: Parts
-    axes: ModelAxes
-    accumulate: bool
-    precision: str
-
-    def key(self, cluster: Cluster) -> tuple:
-        spans = tuple(span(cluster, self.axes.ranks_of((i,))) for i in range(len(self.axes.degrees)))
-        return self.shards, self.axes.degrees, spans, self.accumulate, self.precision
-
-
-_Summed = Mapping[tuple[int, ...], float]
-
-
-class _BlockPrice:
-    """One block on one rank and microbatch. shared_bytes: of gradients that are summed over model axes, by these."""
-
-    def __init__(self, seconds: BlockSeconds, memory: BlockMemory, shared_bytes: _Summed) -> None:
-        self.seconds, self.memory, self.shared_bytes = seconds, memory, shared_bytes
-        self._passes: dict[str, tuple[Mapping[str, Both], Mapping[str, Both], Both]] = {}
-
-    def passes(self, recompute: Recompute) -> tuple[Mapping[str, Both], Mapping[str, Both], Both]:
-        """(compute, collectives, (forward, backward) seconds of all of it)."""
-        if recompute not in self._passes:
-            compute, collectives = self.seconds.passes(recompute)
-            pairs = (*compute.values(), *collectives.values())
-            self._passes[recompute] = compute, collectives, (sum(f for f, _ in pairs), sum(b for _, b in pairs))
-        return self._passes[recompute]
-
-
-@dataclass(frozen=True, slots=True)
 class _Run:
     """A `stage_memory.BlockRun`: consecutive blocks of a stage with one price and one recompute choice."""
 
     block: Block
     count: int
-    price: _BlockPrice
+    price: BlockPrice
     recompute: Recompute
     shares_parameters: bool
 
@@ -125,28 +87,9 @@ class CostModel:
         self.constants = constants or constants_of(cluster)
         self._seen: dict[int, CostModel] = {}
         self._classes: dict[tuple, tuple[RankClass, ...]] = {}
-        self._pricers: dict[str, Pricer] = {}
-        self._structures: dict[str, Structure] = {}
-        self._flows: dict[tuple, tuple[tuple[Step, ...], BlockMemory, _Summed]] = {}
-        self._layouts: dict[Layout, int] = {}
-        self._layout_ids: dict[int, tuple[Layout, int]] = {}
-        self._blocks: dict[tuple, _BlockPrice] = {}
+        self._blocks = BlockPrices(graph, cluster, self.corrections, self.constants)
         self._stages: dict[tuple, StageCost] = {}
         self._sides = SideOps(graph)
-
-    def _pricer(self, precision: str) -> Pricer:
-        if precision not in self._pricers:
-            if precision not in self._structures:
-                self._structures[precision] = Structure(self.graph, precision)
-            self._pricers[precision] = Pricer(
-                self.graph,
-                self.cluster,
-                self.corrections,
-                self.constants,
-                precision,
-                self._structures[precision],
-            )
-        return self._pricers[precision]
 
     def with_constants(self, constants: Constants) -> CostModel:
         """The same model with other constants; what they do not change is shared."""
@@ -158,9 +101,8 @@ class CostModel:
 
     def _sharing(self, cluster: Cluster, constants: Constants | None) -> CostModel:
         other = CostModel(self.graph, cluster, self.corrections, constants=constants)
-        shared = ("_structures", "_flows", "_layouts", "_layout_ids", "_sides")
-        for name in shared:
-            setattr(other, name, getattr(self, name))
+        other._blocks.share(self._blocks)
+        other._sides = self._sides
         return other
 
     # -- ops and conversions
@@ -171,7 +113,7 @@ class CostModel:
         shards: data degree x microbatches, which cut the batch. Inner collectives are priced within a host. What the
         host of an asynchronous device needs to launch is not here: a block takes the longer of the two sums.
         """
-        pricer = self._pricer(precision)
+        pricer = self._blocks.pricer(precision)
         found = pricer.op_seconds(op, (strategy,) if strategy is not None else (), shards)
         inner: list[Both] = []
         if strategy is not None:
@@ -182,7 +124,7 @@ class CostModel:
 
     def compute_class(self, op: Op) -> str:
         """The class of cluster/rates.py in which the op spends most of its forward; "view" where it spends nothing."""
-        seconds = self._pricer("float32").op_seconds(op, (), 1).forward
+        seconds = self._blocks.pricer("float32").op_seconds(op, (), 1).forward
         return max(seconds, key=lambda name: seconds[name], default="view")
 
     def conversion_s(
@@ -196,7 +138,7 @@ class CostModel:
         precision: str = "float32",
     ) -> Both:
         """(forward, backward) seconds of turning `tensor` from `have` into `want` on the axis of global `ranks`."""
-        pricer = self._pricer(precision)
+        pricer = self._blocks.pricer(precision)
         forward, backward = pricer.conversion_actions(tensor, have, want)
         size = pricer.local(shards).size_bytes(tensor)
         forward_s = sum(pricer.action_seconds(*forward, size, ranks, False))
@@ -272,7 +214,7 @@ class CostModel:
                     add(table, name, run.count * forward_s, run.count * backward_s)
         shards = stage_parts(stage, plan.microbatches, data_rank)
         for op in self._sides.of(stage.start, stage.stop, shards)[1]:
-            for name, seconds in self._pricer(plan.precision).op_seconds(op, (), shards).forward.items():
+            for name, seconds in self._blocks.pricer(plan.precision).op_seconds(op, (), shards).forward.items():
                 add(compute, name, seconds, 0.0)
         if self._asynchronous:
             add(compute, "launch", self.constants.microbatch_s, 0.0)
@@ -293,7 +235,7 @@ class CostModel:
         breakdown = self._breakdown(plan, index, data_rank, runs)
         tables = (*breakdown.compute.values(), *breakdown.collectives.values())
         forward_s, backward_s = sum(f for f, _ in tables), sum(b for _, b in tables)
-        pricer = self._pricer(plan.precision)
+        pricer = self._blocks.pricer(plan.precision)
         memory = stage_memory(self.graph, pricer.local, plan, index, runs, self.constants, data_rank)
         if plan.microbatches > 1:
             size = 3.0 * memory.local_bytes
@@ -334,11 +276,11 @@ class CostModel:
 
     def _runs(self, plan: Plan, stage: Stage, data_rank: int | None) -> list[_Run]:
         parts = stage_parts(stage, plan.microbatches, data_rank)
-        setting = _Setting(parts, _axes(stage, data_rank), plan.microbatches > 1, plan.precision)
+        setting = Setting(parts, _axes(stage, data_rank), plan.microbatches > 1, plan.precision)
         where = setting.key(self.cluster)
         blocks = self.graph.blocks[stage.start : stage.stop]
         indices = list(zip(*stage.layouts, strict=True)) if stage.axes else [()] * len(blocks)
-        prices: dict[tuple, _BlockPrice] = {}
+        prices: dict[tuple, BlockPrice] = {}
         traits = self._traits
         found: list[list] = []
         known: tuple = ()
@@ -350,7 +292,7 @@ class CostModel:
                 continue
             known, of_price = key, key[:-1]
             if of_price not in prices:
-                prices[of_price] = self._block(block, tuple(plan.layouts[i] for i in layouts), setting, where)
+                prices[of_price] = self._blocks.of(block, tuple(plan.layouts[i] for i in layouts), setting, where)
             found.append([block, 1, prices[of_price], recompute, shares])
         return [_Run(*one) for one in found]
 
@@ -366,70 +308,8 @@ class CostModel:
             for block in self.graph.blocks
         ]
 
-    def _block(self, block: Block, layouts: tuple[Layout, ...], setting: _Setting, where: tuple) -> _BlockPrice:
-        key = (block.kind, tuple(map(self._layout_number, layouts)), where)
-        if key not in self._blocks:
-            self._blocks[key] = self._price_block(block, layouts, setting)
-        return self._blocks[key]
-
-    def _price_block(self, block: Block, layouts: tuple[Layout, ...], setting: _Setting) -> _BlockPrice:
-        pricer = self._pricer(setting.precision)
-        numbers = tuple(map(self._layout_number, layouts))
-        key = (block.kind, numbers, setting.shards, setting.axes.degrees, setting.accumulate, setting.precision)
-        if key not in self._flows:
-            self._flows[key] = self._flow(block, layouts, setting, pricer)
-        steps, memory, summed = self._flows[key]
-        at_rest = frozenset(block.parameters)
-        return _BlockPrice(pricer.block_seconds(steps, setting.shards, setting.axes, at_rest), memory, summed)
-
-    def _flow(
-        self, block: Block, layouts: tuple[Layout, ...], setting: _Setting, pricer: Pricer
-    ) -> tuple[tuple[Step, ...], BlockMemory, _Summed]:
-        """The steps of a block, its memory, and the bytes of gradients that are summed over model axes."""
-        steps = block_flow(self.graph, block, layouts, setting.shards.numerator)
-        degrees = setting.axes.degrees
-        edges: list[list[Places]] = [[()] * len(block.inputs), [()] * len(block.parameters)]
-        if layouts:
-            edges = [layout_places(layouts, field) for field in ("inputs", "parameters")]
-            edges = [[absolute(places, degrees) for places in edge] for edge in edges]
-        local = pricer.local(setting.shards)
-        view = BlockView(
-            self.graph, block, steps, local, degrees, pricer.storages, tuple(edges[0]), tuple(edges[1]),
-            self.constants.fused_loss, self.constants.wide_loss,
-        )  # fmt: skip
-        rest = dict(zip(block.parameters, edges[1], strict=True))
-        memory = block_memory(view, setting.accumulate)
-        return steps, memory, self._summed_bytes(steps, rest, lambda name: local.held_bytes(name, rest[name], degrees))
-
-    def _summed_bytes(self, steps: tuple[Step, ...], rest: Mapping[str, Places], size: Callable[[str], int]) -> _Summed:
-        """Bytes of parameters whose gradients are summands on model axes, to be reduced once per step, by axes."""
-        summed: dict[str, set[int]] = {
-            name: {i for i, place in enumerate(places) if place == SHARED} for name, places in rest.items()
-        }
-        for step in steps:
-            if (
-                isinstance(step, Convert)
-                and step.tensor in rest
-                and conversion(step.have, step.want).backward == "all_reduce"
-            ):
-                summed[step.tensor].update(step.axes)
-        found: dict[tuple[int, ...], float] = {}
-        for name, axes in summed.items():
-            if axes and self.graph.tensors[name].requires_grad:
-                key = tuple(sorted(axes))
-                found[key] = found.get(key, 0.0) + size(name)
-        return found
-
-    def _layout_number(self, layout: Layout) -> int:
-        """Layouts are long tuples of strings; a search asks with the same objects again and again."""
-        found = self._layout_ids.get(id(layout))
-        if found is None or found[0] is not layout:
-            number = self._layouts.setdefault(layout, len(self._layouts))
-            found = self._layout_ids[id(layout)] = (layout, number)
-        return found[1]
-
     def _key(self, plan: Plan, stage: Stage) -> tuple:
-        layouts = tuple(self._layout_number(plan.layouts[i]) for row in stage.layouts for i in row)
+        layouts = tuple(self._blocks.layout_number(plan.layouts[i]) for row in stage.layouts for i in row)
         return (
             stage.start, stage.stop, layouts, stage.data, stage.axes, plan.microbatches, stage.recompute, stage.zero,
             stage.zero_group, stage.shares, plan.precision, plan.offload,
@@ -518,7 +398,7 @@ class CostModel:
         """Batch-wide values, microbatch by microbatch, and their all-reduce over data."""
         shards = stage_parts(stage, microbatches, data_rank)
         ops, _ = self._sides.of(stage.start, stage.stop, shards)
-        pricer = self._pricer(precision)
+        pricer = self._blocks.pricer(precision)
         seconds = microbatches * sum(sum(pricer.op_seconds(op, (), shards).forward.values()) for op in ops)
         if ops:
             seconds += self._collective_s("all_reduce", 8, stage.ranks[:: stage.tensor])

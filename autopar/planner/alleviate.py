@@ -67,19 +67,25 @@ def alleviated(problem: Problem, plan: Plan, others: Sequence[Plan]) -> Plan:
 
     plan: of the exact search, with its prediction and candidates. others: its next best plans, fastest first.
     """
-    budget = problem.budget
-    if budget.expired():
-        return plan
-    search = Alleviation(problem, min(math.inf if is_small(problem) else LIMIT_S, budget.left_s))
+    budget, best = problem.budget, None
     try:
-        search.run([plan, *others])
+        if not budget.expired():
+            search = Alleviation(problem, min(math.inf if is_small(problem) else LIMIT_S, budget.left_s))
+            try:
+                search.run([plan, *others])
+            finally:
+                best = search.best
     except KeyboardInterrupt:
         budget.interrupted()
-    best = search.best
     short = f"; the search was cut short {budget.cut_short}" if budget.cut_short else ""
     if best is None:
-        first = plan.candidates[0]
-        return replace(plan, candidates=(replace(first, verdict=first.verdict + short), *plan.candidates[1:]))
+        rows = (
+            replace(row, verdict=row.verdict + short)
+            if row.verdict.startswith("chosen") and short not in row.verdict
+            else row
+            for row in plan.candidates
+        )
+        return replace(plan, candidates=tuple(rows))
     found = best.judged.plan
     prediction = Prediction(best.time_s, max(best.judged.peaks_bytes))
     chosen = Candidate(plan_in_words(found), best.time_s, prediction.peak_memory_bytes, f"chosen{short}")
