@@ -191,3 +191,12 @@ class WholeLayouts:
 def whole_layout(block: Block, tensor: int) -> Layout:
     whole = (("R",) * len(names) for names in (block.inputs, block.outputs, block.parameters))
     return Layout(tensor, ("-",) * len(block.ops), *whole)
+
+
+def is_in_wide_space(plan: Plan) -> bool:
+    """Whether planner/wide.py has it: one mesh of one model axis, one storage, and one choice of recomputation per stage."""
+    first = plan.stages[0]
+    storage = (first.data, first.axes, first.zero, 0)
+    return len(first.axes) < 2 and all(
+        len(set(s.block_recompute)) == 1 and (s.data, s.axes, s.zero, s.zero_group) == storage for s in plan.stages
+    )

@@ -8,8 +8,9 @@ import random
 from dataclasses import replace
 
 import pytest
-from models import ZOO
-from planner_cases import MadeUpCosts, WholeLayouts, chain_graph, small_cluster
+import torch
+from models import ZOO, build_llama
+from planner_cases import MadeUpCosts, WholeLayouts, chain_graph, is_in_wide_space, small_cluster
 from test_planner import limited, random_problem, simulated
 
 from autopar import capture
@@ -52,15 +53,6 @@ def check_plan(problem: Problem, plan) -> None:
     assert plan.prediction.step_time_s == pytest.approx(line.step_time_s, rel=1e-9)
     assert max(line.peak_memory_bytes.values()) == plan.prediction.peak_memory_bytes <= problem.memory_limit_bytes
     assert [one.step_time_s for one in plan.candidates if one.verdict == "chosen"] == [plan.prediction.step_time_s]
-
-
-def is_in_wide_space(plan) -> bool:
-    first = plan.stages[0]
-    return all(
-        len(set(s.block_recompute)) == 1
-        and (s.data, s.axes, s.zero, s.zero_group) == (first.data, first.axes, first.zero, 0)
-        for s in plan.stages
-    )
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -138,6 +130,22 @@ def test_hybrid_sharding_stays_inside_a_host_where_that_is_enough():
     before, after = exact_search(problem), auto(problem)
     assert before.stages[0].zero_group == 0 and after.stages[0].zero_group == 2
     assert after.prediction.step_time_s < before.prediction.step_time_s
+    check_plan(problem, after)
+
+
+def test_two_axes_where_hosts_are_far_apart():
+    """One long sequence for eight devices of two hosts: neither data nor a pipeline can share it out."""
+    sizes = dict(hidden_size=2048, intermediate_size=8192, num_attention_heads=16, num_key_value_heads=4)
+    with torch.device("meta"):
+        module, _, _ = build_llama(layers=2, max_position_embeddings=2048, vocab_size=65536, **sizes)
+    ids = torch.zeros(1, 2048, dtype=torch.int64, device="meta")
+    graph = capture(module, {"input_ids": ids, "labels": ids.clone()})
+    cluster = Cluster.preset("v100-16gb", hosts=2, devices_per_host=4)
+    pinned = Constraints(pipeline=1, data=1, microbatches=1)
+    problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), pinned)
+    before, after = exact_search(problem), auto(problem)
+    assert len(before.stages[0].axes) == 1 and len(after.stages[0].axes) == 2
+    assert after.prediction.step_time_s < 0.97 * before.prediction.step_time_s
     check_plan(problem, after)
 
 

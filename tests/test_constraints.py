@@ -91,7 +91,7 @@ STAGES = [{1: 0}, {3: 1}, {0: 0, 2: 1}, {4: -1}, {1: 0, 2: 1, 4: 3}, {2: -1, 1: 
 @pytest.mark.parametrize("pins", STAGES, ids=str)
 def test_pinned_stages_are_the_best_of_those_that_keep_them(pins):
     for seed in range(2):
-        problem = small_problem(seed, 4, num_blocks=5, batch_size=4, microbatches=2, zero=0)
+        problem = small_problem(seed, 4, num_blocks=5, batch_size=4, microbatches=2, zero=0, schedule="1f1b")
         named = {f"layers.{block}": number for block, number in pins.items()}
         best_s = min(
             simulate(problem.graph, plan, problem.cluster, model=problem.costs).step_time_s
@@ -99,9 +99,11 @@ def test_pinned_stages_are_the_best_of_those_that_keep_them(pins):
             if plan.pipeline > max(pins.values()) and keeps_stages(plan, pins)
         )
         for method in ("auto", "exhaustive"):
-            plan = METHODS[method](pinned_problem(problem, stage=named, microbatches=2, zero=0))
+            plan = METHODS[method](pinned_problem(problem, stage=named, microbatches=2, zero=0, schedule="1f1b"))
             assert keeps_stages(plan, pins)
-            assert plan.prediction.step_time_s == pytest.approx(best_s, rel=1e-8), (method, seed)
+            # auto's space is larger
+            assert plan.prediction.step_time_s <= best_s * (1 + 1e-8), (method, seed)
+            assert method == "auto" or plan.prediction.step_time_s == pytest.approx(best_s, rel=1e-8)
 
 
 @pytest.mark.parametrize("method", ["pipedream", "dapple", "piper", "alpa", "aceso", "metis", "uniap"])

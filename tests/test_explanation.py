@@ -46,8 +46,10 @@ def test_terms_sum_to_the_step_and_memory_to_the_peak(method, pins):
     text = plan.explain(problem.graph)
     assert "Where the step goes" in text and "Memory of a device at its peak" in text
     if method in ("auto", "exhaustive"):
-        assert prediction.lower_bound_s == pytest.approx(prediction.step_time_s)
-        assert "proved to be the best" in text
+        # a plan that auto found outside of the space of its proof has no bound
+        bound_s = prediction.lower_bound_s
+        assert bound_s == pytest.approx(prediction.step_time_s) or (method == "auto" and bound_s is None)
+        assert ("proved to be the best" in text) == (bound_s is not None)
 
 
 def test_a_gap_is_told_as_a_share_of_the_bound():
@@ -98,7 +100,10 @@ def test_common_words_name_what_layouts_do():
         ({"tensor": 2, "layout": {"*attn": "heads", "*q_proj": "column", "*o_proj": "row"}}, r"tensor 2"),
         ({"tensor": 2, "data": 2, "zero": 3, "layout": {"*attn": "sequence"}}, r"data 2 with ZeRO 3; .*context 2 by "),
         ({"tensor": 2, "layout": {"*attn": "heads", "*_proj": "sequence"}}, r"context 2 by all-to-all of heads"),
-        ({"tensor": 1, "pipeline": 2, "recompute": "full"}, r"pipeline 2 \(1F1B\); data 2; full recomputation"),
+        (
+            {"tensor": 1, "pipeline": 2, "recompute": "full"},
+            r"pipeline 2 \((1F1B|GPipe|ZB-H1)\); data 2; full recomputation",
+        ),
     ]
     for pins, words in cases:
         problem = Problem(base.graph, base.cluster, base.costs, LayoutChains(), Constraints(**pins))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from models import ZOO, build_llama
-from planner_cases import MadeUpCosts, WholeLayouts, chain_graph, small_cluster
+from planner_cases import MadeUpCosts, WholeLayouts, chain_graph, is_in_wide_space, small_cluster
 from torch import nn
 
 from autopar import capture
@@ -213,7 +213,9 @@ def test_real_models_get_the_optimum_of_the_space(graphs, name):
     ):
         plan = search(graph, cluster, progress=False, **pinned)
         oracle = search(graph, cluster, "exhaustive", progress=False, **pinned)
-        assert plan.prediction.step_time_s == pytest.approx(oracle.prediction.step_time_s, rel=1e-8), pinned
+        assert plan.prediction.step_time_s <= oracle.prediction.step_time_s * (1 + 1e-8), pinned
+        if is_in_wide_space(plan):
+            assert plan.prediction.step_time_s == pytest.approx(oracle.prediction.step_time_s, rel=1e-8), pinned
         plan.validate(graph, cluster)
         assert type(plan).from_json(plan.to_json()) == plan
         assert plan.candidates and graph.name in plan.explain(graph)

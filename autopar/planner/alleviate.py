@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from ..plan import Candidate, Plan, Prediction
 from ..report.words import plan_in_words
 from .judge import Judge, Judged
-from .moves import CHEAP, Move, Moves
+from .moves import CHEAP, DEAR, Move, Moves
 from .problem import Problem
 from .relief import Relief
 from .sketch import Sketch
@@ -35,6 +35,8 @@ from .wide import is_small, search_wide
 
 # Process seconds that it takes at most, on problems that are not small.
 LIMIT_S = 0.3
+# What has to be left of them for a move that solves for layouts.
+DEAR_S = 0.2
 # Plans whose times agree to this relative precision are equally good: sums of doubles in another order.
 TOLERANCE = 1e-9
 # Moves in a row without a gain.
@@ -74,11 +76,13 @@ def alleviated(problem: Problem, plan: Plan, others: Sequence[Plan]) -> Plan:
     except KeyboardInterrupt:
         budget.interrupted()
     best = search.best
+    short = f"; the search was cut short {budget.cut_short}" if budget.cut_short else ""
     if best is None:
-        return plan
+        first = plan.candidates[0]
+        return replace(plan, candidates=(replace(first, verdict=first.verdict + short), *plan.candidates[1:]))
     found = best.judged.plan
     prediction = Prediction(best.time_s, max(best.judged.peaks_bytes))
-    chosen = Candidate(plan_in_words(found), best.time_s, prediction.peak_memory_bytes, "chosen")
+    chosen = Candidate(plan_in_words(found), best.time_s, prediction.peak_memory_bytes, f"chosen{short}")
     before = f"before {differences(plan, found)} changed"
     rows = (_behind(row, best.time_s, before) for row in plan.candidates if row.name != chosen.name)
     return replace(found, prediction=prediction, candidates=(chosen, *rows))
@@ -113,7 +117,7 @@ def differences(old: Plan, new: Plan) -> str:
 
 
 class Alleviation:
-    def __init__(self, problem: Problem, limit_s: float = math.inf, moves: Sequence[Move] = CHEAP) -> None:
+    def __init__(self, problem: Problem, limit_s: float = math.inf, moves: Sequence[Move] = CHEAP + DEAR) -> None:
         self.problem, self._all_moves = problem, moves
         self.judge = Judge(problem)
         self.relief = Relief(self.judge)
@@ -173,7 +177,9 @@ class Alleviation:
         """The best of the first kind of move that beats `below_s`, within the hops left."""
         reached: list[Found] = []
         for move in self._all_moves:
-            of_move = []
+            of_move: list[Found | None] = []
+            if move in DEAR and time.process_time() + DEAR_S > self._ends_s:
+                continue
             for sketch in move(self.moves, now.sketch, now.judged):
                 if self.is_over:
                     break
@@ -190,11 +196,13 @@ class Alleviation:
     def _found(self, sketch: Sketch, below_s: float) -> Found | None:
         """The sketch with the recomputation that it needs; None where it does not fit or is slower than `below_s`."""
         self._kept.append(sketch)
+        plan, judged = sketch.plan(self.problem.graph), None
         try:
-            judged = self.relief(sketch.plan(self.problem.graph), below_s)
+            if not self.problem.pins.refusal(plan):
+                judged = self.relief(plan, below_s)
         except ValueError:
             # The layouts have a strategy that this share of the batch does not allow.
-            judged = None
+            pass
         found = Found(sketch, judged) if judged is not None and judged.time_s < below_s else None
         self._seen[sketch.key] = found
         return found
@@ -204,7 +212,7 @@ class Alleviation:
             plan.validate(self.problem.graph, self.problem.cluster)
         except ValueError:
             return False
-        return True
+        return not self.problem.pins.refusal(plan)
 
 
 def _time(found: Found) -> float:

@@ -4,6 +4,7 @@
     store         ZeRO level and its group, for all groups or for the bottleneck: against memory, or its traffic
     microbatches  twice or half as many: bubbles and memory against efficiency and traffic
     cuts          blocks go from the bottleneck to the groups that wait most, one at a time or balanced anew
+    axes          two model axes in the place of one, or a second one with ranks taken from data (planner/two_axes.py)
 
 What a move leads to is judged exactly; these functions only propose. Each yields distinct sketches in a fixed order.
 """
@@ -13,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from ..cost.model import CostModel
 from ..schedule.orders import SCHEDULES
 from .judge import Judge, Judged
-from .problem import Problem
+from .problem import Problem, Shape
 from .sketch import Sketch, Team, changed
+from .two_axes import AxisPairs
 
 # Stages per group that are tried for schedules that run any number.
 MOST_VIRTUAL = 6
@@ -36,6 +39,7 @@ class Moves:
     def __init__(self, problem: Problem, judge: Judge) -> None:
         self.problem, self._judge = problem, judge
         self._weights: dict[tuple, list[float]] = {}
+        self._pairs = AxisPairs(problem)
 
     # -- schedule
 
@@ -153,6 +157,24 @@ class Moves:
             self._weights[key] = found
         return self._weights[key]
 
+    # -- model axes
+
+    def axes(self, now: Sketch, judged: Judged) -> Iterator[Sketch]:
+        team, pinned = now.teams[0], self.problem.constraints
+        alike = all((t.data, t.axes, t.shares) == (team.data, team.axes, ()) for t in now.teams)
+        # Made-up costs have no prices of ops, from which layouts follow.
+        if not alike or len(team.axes) != 1 or not isinstance(self.problem.costs, CostModel):
+            return
+        meshes = [(team.data, a, team.tensor // a) for a in range(2, team.tensor // 2 + 1) if team.tensor % a == 0]
+        if team.data % 2 == 0 and pinned.data is None and pinned.tensor is None:
+            meshes.append((team.data // 2, 2, team.tensor))
+        for data, outer, inner in meshes:
+            if data == 1 and pinned.zero:
+                continue
+            shape = Shape(len(now.teams), data, outer * inner, now.microbatches, now.schedule, team.zero)
+            for rows in self._pairs.of(shape, outer, inner):
+                yield now.with_teams(data=data, axes=(outer, inner), rows=rows)
+
 
 def balanced(weights: Sequence[float], num_parts: int) -> tuple[int, ...]:
     """Ends of `num_parts` runs, none empty, whose heaviest weighs least: bisection over what a run may weigh."""
@@ -183,4 +205,6 @@ def _filled(weights: Sequence[float], num_parts: int, most: float) -> tuple[int,
     return tuple(reversed(stops))
 
 
+# Those that solve for layouts, which takes a few tenths of a second, come last.
+DEAR: tuple[Move, ...] = (Moves.axes,)
 CHEAP: tuple[Move, ...] = (Moves.schedules, Moves.store, Moves.microbatches, Moves.cuts)

@@ -92,6 +92,8 @@ def every_wide_plan(problem: Problem) -> Iterator[Plan]:
     for wide in wide_shapes(problem):
         for sketch in wide_sketches(problem, wide):
             bare = sketch.plan(problem.graph)
+            if problem.pins.refusal(bare):
+                continue
             for chosen in itertools.product(choices, repeat=wide.num_stages):
                 yield _recomputing(bare, dict(enumerate(chosen)))
 
@@ -119,7 +121,10 @@ def search_wide(
         for sketch in wide_sketches(problem, wide):
             if is_over():
                 return
-            for judged in _least(problem, judge, sketch.plan(problem.graph), below_s):
+            bare = sketch.plan(problem.graph)
+            if problem.pins.refusal(bare):
+                continue
+            for judged in _least(problem, judge, bare, below_s):
                 if judged.time_s < below_s:
                     below_s = judged.time_s
                     yield sketch, judged

@@ -20,7 +20,7 @@ from .instructions import BackwardInput, BackwardWeight, Forward
 from .orders import schedule_named
 
 # A schedule with whole rounds of as many microbatches as groups repeats itself; from so many rounds on nothing new comes.
-_ROUNDS = 3
+_ROUNDS = 4
 
 
 @dataclass(frozen=True, eq=False)
