@@ -155,7 +155,8 @@ class _Unequal:
 
     def _other_schedule(self) -> None:
         best = self.judge.best
-        if self.problem.constraints.schedule is None and len(best.stages) > 1 and best.microbatches > 1:
+        choices = ("1f1b", "gpipe")
+        if self.problem.constraints.schedule is None and best.schedule in choices and best.microbatches > 1:
             self.judge.offer(replace(best, schedule="gpipe" if best.schedule == "1f1b" else "1f1b", prediction=None))
 
     def _nothing_fits(self) -> Plan:

@@ -16,7 +16,7 @@ import numpy as np
 from ..cost.mixed import rank_classes
 from ..plan import Plan, Prediction
 from ..schedule.step_time import step_time_s
-from ..simulate import stage_peak_bytes
+from ..simulate import simulate, stage_peak_bytes
 from .problem import Problem
 from .stages import TOLERANCE
 from .unequal_bounds import TIME_SLACK, Bounds
@@ -51,6 +51,8 @@ class Judge:
 
     def offer(self, plan: Plan) -> bool:
         """Whether this is the best plan so far; then it is kept."""
+        if plan.schedule not in ("1f1b", "gpipe"):
+            return self._offer_simulated(plan)
         costs = [self.problem.costs.stage(plan, s) for s in range(len(plan.stages))]
         seconds = step_time_s(len(costs), plan.microbatches, plan.schedule, costs)
         key = (len(costs), plan.microbatches, plan.stages[0].data, plan.stages[0].tensor)
@@ -67,6 +69,15 @@ class Judge:
         if better:
             self.best, self.best_s, self.parts = plan, seconds, ()
         return better
+
+    def _offer_simulated(self, plan: Plan) -> bool:
+        """Of another method's plan under a schedule that the walks do not use."""
+        line = simulate(self.problem.graph, plan, self.problem.cluster, model=self.problem.costs)
+        if self.problem.excess_bytes(line.peak_memory_bytes) > 0 or line.step_time_s >= self.best_s * (1 - TOLERANCE):
+            return False
+        found = Prediction(line.step_time_s, max(line.peak_memory_bytes.values()))
+        self.best, self.best_s, self.parts = replace(plan, prediction=found), line.step_time_s, ()
+        return True
 
     def offer_parts(self, parts: tuple[Part, ...], microbatches: int, schedule: str) -> bool:
         """As `offer`, of a plan of these parts."""
