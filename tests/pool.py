@@ -30,6 +30,8 @@ from unittest import mock
 COLLECTIVE_TIMEOUT_S = 30
 RUN_TIMEOUT_S = 60
 MAX_WORLD_SIZE = 8
+# Runs that a set of workers serves: what process groups leave behind in a process (threads of gloo) slows later ones down.
+RUNS_PER_WORKER = 12
 
 # What most ranks use and what is slow to import; none of these starts a thread, which a fork would lose.
 PRELOADED = [
@@ -75,7 +77,7 @@ class Pool:
         self._folder = Path(tempfile.mkdtemp(prefix="autopar-pool-"))
         self._workers: list[_Worker] = []
         self._num_spawned = 0
-        self._num_runs = 0
+        self._num_runs = self._runs_served = 0
 
     def run(
         self,
@@ -106,7 +108,10 @@ class Pool:
             ]
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ValueError(f"{function} or its arguments cannot be sent to another process: {error}") from error
+        if self._runs_served >= RUNS_PER_WORKER:
+            self._kill()
         self._spawn(world_size)
+        self._runs_served += 1
         workers = self._workers[:world_size]
         try:
             for worker, job in zip(workers, jobs, strict=True):
@@ -161,7 +166,7 @@ class Pool:
         for worker in self._workers:
             worker.process.join()
             worker.pipe.close()
-        self._workers = []
+        self._workers, self._runs_served = [], 0
 
 
 def _raise_if_one_died(workers: list[_Worker]) -> None:

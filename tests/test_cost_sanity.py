@@ -70,16 +70,14 @@ def plan(name: str, recompute: str = "") -> Plan:
     )
 
 
-_MODELS: dict[str, CostModel] = {}
+@cache
+def first_model() -> CostModel:
+    return CostModel(graph(), preset("a100-80gb", 2, 8))
 
 
 def step_s(cluster: Cluster, which: Plan) -> float:
     """The first model of a graph is shared by all others, as far as hardware does not matter to it."""
-    model = CostModel(graph(), cluster)
-    if "" in _MODELS:
-        for name in ("_structures", "_flows", "_layouts", "_layout_ids", "_sides"):
-            setattr(model, name, getattr(_MODELS[""], name))
-    _MODELS.setdefault("", model)
+    model = first_model().on(cluster)
     costs = [model.stage(which, i) for i in range(len(which.stages))]
     return step_time_s(which.pipeline, which.microbatches, which.schedule, costs)
 
