@@ -175,6 +175,7 @@ class PressedCtrlC:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_sigint_in_the_middle_returns_a_plan_or_stays_an_interrupt(method):
     problem, told = problem_for(method, 5), 0

