@@ -5,9 +5,7 @@
 prints, and keeps in --record, per instance and method: the predicted step time, whether the plan fits in memory by the
 common model, and the planning time. A row is written to --rows as soon as it is known, and what is there already is not
 run again. --limit is the planning time that each method other than auto is given. Models are on the meta device; no
-GPU and no process group is needed. Times of planning are processor seconds of this process.
-
-A cluster has devices of one kind; instances on unequal devices wait for clusters that can say so.
+GPU and no process group is needed. All times of planning are processor seconds of this process.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Instance:
-    """A model for one batch, on a cluster; share: of a device's memory that plans may use (scarce where it is small)."""
+    """A model for one batch, on a cluster; share: of each device's memory that plans may use (scarce where it is small)."""
 
     name: str
     build: Callable[[], Graph]
@@ -148,8 +146,13 @@ def _slow(name: str, hosts: int, devices: int) -> Cluster:
     return replace(cluster, intra=replace(intra, bandwidth_bytes_per_s=intra.bandwidth_bytes_per_s / 10))
 
 
+def _kinds(hosts: int, devices: int, *names: str) -> Cluster:
+    """So many hosts of each kind."""
+    return Cluster.join(*(preset(name, hosts, devices) for name in names))
+
+
 def suite() -> Iterator[Instance]:
-    """GPT, Llama, T5, MoE and wide ResNet; 4 to 1,024 devices; fast and slow networks; ample and scarce memory."""
+    """GPT, Llama, T5, MoE and wide ResNet; 4 to 1,024 devices, equal and not; fast and slow networks; ample and scarce memory."""
     small = ("gpt-350m", lambda: gpt(1024, 24, 16, 64))
     yield Instance("gpt-350m/4 a100", small[1], preset("a100-40gb", 1, 4))
     yield Instance("gpt-350m/4 t4", small[1], preset("t4-16gb", 1, 4))
@@ -178,15 +181,23 @@ def suite() -> Iterator[Instance]:
     yield Instance("resnet-500m/4 v100", lambda: wide_resnet(1024, 24, 4, 64), preset("v100-16gb", 1, 4))
     yield Instance("resnet-500m/4 t4 slow", lambda: wide_resnet(1024, 24, 4, 64), _slow("t4-16gb", 1, 4))
     yield Instance("resnet-4b/32 v100", lambda: wide_resnet(2048, 48, 8, 256), preset("v100-32gb", 4, 8))
+    yield Instance("gpt-1.3b/8 two kinds", lambda: gpt(2048, 24, 16, 128), _kinds(1, 4, "a100-40gb", "v100-16gb"))
+    yield Instance(
+        "gpt-2.6b/16 four kinds", lambda: gpt(2560, 32, 32, 128),
+        _kinds(1, 4, "a100-80gb", "a100-40gb", "v100-16gb", "t4-16gb"),
+    )  # fmt: skip
+    yield Instance(
+        "gpt-13b/64 four kinds", lambda: gpt(5120, 40, 40, 512),
+        _kinds(4, 4, "a100-80gb", "a100-40gb", "v100-16gb", "t4-16gb"),
+    )  # fmt: skip
 
 
 def run(instance: Instance, method: str, graph: Graph, limit_s: float) -> Row:
     """One method on one instance, with a cost model of its own, so that none profits from what another asked."""
-    limit_bytes = int(instance.cluster.device.memory_bytes * instance.share)
     problem = Problem(
         graph, instance.cluster, CostModel(graph, instance.cluster), LayoutChains(),
-        Constraints(memory_limit_bytes=limit_bytes),
-        budget=Budget(None if method == "auto" else limit_s, progress=True),
+        Constraints(memory_reserve=1 - instance.share),
+        budget=Budget(None if method == "auto" else limit_s, progress=True, clock=time.process_time),
     )  # fmt: skip
     start_s = time.process_time()
     try:
@@ -195,7 +206,7 @@ def run(instance: Instance, method: str, graph: Graph, limit_s: float) -> Row:
         return Row(instance.name, method, None, False, time.process_time() - start_s, str(error))
     planning_s = time.process_time() - start_s
     line = simulate(graph, plan, instance.cluster, model=None if plan.rewrites else problem.costs)
-    fits = max(line.peak_memory_bytes.values()) <= limit_bytes
+    fits = problem.excess_bytes(line.peak_memory_bytes) <= 0
     stages = "; ".join(f"[{s.start}, {s.stop}) {s.data} x {s.tensor}" for s in plan.stages[:4])
     words = f"{len(plan.stages)} stages ({stages}{', ...' if len(plan.stages) > 4 else ''}), {plan.microbatches} mb"
     return Row(instance.name, method, line.step_time_s, fits, planning_s, words)
