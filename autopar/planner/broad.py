@@ -17,6 +17,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -156,7 +157,8 @@ class Broad:
         looked = [
             self.degrees[s.tensor].has_looked(s.shards, bool(tight)) for s, tight in zip(shapes, lean, strict=True)
         ]
-        hopeful_s = np.where(looked, limited_s, np.minimum(limited_s, HELD_BACK * free_s))
+        hope_s = np.maximum(HELD_BACK * free_s, self._shared_out_s)
+        hopeful_s = np.where(looked, limited_s, np.minimum(limited_s, hope_s))
         done: set[tuple[int, int]] = set()
         for i in np.argsort(hopeful_s, kind="stable"):
             shape = shapes[i]
@@ -167,6 +169,11 @@ class Broad:
             if len(done) == NUM_BEST:
                 break
         return False
+
+    @cached_property
+    def _shared_out_s(self) -> np.ndarray:
+        """Estimates of all shapes if the ranks of a tensor axis shared everything out: what chains that keep less may hope for."""
+        return np.concatenate([self.plain.estimate(degree.some) for degree in self.degrees.values()])
 
     def _view(self, tensor: int) -> tuple[np.ndarray, np.ndarray]:
         """The least estimates of all shapes of a degree, within memory and without its limit."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -104,13 +106,27 @@ def search(
     budget = Budget(time_limit_s, stop, progress)
     costs = model or CostModel(graph, cluster)
     problem = Problem(graph, cluster, costs, LayoutChains(), pinned, budget=budget, space=space)
-    plan = replace(METHODS[method](problem), precision=graph.precision)
+    with _no_collections():
+        plan = replace(METHODS[method](problem), precision=graph.precision)
     if refusal := problem.pins.on(plan.graph_of(graph)).refusal(plan):
         raise ValueError(
             f"method={method!r} finds no plan of {graph.name} that keeps {pinned}: in its best one {refusal}; use fewer of "
             "these constraints, or another method"
         )
     return explained(problem, plan, what_if)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Without Python's cycle collector: a search makes little that it would free, and each of its passes over the whole
+    graph and all prices takes some tenths of a second."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _check_space(method: str, space: Space, pinned: Constraints) -> None:

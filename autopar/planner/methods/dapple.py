@@ -32,7 +32,9 @@ def dapple(problem: Problem) -> Plan:
             # tensor ranks, if the constraints want any, count as one device
             machines = _machines(bench, shape.tensor)
             layers = Layers({shape.data: _block_s(bench, shape)}, *_sizes(bench, shape))
-            found = machines and place(layers, machines, shape.microbatches, [shape.data], shape.pipeline)
+            found = machines and place(
+                layers, machines, shape.microbatches, [shape.data], shape.pipeline, is_over=lambda: bench.spent
+            )
             if found:
                 _offer(bench, found[0], shape)
         if bench.unequal:
@@ -74,7 +76,8 @@ def _unequal(bench: Bench, shape: Shape) -> None:
     rows = bench.problem.graph.batch_size // shape.microbatches
     replicas = [m for m in range(1, total + 1) if m <= rows and (total <= MAX_FREE_REPLICAS or total % m == 0)]
     block_s = {m: _block_s(bench, replace(shape, data=m)) for m in replicas if rows % m == 0}
-    found = place(Layers(block_s, *_sizes(bench, shape)), machines, shape.microbatches)
+    layers = Layers(block_s, *_sizes(bench, shape))
+    found = place(layers, machines, shape.microbatches, is_over=lambda: bench.spent)
     if found:
         _offer(bench, found[0], shape)
 

@@ -20,7 +20,7 @@ Reference: Fan et al., "DAPPLE: A Pipelined Data Parallel Approach for Training 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,8 +143,12 @@ def place(
     replicas: Sequence[int] | None = None,
     num_stages: int | None = None,
     kinds: Sequence[str] = ("fresh", "append", "scatter"),
+    is_over: Callable[[], bool] = lambda: False,
 ) -> tuple[tuple[Placed, ...], float] | None:
-    """(stages, score) that use all devices; None if none do. replicas: what a stage may have, by default anything."""
+    """(stages, score) that use all devices; None if none do. replicas: what a stage may have, by default anything.
+
+    is_over: asked often; once it is true the best so far is the answer.
+    """
     total = machines.count * machines.devices
     allowed = [m for m in range(1, total + 1) if m in layers.block_s and (replicas is None or m in replicas)]
     best: tuple[_Label, float] | None = None
@@ -153,6 +157,8 @@ def place(
     for depth in range(1, (num_stages or min(layers.num, total)) + 1):
         grown: dict[tuple, list[_Label]] = {}
         for (used, start), labels in states.items():
+            if is_over():
+                return (best[0].stages, best[1]) if best else None
             left = total - sum(used)
             for m in allowed:
                 ends = m == left
