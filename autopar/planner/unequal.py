@@ -55,6 +55,8 @@ class _Unequal:
         self.open_bound_s = math.inf
         # Numbers of microbatches that have led to nothing better.
         self._futile: list[int] = []
+        # Seconds that any plan takes, by number of microbatches.
+        self._floors: dict[int, float] = {}
         self.near = min(self._microbatches(), key=lambda count: abs(math.log(count / problem.cluster.world_size)))
         pinned = problem.constraints
         self.schedule = pinned.schedule or "1f1b"
@@ -83,18 +85,32 @@ class _Unequal:
     def _search(self) -> None:
         if self.problem.cluster.world_size <= MAX_SEEDED:
             self._seed()
-        counts = list(self._microbatches())
-        # Numbers of microbatches not looked at yet, with their floors.
-        left = {count: FLOOR_SLACK * count * self.finder.least_pass_s(count) for count in counts}
+        counts, left = list(self._microbatches()), []
         with self.problem.budget.bar("planning", " counts", len(counts)) as bar:
             for count in sorted(counts, key=lambda count: abs(math.log(count / self.near))):
-                if self._is_beaten(left[count]):
-                    continue
                 if self._expired or (not self.finder.is_exact and self._is_past(count)):
-                    self.open_bound_s = min(self.open_bound_s, left[count])
-                    continue
-                self._look_at(count)
-                bar.update()
+                    left.append(count)
+                elif not self._is_beaten(self._floor_s(count)):
+                    self._look_at(count)
+                    bar.update()
+        self._leave(left)
+
+    def _floor_s(self, count: int) -> float:
+        """What any plan of so many microbatches takes at least, by all devices at their best."""
+        if count not in self._floors:
+            self._floors[count] = FLOOR_SLACK * count * self.finder.least_pass_s(count)
+        return self._floors[count]
+
+    def _leave(self, counts: list[int]) -> None:
+        """Bound the numbers of microbatches that are not looked at. Rows take no less time in more of them, so that a floor
+        holds for all above it: those below the least known one are bounded by the least of them."""
+        while counts:
+            known = [count for count in self._floors if count <= max(counts)]
+            below = max(known) if known else min(counts)
+            floor_s = self._floor_s(below)
+            if not self._is_beaten(floor_s):
+                self.open_bound_s = min(self.open_bound_s, floor_s)
+            counts = [count for count in counts if count < below]
 
     def _is_past(self, count: int) -> bool:
         """Whether a number of microbatches lies beyond one that has led to nothing better."""
