@@ -29,6 +29,10 @@ class _Device:
     def __repr__(self) -> str:
         return "DEVICE"
 
+    def __reduce__(self) -> str:
+        """Copies and pickles are the one instance."""
+        return "DEVICE"
+
 
 DEVICE = _Device()
 

@@ -75,6 +75,8 @@ class Pool:
         self._context = get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         self._folder = Path(tempfile.mkdtemp(prefix="autopar-pool-"))
+        self._captures = self._folder / "captures"
+        self._captures.mkdir()
         self._workers: list[_Worker] = []
         self._num_spawned = 0
         self._num_runs = self._runs_served = 0
@@ -132,7 +134,8 @@ class Pool:
             ours, theirs = self._context.Pipe()
             stacks_path = self._folder / f"stacks-{self._num_spawned}"
             self._num_spawned += 1
-            process = self._context.Process(target=_serve, args=(theirs, str(stacks_path)), daemon=True)
+            arguments = (theirs, str(stacks_path), str(self._captures))
+            process = self._context.Process(target=_serve, args=arguments, daemon=True)
             # Read by the fork server when it starts, with the first worker.
             with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"):
                 process.start()
@@ -188,11 +191,13 @@ def _stacks(worker: _Worker) -> str:
     return "(no answer)"
 
 
-def _serve(pipe: connection.Connection, stacks_path: str) -> None:
+def _serve(pipe: connection.Connection, stacks_path: str, captures: str) -> None:
+    import captured
     import torch
 
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
+    captured.install(captures)
     # An interrupt from the keyboard reaches the whole process group; the pool decides what it means.
     signal.signal(signal.SIGINT, _ignore)
     with open(stacks_path, "w") as stacks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import time
 from typing import Any
 
@@ -292,3 +294,12 @@ def test_a_405b_llama_is_captured_quickly() -> None:
     assert spent_s < 60  # some 20 s where the machine is not shared
     assert [block.kind for block in graph.blocks] == [0] + [1] * 126 + [2]
     assert sum(t.numel for t in graph.parameters) > 405e9
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda graph: pickle.loads(pickle.dumps(graph))])
+def test_a_copy_of_a_graph_computes_the_same(copied) -> None:
+    module, example, loss = build_llama()
+    graph = capture(module, example, loss)
+    other = copied(graph)
+    assert other.fingerprint == graph.fingerprint
+    assert run(other, module, example, loss)[graph.loss] == run(graph, module, example, loss)[graph.loss]
