@@ -172,7 +172,7 @@ class Broad:
 
     @cached_property
     def _shared_out_s(self) -> np.ndarray:
-        """Estimates of all shapes if the ranks of a tensor axis shared everything out: what chains that keep less may hope for."""
+        """Estimates of all shapes if the ranks of a tensor axis shared all out: what chains that keep less may hope for."""
         return np.concatenate([self.plain.estimate(degree.some) for degree in self.degrees.values()])
 
     def _view(self, tensor: int) -> tuple[np.ndarray, np.ndarray]:
