@@ -47,7 +47,6 @@ import autopar  # noqa: E402
 from autopar.cluster.spec import Cluster  # noqa: E402
 from autopar.planner.search import METHODS  # noqa: E402
 from autopar.report.explain import table  # noqa: E402
-from autopar.report.words import plan_in_words  # noqa: E402
 from autopar.runtime.agree import from_rank_zero  # noqa: E402
 from autopar.schedule.orders import schedule_named  # noqa: E402
 from benchmarks.executed_plans import Found, Search, all_methods, distinct, pinned  # noqa: E402
@@ -186,7 +185,7 @@ class _named:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, Exception):
-            raise RuntimeError(f"{plan_in_words(self.found.plan)}, found by {self.found.names}: {error}") from error
+            raise RuntimeError(f"{self.found.words}, found by {self.found.names}: {error}") from error
 
 
 def _loss_error(losses: Sequence[float], expected: Sequence[float]) -> float:
@@ -280,7 +279,7 @@ def rows(found: Sequence[Executed]) -> Iterator[list[str]]:
         quartiles = statistics.quantiles(one.times_s, n=4)
         yield [
             str(number),
-            plan_in_words(one.found.plan) + (", rewritten" if one.found.plan.rewrites else ""),
+            one.found.words,
             f"{one.found.predicted_s * 1e3:.1f}",
             f"{one.median_s * 1e3:.1f}",
             f"{quartiles[0] * 1e3:.1f} to {quartiles[2] * 1e3:.1f}",

@@ -11,6 +11,8 @@ from autopar.cluster.spec import Cluster
 from autopar.graph import Graph
 from autopar.plan import Plan
 from autopar.planner.search import METHODS
+from autopar.report.common_words import common_words
+from autopar.report.words import plan_in_words
 from benchmarks.fixed_plans import staged
 
 # Degrees that a pinned search does not name.
@@ -39,11 +41,12 @@ class Search:
 
 @dataclass(frozen=True)
 class Found:
-    """A plan, the searches that led to it, and its step time by the common simulator."""
+    """A plan, the searches that led to it, its step time by the common simulator, and the plan in words."""
 
     plan: Plan
     searches: tuple[Search, ...]
     predicted_s: float
+    words: str
 
     @property
     def names(self) -> str:
@@ -102,7 +105,9 @@ def distinct(
             say(f"{search} finds no plan: {error}")
             continue
         key = bare(plan)
-        known = found.get(key) or Found(plan, (), autopar.simulate(graph, plan, cluster).step_time_s)
+        known = found.get(key)
+        if known is None:
+            known = Found(plan, (), autopar.simulate(graph, plan, cluster).step_time_s, _in_words(plan, graph))
         found[key] = replace(known, searches=(*known.searches, search))
         claimed = plan.prediction.step_time_s if plan.prediction else known.predicted_s
         if abs(claimed / known.predicted_s - 1) > 1e-3:
@@ -131,3 +136,13 @@ def bare(plan: Plan) -> Plan:
     return replace(
         plan, schedule=schedule, stages=tuple(stages), layouts=tuple(layouts), prediction=None, candidates=()
     )
+
+
+def _in_words(plan: Plan, graph: Graph) -> str:
+    """With what its model axes do, where it has any."""
+    said = [plan_in_words(plan)]
+    if any(stage.axes for stage in plan.stages):
+        said.append(f"({common_words(plan, graph)})")
+    if plan.rewrites:
+        said.append("of the rewritten graph")
+    return " ".join(said)
