@@ -120,6 +120,14 @@ def test_experts_are_named():
     assert "experts over 2" in common_words(plan, graph)
 
 
+def test_rows_split_on_a_model_axis_are_named():
+    """Rows that data ranks could split: auto leaves them alone, FlexFlow splits them on any axis."""
+    base = captured_problem("llama", 2)
+    plan = search(base.graph, base.cluster, "flexflow", progress=False, data=1, tensor=2, pipeline=1)
+    assert "batch-split" in plan.explain(base.graph)
+    assert common_words(plan, base.graph) == "batch over 2 of a model axis"
+
+
 def test_one_device():
     plan = search(
         captured("mlp"), preset("a100-80gb", 1, 1), progress=False, what_if=True, recompute="none", microbatches=1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -293,6 +294,30 @@ def test_training_is_that_of_delayed_gradients(pool, index: int, stop: int | Non
     for loss, weights, evaluated, steps in results:
         assert loss < 1e-5 and weights < 1e-5 and evaluated < 1e-5, (loss, weights, evaluated)
         assert steps == 6 if stop is None else stop <= steps <= 6
+
+
+def endless(options: dict[str, Any], count: int) -> tuple[list[float], int]:
+    """The first losses of a stream whose batches do not end, and how many batches have been taken for them."""
+    module, example, loss = models.build_mlp()
+    plan = random_plan(graph_of("build_mlp"), **options)
+    cluster = Cluster.preset("cpu", hosts=1, devices_per_host=plan.world_size)
+    model = autopar.parallelize(module, example, loss, plan=plan, cluster=cluster)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    taken = itertools.count()
+    stream = model.stream((example for _ in taken), optimizer)
+    losses = [value.item() for value in itertools.islice(stream, count)]
+    before_end = next(taken)
+    stream.close()
+    model.runtime.close()
+    return losses, before_end
+
+
+@pytest.mark.parametrize("schedule", ["pipedream", "2bw"])
+def test_a_stream_takes_no_more_batches_than_it_works_on(pool, schedule: str) -> None:
+    options = dict(data=1, tensor=1, pipeline=2, microbatches=1 if schedule == "pipedream" else 2, schedule=schedule)
+    results = pool.run(endless, options, 3, world_size=2)
+    assert results[0][0] == results[1][0]
+    assert all(taken <= 3 + 2 for _, taken in results), results
 
 
 def refused(name: str, options: dict[str, Any]) -> list[str]:

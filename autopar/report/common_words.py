@@ -17,6 +17,12 @@ _CONTEXT = {
     "context-parallel: queries local, keys and values gathered": "by gathered keys and values",
     "sequence-split: heads exchanged by all-to-all, Ulysses": "by all-to-all of heads (Ulysses)",
 }
+# What a model axis splits that does nothing of the above, by the first word of its schemes.
+_SPLITS = {
+    "sequence": "sequence split over {}",
+    "space": "height and width over {}",
+    "batch": "batch over {} of a model axis",
+}
 _HEADS = (COLUMN_ROW, "head-parallel")
 _SCHEDULES = {"1f1b": "1F1B", "gpipe": "GPipe", "zb-h1": "ZB-H1", "zb-v": "ZB-V", "2bw": "PipeDream-2BW"}
 
@@ -77,8 +83,7 @@ def _axis(plan: Plan, stages: Sequence[Stage], axis: int, degree: int, graph: Gr
         found.append(f"experts over {degree}")
     if facts.vocabulary and not is_tensor:
         found.append(f"vocabulary over {degree}")
-    if not found and (facts.residual["sequence"] or any(scheme.startswith("sequence") for scheme in others)):
-        found.append(f"sequence split over {degree}")
-    if not found and (facts.residual["space"] or any(scheme.startswith("space") for scheme in others)):
-        found.append(f"height and width over {degree}")
+    for kind, words in _SPLITS.items():
+        if not found and (facts.residual[kind] or any(s.startswith(kind) for s in attention | others)):
+            found.append(words.format(degree))
     return found or [f"{degree} ranks that do the same"]

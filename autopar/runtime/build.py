@@ -71,6 +71,8 @@ class Runtime:
     def close(self) -> None:
         """Close the groups once another runtime has taken over. All ranks of the world call it."""
         self.groups.destroy()
+        if self.losses is not None:
+            dist.destroy_process_group(self.losses)
 
 
 def parameter_specs(graph: Graph, plan: Plan) -> dict[int, tuple[ParameterSpec, ...]]:

@@ -42,7 +42,7 @@ from .rewrite import Chunk
 from .stage import CompiledBlock, CompiledStage
 from .storage import Storage
 from .ties import sum_tied
-from .transport import Transport
+from .transport import Receive, Transport
 from .versions import Versions
 
 Place = tuple[int, int]
@@ -172,10 +172,12 @@ class Executor:
                 yield m
 
         last = len(self.groups.plan.stages) - 1
-        ahead = {
-            ReceiveActivation: (ReceiveActivation(stage, m, stage - 1) for m in microbatches_there() if stage > 0),
-            ReceiveGradient: (ReceiveGradient(stage, m, stage + 1) for m in microbatches_there() if stage < last),
-        }
+        # The ends have nothing to receive from outside, and must not look for it through all batches.
+        ahead: dict[type, Iterator[Receive]] = {}
+        if stage > 0:
+            ahead[ReceiveActivation] = (ReceiveActivation(stage, m, stage - 1) for m in microbatches_there())
+        if stage < last:
+            ahead[ReceiveGradient] = (ReceiveGradient(stage, m, stage + 1) for m in microbatches_there())
         self._versions(stage).begin()
         started = False
         for action in actions:
