@@ -26,6 +26,7 @@ _SDPA = "aten.scaled_dot_product_attention.default"
 _UNIFORM = {"aten.ones.default", "aten.zeros.default", "aten.full.default", "aten.new_ones.default"}
 _UNIFORM |= {"aten.new_zeros.default", "aten.new_full.default", "aten.scalar_tensor.default"}
 _POINTWISE = {"aten.__and__.Tensor", "aten.__or__.Tensor", "aten.to.dtype", "aten.masked_fill.Scalar"}
+_POINTWISE |= {"aten.where.self", "aten.where.Scalar", "aten.where.ScalarSelf", "aten.where.ScalarOther"}
 _AND = {"aten.__and__.Tensor", "aten.logical_and.default", "aten.bitwise_and.Tensor", "aten.mul.Tensor"}
 _ALONG_DIM = {"aten.cumsum.default", "aten.diff.default", "aten.cat.default"}
 
@@ -195,6 +196,8 @@ class _Constants:
             return _call(op, inputs)
         if target in ("aten.tril.default", "aten.triu.default"):
             return self._called(op, {n: self._dense(n, v, (-2, -1)) for n, v in inputs.items()})
+        if self.draft.tensors[op.outputs[0]].numel > _LIMIT:
+            return None
         return self._called(op, {n: self._dense(n, v, None) for n, v in inputs.items()})
 
     def _called(self, op: Op, inputs: dict[str, torch.Tensor | None]) -> torch.Tensor | None:
