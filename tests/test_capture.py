@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from models import RANDOM_ZOO, ROWS, ZOO, build_llama, build_mlp, eager_loss
 from torch import Tensor, nn
 
+from autopar.capture import masks
 from autopar.capture.example import describe_call
 from autopar.capture.export import capture
 from autopar.capture.interpret import interpret
@@ -250,6 +251,20 @@ def test_long_causal_masks_are_recognised_without_being_made() -> None:
     graph = capture(module, {"input_ids": ids, "labels": ids})
     assert time.process_time() - start < 20
     assert [op.kwargs for op in graph.ops if "scaled_dot" in op.target][0][-1] == ("is_causal", True)
+
+
+def test_masks_of_large_batches_are_evaluated_in_little_memory(monkeypatch) -> None:
+    def make(length: int) -> Tensor:
+        kept = torch.ones(length, length).tril().bool()[None, None].expand(4096, 2, length, length)
+        return torch.where(kept, 0.0, float("-inf"))
+
+    sizes, call = [], masks._call
+    monkeypatch.setattr(masks, "_call", lambda *given: sizes.append((value := call(*given)).numel()) or value)
+    with torch.device("meta"):
+        module, x = Masked(make), torch.zeros(4096, 64, 8)
+    graph = capture(module, x)
+    assert [op.kwargs for op in graph.ops if "scaled_dot" in op.target][0][-1] == ("is_causal", True)
+    assert max(sizes) == 64 * 64
 
 
 def test_saved_bytes_agree_with_autograd() -> None:
