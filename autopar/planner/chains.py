@@ -50,7 +50,9 @@ class LayoutChains:
 
     def of(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
         """Distinct chains for `shape`, the fastest first; the empty chain where there is no tensor axis."""
-        yield from self._distinct(problem, shape, (problem.recompute_choices[0], problem.recompute_choices[-1]))
+        # Also those for blocks that may not recompute: prices of layouts leave out overlap, so that one which is found for
+        # other prices can be the fastest in a whole plan.
+        yield from self._distinct(problem, shape, (problem.recompute_choices[0], "none", "full"))
 
     def without_recompute(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
         """Those of `of` that are found for blocks which compute nothing again, if they may."""
