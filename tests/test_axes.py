@@ -204,7 +204,7 @@ def case(name: str):
 
 
 NUM_SEEDS = {
-    "build_llama": 1, "build_gpt2": 1, "build_tied_lm": 2, "build_mlp": 5, "build_conv_net": 4, "build_two_inputs": 5
+    "build_llama": 1, "build_gpt2": 1, "build_tied_lm": 1, "build_mlp": 3, "build_conv_net": 2, "build_two_inputs": 3
 }  # fmt: skip
 
 

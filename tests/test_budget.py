@@ -46,7 +46,9 @@ class Asked:
         return self.left < 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=pytest.mark.slow) if m == "exhaustive" else m for m in METHODS]
+)
 def test_more_time_never_finds_a_worse_plan_and_enough_finds_what_no_limit_does(method):
     problem = problem_for(method, 5)
     free = METHODS[method](problem)

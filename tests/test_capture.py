@@ -288,6 +288,7 @@ def test_saved_bytes_agree_with_autograd() -> None:
     assert abs(counted - sum(saved.values())) <= 0.1 * sum(saved.values()), (counted, sum(saved.values()))
 
 
+@pytest.mark.slow
 def test_a_405b_llama_is_captured_quickly() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -59,39 +59,41 @@ def test_a_gap_is_told_as_a_share_of_the_bound():
     assert "within 1.8% of the bound" in open_plan.explain()
 
 
-def test_what_would_change_the_choice_does():
+@pytest.mark.parametrize(
+    ("name", "share"), [("a100-80gb", 0.3), pytest.param("v100-16gb", 1.0, marks=pytest.mark.slow)]
+)
+def test_what_would_change_the_choice_does(name: str, share: float):
     """Each claim, priced again on the cluster that it names."""
     with torch.device("meta"):
         layers = [m for _ in range(4) for m in (nn.Linear(1024, 4096), nn.GELU(), nn.Linear(4096, 1024))]
         graph = autopar.capture(nn.Sequential(*layers), torch.zeros(4096, 1024), loss=lambda out: out.sum())
     claims = 0
-    for name, share in (("a100-80gb", 0.3), ("v100-16gb", 1.0)):
-        cluster = preset(name, 2, 2)
-        inter = replace(cluster.inter, bandwidth_bytes_per_s=cluster.inter.bandwidth_bytes_per_s * share)
-        cluster = replace(cluster, inter=inter)
-        for limit_bytes in (None, 2330 * 2**20):
-            constraints = Constraints(memory_limit_bytes=limit_bytes)
-            problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), constraints)
-            plan = METHODS["auto"](problem)
-            by_name = {plan_in_words(one): one for one in problem.kept}
-            for said in changes(problem, plan, problem.kept):
-                what, _, rest = said.partition(": ")
-                other = by_name[rest.rpartition(", ")[0]]
-                claims += 1
-                if "memory" in what:
-                    assert other.prediction.step_time_s < plan.prediction.step_time_s
-                    assert other.prediction.peak_memory_bytes > problem.memory_limit_bytes
-                    continue
-                (on,) = [
-                    make(factor)
-                    for words, make in perturbed(cluster)
-                    for factor in FACTORS
-                    if what == f"with {words.format(f'{factor:g}')}"
-                ]
-                model = CostModel(graph, on)
-                ours, theirs = (simulate(graph, one, on, model=model).step_time_s for one in (plan, other))
-                assert theirs < ours
-    assert claims >= 3
+    cluster = preset(name, 2, 2)
+    inter = replace(cluster.inter, bandwidth_bytes_per_s=cluster.inter.bandwidth_bytes_per_s * share)
+    cluster = replace(cluster, inter=inter)
+    for limit_bytes in (None, 2330 * 2**20):
+        constraints = Constraints(memory_limit_bytes=limit_bytes)
+        problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), constraints)
+        plan = METHODS["auto"](problem)
+        by_name = {plan_in_words(one): one for one in problem.kept}
+        for said in changes(problem, plan, problem.kept):
+            what, _, rest = said.partition(": ")
+            other = by_name[rest.rpartition(", ")[0]]
+            claims += 1
+            if "memory" in what:
+                assert other.prediction.step_time_s < plan.prediction.step_time_s
+                assert other.prediction.peak_memory_bytes > problem.memory_limit_bytes
+                continue
+            (on,) = [
+                make(factor)
+                for words, make in perturbed(cluster)
+                for factor in FACTORS
+                if what == f"with {words.format(f'{factor:g}')}"
+            ]
+            model = CostModel(graph, on)
+            ours, theirs = (simulate(graph, one, on, model=model).step_time_s for one in (plan, other))
+            assert theirs < ours
+    assert claims >= 1
 
 
 def test_common_words_name_what_layouts_do():

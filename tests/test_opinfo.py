@@ -9,20 +9,22 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 
+import pytest
 import torch
 from opinfo_cases import check_sample, generated_samples, op_samples
 
 
-def test_every_split_of_every_sample():
+@pytest.mark.parametrize("half", (0, 1))
+def test_every_split_of_every_sample(half: int):
     torch.manual_seed(0)
     failures: list[str] = []
     cases: Counter[str] = Counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for sample in (*op_samples(), *generated_samples()):
+        for sample in (*op_samples(), *generated_samples())[half::2]:
             count, wrong = check_sample(sample)
             cases[".".join(sample[0].split(".")[:2])] += count
             failures += wrong
     print(f"{cases.total()} (op, sample, split) cases over {len(cases)} ops, {len(failures)} mismatches")
     assert not failures, "\n".join(failures[:40])
-    assert cases.total() >= 5000
+    assert cases.total() >= 2500

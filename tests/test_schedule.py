@@ -253,7 +253,7 @@ FAULTS = (_drop, _duplicate, _swap, _move, _neighbours, _relabel, _exchange_rows
 def test_verdict_agrees_with_the_executor_on_random_faults() -> None:
     rng = random.Random(1)
     accepted = Counter()
-    for seed in range(4000):
+    for seed in range(2000):
         name, virtual = rng.choice(CASES)
         program = build_program(rng.randint(1, 4), rng.randint(1, 5), name, rng.random() < 0.85, virtual)
         rows = rows_of(program)
@@ -264,7 +264,7 @@ def test_verdict_agrees_with_the_executor_on_random_faults() -> None:
         assert verdict == runs(faulty, seed), f"check says {verdict}\n{faulty}"
         accepted[verdict] += 1
     # Both verdicts must occur often, or the comparison shows nothing.
-    assert accepted[True] > 400 and accepted[False] > 1500, accepted
+    assert accepted[True] > 200 and accepted[False] > 750, accepted
 
 
 def _faulty(num_stages: int, microbatches: int, name: str, change) -> Program:

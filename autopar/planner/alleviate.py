@@ -33,8 +33,8 @@ from .relief import Relief
 from .sketch import Sketch
 from .wide import is_small, search_wide
 
-# Process seconds that it takes at most, on problems that are not small.
-LIMIT_S = 0.3
+# Process seconds that it takes at most, on problems that are not small: so many, or this share of those spent before.
+LIMIT_S, LIMIT_SHARE = 0.3, 0.1
 # What has to be left of them for a move that solves for layouts.
 DEAR_S = 0.2
 # Plans whose times agree to this relative precision are equally good: sums of doubles in another order.
@@ -62,15 +62,17 @@ class Found:
         return self.judged.time_s
 
 
-def alleviated(problem: Problem, plan: Plan, others: Sequence[Plan]) -> Plan:
+def alleviated(problem: Problem, plan: Plan, others: Sequence[Plan], spent_s: float = 0.0) -> Plan:
     """`plan`, or a faster one with `plan` among its candidates.
 
-    plan: of the exact search, with its prediction and candidates. others: its next best plans, fastest first.
+    plan: of the exact search, with its prediction and candidates. others: its next best plans, fastest first. spent_s:
+    process seconds that it took.
     """
     budget, best = problem.budget, None
     try:
         if not budget.expired():
-            search = Alleviation(problem, min(math.inf if is_small(problem) else LIMIT_S, budget.left_s))
+            limit_s = math.inf if is_small(problem) else max(LIMIT_S, LIMIT_SHARE * spent_s)
+            search = Alleviation(problem, min(limit_s, budget.left_s))
             try:
                 search.run([plan, *others])
             finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -55,9 +56,11 @@ def auto(problem: Problem) -> Plan:
     with the smallest plan found, when none fits."""
     if problem.cluster.hosts:
         return unequal(problem)
+    start_s = time.process_time()
     search = Broad(problem) if problem.is_large else _Auto(problem)
     plan = search.run()
-    return alleviated(problem, plan, [one.plan for one in sorted(search.tried, key=lambda one: one.step_time_s)])
+    others = [one.plan for one in sorted(search.tried, key=lambda one: one.step_time_s)]
+    return alleviated(problem, plan, others, time.process_time() - start_s)
 
 
 def exact_search(problem: Problem) -> Plan:
