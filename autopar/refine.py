@@ -235,8 +235,9 @@ def refine(model: Model, optimizer: torch.optim.Optimizer, remaining_steps: int 
     costs = CostModel(graph, cluster, corrections)
 
     def decide() -> tuple[Plan, float, float, float, float]:
-        found = search(graph, cluster, model=costs, progress=False, **model.constraints)
-        best = replace(found, reduction=plan.reduction, offload=plan.offload)
+        # The running graph stays: its rewrites are done.
+        found = search(graph, cluster, model=costs, progress=False, **{**model.constraints, "rewrites": False})
+        best = replace(found, reduction=plan.reduction, offload=plan.offload, rewrites=plan.rewrites)
         old_s = simulate(graph, plan, cluster, costs).step_time_s
         new_s = simulate(graph, best, cluster, costs).step_time_s
         move_s = model.build_s + _state_transfer_s(model, corrections)

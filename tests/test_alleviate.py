@@ -20,8 +20,10 @@ from planner_cases import (
     simulated,
     small_cluster,
 )
+from torch import nn
 
 from autopar import capture
+from autopar.cluster.presets import preset
 from autopar.cluster.spec import Cluster
 from autopar.cost.model import CostModel
 from autopar.planner.alleviate import Alleviation
@@ -82,6 +84,39 @@ def test_auto_equals_exhaustive_over_the_wide_space(seed):
         assert plan.prediction.step_time_s <= best_s * (1 + 1e-9)
         if is_in_wide_space(plan):
             assert plan.prediction.step_time_s == pytest.approx(best_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zb-h1", "zb-h2", "zb-v"])
+@pytest.mark.parametrize("seed", range(3))
+def test_pinned_schedules_that_only_moves_reach(schedule, seed):
+    """The optimum of what the wide space has under the schedule, or better."""
+    draw, checked = random.Random(seed), 0
+    while checked < 3:
+        try:
+            problem = random_problem(draw.randrange(10**6), most_blocks=5, schedule=schedule)
+            if not 2 <= count_wide_plans(problem) <= 500:
+                continue
+        except ValueError:
+            continue
+        fitting = [s for s, peak in simulated(problem, every_wide_plan(problem)) if peak <= problem.memory_limit_bytes]
+        if not fitting:
+            continue
+        plan = auto(problem)
+        check_plan(problem, plan)
+        assert plan.schedule == schedule and plan.prediction.step_time_s <= min(fitting) * (1 + 1e-9)
+        checked += 1
+
+
+def test_a_pinned_schedule_on_many_devices():
+    with torch.device("meta"):
+        module = nn.Sequential(*(nn.Linear(256, 256) for _ in range(12)))
+        graph = capture(module, torch.zeros(64, 256), loss=lambda out: out.sum())
+    cluster = preset("v100-16gb", 2, 8)
+    constraints = Constraints(schedule="zb-v", microbatches=8)
+    problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), constraints)
+    plan = auto(problem)
+    check_plan(problem, plan)
+    assert plan.schedule == "zb-v" and plan.pipeline > 1
 
 
 def pipeline_problem(kinds, world: int, batch: int, seed: int = 0, **pinned) -> Problem:

@@ -66,12 +66,8 @@ IMPOSSIBLE = {
     "zero value": ({"zero": 5}, "zero=5: expected one of 0, 1, 2, 3"),
     "schedule": ({"schedule": "1f2b"}, "schedule='1f2b': expected one of 'gpipe', '1f1b', .*; did you mean '1f1b'"),
     "method's schedule": (
-        {"schedule": "zb-h1"},
-        "schedule='zb-h1': method='auto' makes .* use method='exhaustive' or ",
-    ),
-    "no method's": (
-        {"schedule": "zb-v"},
-        "schedule='zb-v': method='auto' .*no method does yet; give parallelize a plan=",
+        {"schedule": "pipedream"},
+        "schedule='pipedream': method='auto' makes .* use method='exhaustive' or ",
     ),
     "recompute": ({"recompute": "ful"}, "recompute='ful': expected one of 'none', .*'full'; did you mean 'full'"),
     "reserve": ({"memory_reserve": 1.0}, "memory_reserve=1.0: expected a share"),

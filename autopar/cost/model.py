@@ -99,6 +99,10 @@ class CostModel:
         """The same model on another cluster; what that does not change is shared."""
         return self._sharing(cluster, self._given)
 
+    def of_graph(self, graph: Graph) -> CostModel:
+        """The same model of another graph."""
+        return CostModel(graph, self.cluster, self.corrections, constants=self._given)
+
     def _sharing(self, cluster: Cluster, constants: Constants | None) -> CostModel:
         other = CostModel(self.graph, cluster, self.corrections, constants=constants)
         other._blocks.share(self._blocks)

@@ -131,10 +131,15 @@ class Alleviation:
         self.relief = Relief(self.judge)
         self.moves = Moves(problem, self.judge)
         self.best: Found | None = None
-        self._ends_s = time.process_time() + limit_s
+        self._limit_s = limit_s
+        self.restart_clock()
         self._seen: dict[tuple, Found | None] = {}
         # Keys name rows by identity, so these must live as long.
         self._kept: list[Sketch] = []
+
+    def restart_clock(self) -> None:
+        """Let its time begin now."""
+        self._ends_s = time.process_time() + self._limit_s
 
     @property
     def is_over(self) -> bool:
@@ -148,14 +153,14 @@ class Alleviation:
         None if none was found. plans: the best of another search, fastest first; some may not fit."""
         distinct = {(plan.stages, plan.microbatches, plan.schedule): plan for plan in reversed(plans)}
         plans = list(distinct.values())[::-1][:MAX_STARTS]
-        given = [self.judge(plan) for plan in plans]
+        given = [self.judge(plan) for plan in plans if self._keeps_schedule(plan)]
         self.best_s = min((one.time_s for one in given if one.fits), default=math.inf)
         if is_small(self.problem):
             for sketch, judged in search_wide(self.problem, self.judge, self.best_s, self._is_late):
                 self._accept(Found(sketch, judged))
             if self.best is not None:
                 plans = [self.best.judged.plan, *plans]
-        starts = [found for found in map(self._start, plans) if found is not None]
+        starts = [found for plan in plans for found in self._starts(plan)]
         for start in sorted(starts, key=_time)[:MAX_ROUNDS]:
             for found in self._climb(start):
                 self._accept(found)
@@ -167,9 +172,18 @@ class Alleviation:
         if found.time_s < self.best_s * (1 - TOLERANCE) and self._runs(found.judged.plan):
             self.best, self.best_s = found, found.time_s
 
-    def _start(self, plan: Plan) -> Found | None:
+    def _starts(self, plan: Plan) -> Iterator[Found]:
+        """The plan, or where it has not the schedule that is pinned, what becomes of it under that."""
         sketch = Sketch.of(plan)
-        return None if sketch is None or self.is_over else self._found(sketch, math.inf)
+        if sketch is None or self.is_over:
+            return
+        found = [self._found(sketch, math.inf)]
+        if found[0] is not None and not self._keeps_schedule(plan):
+            found = [self._found(other, math.inf) for other in self.moves.schedules(sketch, found[0].judged)]
+        yield from (one for one in found if one is not None)
+
+    def _keeps_schedule(self, plan: Plan) -> bool:
+        return self.problem.constraints.schedule in (None, plan.schedule)
 
     def _climb(self, now: Found) -> Iterator[Found]:
         """The start and each plan that beats the one before it."""

@@ -18,9 +18,12 @@ from ..plan import Plan
 from .alleviate import alleviated
 from .broad import Broad
 from .candidates import MAX_CANDIDATES, TooLarge, Tried, conclude, nothing_fits
+from .constraints import SEARCHED_SCHEDULES
 from .floors import Floors
 from .pricing import StagePrices
 from .problem import Chain, Problem, Shape
+from .rewriting import with_rewrites
+from .scheduled import is_scheduled, scheduled
 from .stages import TOLERANCE, StageSearch
 from .unequal import unequal
 
@@ -55,12 +58,31 @@ def auto(problem: Problem) -> Plan:
     planner/alleviate.py where that makes it faster; on clusters of unequal devices that of planner/unequal.py. ValueError,
     with the smallest plan found, when none fits."""
     if problem.cluster.hosts:
+        if is_scheduled(problem):
+            raise ValueError(
+                f"schedule={problem.constraints.schedule!r}: on clusters of several kinds of hosts method='auto' makes plans "
+                f"with schedule {' and '.join(map(repr, SEARCHED_SCHEDULES))} only"
+            )
         return unequal(problem)
     start_s = time.process_time()
+    plan = _on_graph(problem)
+    return with_rewrites(problem, plan, _on_graph, time.process_time() - start_s)
+
+
+def _on_graph(problem: Problem) -> Plan:
+    """The best plan of the graph as it is."""
+    if is_scheduled(problem):
+        return scheduled(problem, _core)
+    start_s = time.process_time()
+    plan, others = _core(problem)
+    return alleviated(problem, plan, others, time.process_time() - start_s)
+
+
+def _core(problem: Problem) -> tuple[Plan, list[Plan]]:
+    """The best plan of the exact search, or on many devices of the broad one, and all that were priced, fastest first."""
     search = Broad(problem) if problem.is_large else _Auto(problem)
     plan = search.run()
-    others = [one.plan for one in sorted(search.tried, key=lambda one: one.step_time_s)]
-    return alleviated(problem, plan, others, time.process_time() - start_s)
+    return plan, [one.plan for one in sorted(search.tried, key=lambda one: one.step_time_s)]
 
 
 def exact_search(problem: Problem) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from ..plan_validate import RECOMPUTE
 from ..schedule.orders import SCHEDULES
@@ -31,7 +32,7 @@ class Constraints:
 
     memory_limit_bytes: what a plan may use of each device; or memory_reserve: what it must leave free, a share (a float
     below 1) or bytes (a whole number). layout, stage: by pattern of modules' names, see planner/pins.py; given as
-    mappings, kept as pairs.
+    mappings, kept as pairs. rewrites: False keeps the graph as it was captured.
     """
 
     data: int | None = None
@@ -47,6 +48,7 @@ class Constraints:
     memory_reserve: float | int | None = None
     layout: Mapping[str, str] | tuple[tuple[str, str], ...] | None = None
     stage: Mapping[str, int] | tuple[tuple[str, int], ...] | None = None
+    rewrites: Literal[False] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", checked_layout(self.layout))
@@ -56,6 +58,11 @@ class Constraints:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected a positive integer, or None to let the search choose")
+        if self.rewrites is not None and self.rewrites is not False:
+            raise ValueError(
+                f"rewrites={self.rewrites!r}: expected False to keep the graph as it was captured, or None to let the search "
+                "choose"
+            )
         for name in ("context", "expert"):
             if getattr(self, name) not in (None, 1):
                 raise ValueError(

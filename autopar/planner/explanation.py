@@ -15,6 +15,7 @@ from dataclasses import replace
 from ..cluster.spec import Cluster
 from ..cost.model import CostModel
 from ..cost.types import StageCost
+from ..graph import Graph
 from ..plan import Plan, Prediction, StageMemory, Term
 from ..report.words import gib, plan_in_words, seconds
 from ..schedule.build import program_for
@@ -34,7 +35,7 @@ LEAST_GAIN = 5e-3
 def with_terms(problem: Problem, plan: Plan) -> Plan:
     """The plan with the terms of its step time and the parts of its memory in its prediction."""
     graph = plan.graph_of(problem.graph)
-    costs = problem.costs if not plan.rewrites else CostModel(graph, problem.cluster)
+    costs = problem.costs if graph is problem.graph else _costs_of(problem, graph)
     stages = [costs.stage(plan, s) for s in range(len(plan.stages))]
     assert plan.prediction is not None
     return replace(
@@ -45,6 +46,12 @@ def with_terms(problem: Problem, plan: Plan) -> Plan:
             memory=stage_memory(plan, stages),
         ),
     )
+
+
+def _costs_of(problem: Problem, graph: Graph) -> Costs:
+    """The prices of a rewritten graph."""
+    made_up = not isinstance(problem.costs, CostModel)
+    return CostModel(graph, problem.cluster) if made_up else problem.costs.of_graph(graph)
 
 
 def step_terms(plan: Plan, stages: Sequence[StageCost], costs: Costs, step_time_s: float) -> tuple[Term, ...]:

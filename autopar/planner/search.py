@@ -52,6 +52,7 @@ METHODS: dict[str, Callable[[Problem], Plan]] = {
 # stages per device.
 _SYNCHRONOUS = Space(schedules=("1f1b", "gpipe", "zb-h1"))
 SPACES: dict[str, Space] = {
+    "auto": Space(schedules=("1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v")),
     "exhaustive": Space(schedules=("1f1b", "gpipe", "zb-h1", "pipedream", "2bw")),
     "pipedream": Space(schedules=("1f1b", "gpipe", "pipedream", "2bw")),
     "dapple": _SYNCHRONOUS,
@@ -87,8 +88,9 @@ def search(
         recompute= ("none", "selective" or "full") pin one choice each. memory_limit_bytes= is what a plan may use of each
         device, or memory_reserve= what it must leave free (a float: share; a whole number: bytes; 0.1 by default).
         layout={"*.q_proj": "column"} pins how the ops of modules lie on the model axis, by pattern of their names (the
-        words are those of planner/pins.py), stage={"model.layers.0.*": 0} which stage runs them (-1: the last). context=
-        and expert= may only be 1. `SPACES` says which method can keep which schedule.
+        words are those of planner/pins.py), stage={"model.layers.0.*": 0} which stage runs them (-1: the last).
+        rewrites=False keeps the graph as it was captured. context= and expert= may only be 1. `SPACES` says which method
+        can keep which schedule.
     KeyboardInterrupt: Ctrl-C before there is any plan.
     ValueError: `stop` before there is any plan; an unknown method or constraint; constraints that contradict each other,
         the batch, the model or the cluster; no plan that fits in memory (with the smallest that was found, and what it
@@ -136,14 +138,9 @@ def _check_space(method: str, space: Space, pinned: Constraints) -> None:
         if value is None or value in getattr(space, field):
             continue
         able = [other for other in METHODS if value in getattr(SPACES.get(other, Space()), field)]
-        way = (
-            f"use method={' or '.join(map(repr, able))}"
-            if able
-            else "no method does yet; give parallelize a plan= that says so"
-        )
         raise ValueError(
             f"{name}={value!r}: method={method!r} makes plans with {name} "
-            f"{', '.join(map(repr, getattr(space, field)))} only; {way}"
+            f"{', '.join(map(repr, getattr(space, field)))} only; use method={' or '.join(map(repr, able))}"
         )
 
 

@@ -54,7 +54,7 @@ def wide_shapes(problem: Problem) -> Iterator[WideShape]:
     seen: set[WideShape] = set()
     for shape in problem.shapes:
         first = WideShape(shape, 1)
-        if first not in seen:
+        if first not in seen and SCHEDULES[shape.schedule].virtual in (0, 1):
             seen.add(first)
             yield first
     for shape in problem.shapes:

@@ -91,7 +91,8 @@ def _parallelize(bench: Bench, rewrites: tuple[str, ...], shapes: Sequence[Shape
     graph = rewritten(problem.graph, rewrites)
     own = problem
     if rewrites:
-        costs = CostModel(graph, problem.cluster, getattr(problem.costs, "corrections", None))
+        made_up = not isinstance(problem.costs, CostModel)
+        costs = CostModel(graph, problem.cluster) if made_up else problem.costs.of_graph(graph)
         try:
             own = replace(problem, graph=graph, costs=costs, chains=LayoutChains())
         except ValueError:

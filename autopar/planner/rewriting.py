@@ -1,0 +1,102 @@
+"""Algebraic rewrites of the graph, at the end of `auto`: what capture/rewrites.py can do to the captured graph, kept where
+the rewritten graph has a faster plan.
+
+Rewrites come in groups, because isomorphic blocks have them alike. First all groups together are tried, then each alone;
+from the best of these on, one more group at a time as long as that is faster. A rewritten graph is planned by the same
+search, in the degrees and microbatches of the best plan so far, as what joining products is worth depends on how they are
+split (Unger et al., "Unity", OSDI 2022; planner/methods/unity.py searches other degrees too). Meshes that differ by stage
+are left as they are, and so are graphs whose modules are pinned by name.
+
+Only on few devices: on many, products are large, and what a rewrite saves is small against the time to plan anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from ..capture.rewrites import find_rewrites, rewritten
+from ..cost.model import CostModel
+from ..graph import Graph
+from ..plan import Plan, Prediction
+from .chains import LayoutChains
+from .constraints import SEARCHED_SCHEDULES
+from .problem import Problem
+
+# Process seconds that it takes at most: so many, or as long as the search before it.
+LIMIT_S = 1.0
+# What is faster by less is as fast: other ops round differently, so the graph stays as it is for so little.
+LEAST_GAIN = 1e-3
+
+
+def with_rewrites(problem: Problem, plan: Plan, search: Callable[[Problem], Plan], spent_s: float) -> Plan:
+    """`plan`, or a faster one whose `rewrites` say what is done to the graph first.
+
+    search: what found `plan`. spent_s: the process seconds that it took.
+    """
+    pinned = problem.constraints
+    is_alike = len({(stage.data, stage.tensor) for stage in plan.stages}) == 1
+    if problem.is_large or not isinstance(problem.costs, CostModel) or not is_alike:
+        return plan
+    if pinned.rewrites is False or pinned.layout or pinned.stage:
+        return plan
+    groups, seen = find_rewrites(problem.graph), {problem.graph.fingerprint}
+    best, ends_s = plan, time.process_time() + max(LIMIT_S, spent_s)
+    try:
+        for more in ([groups] if len(groups) > 1 else []) + [[group] for group in groups]:
+            rewrites, graph = _applied(problem.graph, best.rewrites, more)
+            if graph.fingerprint in seen:
+                continue
+            seen.add(graph.fingerprint)
+            found = _planned(problem, graph, best, search)
+            if found is not None and _time_s(found) < _time_s(best) * (1 - LEAST_GAIN):
+                best = replace(found, rewrites=rewrites)
+            if time.process_time() >= ends_s or problem.budget.expired():
+                break
+    except KeyboardInterrupt:
+        problem.budget.interrupted()
+    if best is plan:
+        return plan
+    chosen = next(row for row in best.candidates if row.verdict.startswith("chosen"))
+    gain = f"{_time_s(plan) / _time_s(best):.3f}x slower: the graph as it was captured"
+    before = (replace(row, verdict=gain) for row in plan.candidates if row.verdict.startswith("chosen"))
+    # Bounds of the captured graph do not hold for another.
+    prediction = Prediction(_time_s(best), best.prediction.peak_memory_bytes)
+    return replace(best, prediction=prediction, candidates=(chosen, *before))
+
+
+def _applied(graph: Graph, done: tuple[str, ...], more: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], Graph]:
+    """Rewrites and the graph that they make: those done, and of `more` each group that still has its place."""
+    made = rewritten(graph, done)
+    for group in more:
+        try:
+            made, done = rewritten(graph, (*done, *group)), (*done, *group)
+        except ValueError:  # an earlier group took its place away
+            continue
+    return done, made
+
+
+def _planned(problem: Problem, graph: Graph, best: Plan, search: Callable[[Problem], Plan]) -> Plan | None:
+    """The best plan of a rewritten graph in the degrees of `best`; None where none is legal or fits."""
+    stage, pinned = best.stages[0], problem.constraints
+    degrees = replace(
+        pinned, data=stage.data, tensor=stage.tensor, pipeline=best.pipeline, microbatches=best.microbatches,
+        schedule=pinned.schedule or (best.schedule if best.schedule not in SEARCHED_SCHEDULES else None), rewrites=False,
+    )  # fmt: skip
+    try:
+        own = replace(
+            problem,
+            graph=graph,
+            costs=problem.costs.of_graph(graph),
+            chains=LayoutChains(),
+            constraints=degrees,
+            kept=[],
+        )
+        return search(own)
+    except ValueError:
+        return None
+
+
+def _time_s(plan: Plan) -> float:
+    return plan.prediction.step_time_s

@@ -1,0 +1,83 @@
+"""Rewrites at the end of `auto`: where they are worth it, what pins them away, and that what they make is executed exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_parity import call, errors
+from torch import nn
+
+import autopar
+from autopar.capture.rewrites import rewritten
+from autopar.cluster.presets import preset
+from autopar.simulate import simulate
+
+
+class Pairs(nn.Module):
+    """Layers of two products of one input that are summed, which one product of summed weights computes too."""
+
+    def __init__(self, width: int = 64, layers: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2)) for _ in range(layers)
+        )
+
+    def forward(self, x):
+        for a, b in self.layers:
+            x = x + torch.relu(a(x) + b(x))
+        return x.square().mean()
+
+
+def pairs() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return Pairs(), torch.randn(4096, 64)
+
+
+@pytest.mark.parametrize("pins", [{}, {"data": 2}, {"pipeline": 2}])
+def test_products_are_joined_where_that_is_faster(pins) -> None:
+    graph, cluster = autopar.capture(*pairs()), preset("a100-40gb", 1, 2)
+    plan = autopar.search(graph, cluster, progress=False, **pins)
+    plain = autopar.search(graph, cluster, progress=False, rewrites=False, **pins)
+    assert plan.rewrites and not plain.rewrites
+    assert plan.prediction.step_time_s < plain.prediction.step_time_s
+    plan.validate(graph, cluster)
+    line = simulate(rewritten(graph, plan.rewrites), plan, cluster)
+    assert line.step_time_s == pytest.approx(plan.prediction.step_time_s, rel=1e-9)
+    assert max(line.peak_memory_bytes.values()) == plan.prediction.peak_memory_bytes
+    assert [row.verdict for row in plan.candidates][0] == "chosen" and plan.prediction.lower_bound_s is None
+
+
+def test_what_is_pinned_by_name_keeps_its_graph() -> None:
+    graph, cluster = autopar.capture(*pairs()), preset("a100-40gb", 1, 2)
+    plan = autopar.search(graph, cluster, progress=False, tensor=2, layout={"layers.0.*": "column"})
+    assert not plan.rewrites
+    with pytest.raises(ValueError, match="rewrites=True: expected False to keep the graph"):
+        autopar.search(graph, cluster, rewrites=True)
+
+
+def run_searched() -> tuple[bool, float, float, bool]:
+    module, example = pairs()
+    cluster = preset("a100-40gb", 1, 2)
+    model = autopar.parallelize(module, example, cluster=cluster)
+    value, expected = call(model, example), call(module, example)
+    value.backward()
+    expected.backward()
+    found = abs(value.item() - expected.item()) / abs(expected.item()), errors(model, module)
+    # A plan that was saved runs again, in a process that captures the graph anew.
+    again = autopar.parallelize(module, example, plan=model.plan, cluster=cluster)
+    same = call(again, example).item() == value.item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(6):
+        call(model, example).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    rewrites = model.plan.rewrites
+    model.refine(optimizer, remaining_steps=10**6)
+    same = same and model.plan.rewrites == rewrites
+    same = same and call(model, example).item() == pytest.approx(value.item(), rel=1e-6)
+    return bool(rewrites), *found, same
+
+
+def test_they_run_and_stay_when_the_plan_is_refined(pool) -> None:
+    for rewrites, loss_error, gradient_error, same in pool.run(run_searched):
+        assert rewrites and loss_error < 1e-6 and gradient_error < 1e-5 and same
