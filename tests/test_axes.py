@@ -360,7 +360,7 @@ GLOO = [
 ]
 
 
-@pytest.mark.parametrize("world_size", [4, 8])
+@pytest.mark.parametrize("world_size", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_plans_on_processes(pool, world_size: int) -> None:
     for name, plan in GLOO:
         if plan["data"] * 4 * plan["pipeline"] != world_size:

@@ -114,7 +114,9 @@ def test_loss_and_gradients(pool, name: str, world_size: int) -> None:
             assert gradient < 1e-5, (rank, plan, gradient)
 
 
-@pytest.mark.parametrize("name", ["build_llama", "build_gpt2", "build_conv_net"])
+@pytest.mark.parametrize(
+    "name", ["build_llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("build_gpt2", "build_conv_net"))]
+)
 @pytest.mark.parametrize("zero,recompute", [(3, "none"), (3, "full"), (0, "full")])
 def test_zero_and_recompute(pool, name: str, zero: int, recompute: str) -> None:
     plans = [

@@ -128,7 +128,15 @@ def random_steps(seeds: range, world_size: int) -> list[tuple[float, float, floa
     return found
 
 
-@pytest.mark.parametrize(("world_size", "seeds"), [(3, range(12)), (4, range(12, 30))])
+@pytest.mark.parametrize(
+    ("world_size", "seeds"),
+    [
+        (3, range(6)),
+        (4, range(12, 20)),
+        pytest.param(3, range(6, 12), marks=pytest.mark.slow),
+        pytest.param(4, range(20, 30), marks=pytest.mark.slow),
+    ],
+)
 def test_random_plans_of_random_models(pool, world_size: int, seeds: range) -> None:
     results = pool.run(random_steps, seeds, world_size, world_size=world_size, timeout_s=240)
     assert len(results[0]) > len(seeds) * 0.8
