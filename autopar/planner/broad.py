@@ -42,7 +42,7 @@ MARGIN = 1.08
 SAME = 1e-3
 # Of the best shapes, how many have their cuts searched, in how many partial plans; and how many get layouts of their own.
 NUM_CUT, CUT_VISITS = 3, 60
-NUM_OWN, OWN_CHAINS = 2, 3
+NUM_OWN, OWN_CHAINS = 1, 3
 # Tensor degrees that are asked at most what no layout of theirs beats, for the bound alone.
 NUM_PROVED = 6
 
@@ -193,7 +193,8 @@ class Broad:
             self.problem.chains.without_recompute(self.problem, shape), NUM_LEAN if lean else 1
         ):
             if chain not in known:
-                outline = Outline(self.problem, self.prices, shape.tensor, chain, shape.shards)
+                like = degree.outlines[0][0] if degree.outlines else None
+                outline = Outline(self.problem, self.prices, shape.tensor, chain, shape.shards, like)
                 degree.outlines.append((outline, shape.shards))
         degree.looked.append((shape.shards, lean))
 

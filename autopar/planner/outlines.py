@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -109,11 +109,20 @@ class Rest:
 class Outline:
     """One chain of a tensor degree, priced as one stage in microbatches of two sizes.
 
-    shards: into how many parts the batch is cut for the larger one.
+    shards: into how many parts the batch is cut for the larger one. like: another outline of the degree, in proportion to
+    which what lies at rest is estimated.
     """
 
-    def __init__(self, problem: Problem, prices: StagePrices, tensor: int, chain: Chain, shards: int) -> None:
-        self.problem, self.prices, self.tensor, self.chain = problem, prices, tensor, chain
+    def __init__(
+        self,
+        problem: Problem,
+        prices: StagePrices,
+        tensor: int,
+        chain: Chain,
+        shards: int,
+        like: Outline | None = None,
+    ) -> None:
+        self.problem, self.prices, self.tensor, self.chain, self._like = problem, prices, tensor, chain, like
         self.rows = problem.graph.batch_size
         self.shards = shards if shards * 4 <= self.rows else _divisor_at_most(self.rows, max(1, self.rows // 16))
         choices = problem.recompute_choices
@@ -129,6 +138,10 @@ class Outline:
 
     def rest(self, data: int, zero: int) -> Rest:
         key = (data, zero)
+        if key not in self._rests and self._like is not None:
+            share = at_rest_bytes(self.small) / max(at_rest_bytes(self._like.small), 1)
+            theirs = self._like.rest(data, zero)
+            self._rests[key] = Rest(*(share * getattr(theirs, one.name) for one in fields(Rest)))
         if key not in self._rests:
             cost = self._cost(data, self.rows // data, zero, self.problem.recompute_choices[0])
             extra_s = cost.forward_s + cost.backward_s - self.small.forward_s - self.small.backward_s
