@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from planners_plot import plot
 from torch import nn
 from tqdm import tqdm
 
@@ -297,7 +298,20 @@ def main() -> None:
             f"`{' '.join(['python benchmarks/planners.py', *_given(arguments)])}`\n\nStep time relative to auto's, by the "
             "common simulator; brackets: does not fit in memory.\n\n"
         )
-        arguments.record.write_text(head + text + "\n")
+        picture = arguments.record.with_suffix(".svg")
+        picture.write_text(plot(_ratios(chosen), [m for m in methods if m != "auto"]))
+        shown = f"![Step time over auto's]({picture.name}): filled marks fit in memory, those beyond 4 stand at the edge.\n\n"
+        arguments.record.write_text(head + shown + text + "\n")
+
+
+def _ratios(rows: list[Row]) -> dict[str, dict[str, tuple[float, bool]]]:
+    """Per instance and method (step time over auto's, whether it fits)."""
+    base = {row.instance: row.step_time_s for row in rows if row.method == "auto" and row.step_time_s}
+    found: dict[str, dict[str, tuple[float, bool]]] = {name: {} for name in base}
+    for row in rows:
+        if row.method != "auto" and row.step_time_s and row.instance in base:
+            found[row.instance][row.method] = row.step_time_s / base[row.instance], row.fits
+    return found
 
 
 def _given(arguments: argparse.Namespace) -> list[str]:
