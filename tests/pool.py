@@ -43,6 +43,9 @@ PRELOADED = [
     "torch._dynamo",
     "torch.distributed.tensor",
     "torch.distributed.fsdp",
+    "autopar",
+    "captured",
+    "plan_cases",
 ]
 
 

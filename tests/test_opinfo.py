@@ -14,7 +14,7 @@ import torch
 from opinfo_cases import check_sample, generated_samples, op_samples
 
 
-@pytest.mark.parametrize("half", (0, 1))
+@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_split_of_every_sample(half: int):
     torch.manual_seed(0)
     failures: list[str] = []

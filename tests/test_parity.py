@@ -241,7 +241,7 @@ def ten_steps(name: str, plan: dict[str, Any]) -> tuple[list[float], list[float]
     return losses
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "build_llama" else n for n in MODELS])
 def test_ten_optimizer_steps(pool, name: str) -> None:
     zero = {"build_llama": 3, "build_gpt2": 2, "build_mlp": 1}.get(name, 0)
     plan = dict(data=2, tensor=2, pipeline=2, microbatches=4, zero=zero, seed=3)
