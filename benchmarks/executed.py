@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -50,17 +52,12 @@ from autopar.report.explain import table  # noqa: E402
 from autopar.runtime.agree import from_rank_zero  # noqa: E402
 from autopar.schedule.orders import schedule_named  # noqa: E402
 from benchmarks.executed_plans import Found, Search, all_methods, distinct, pinned  # noqa: E402
-from benchmarks.kendall import pairs_apart, tau_b  # noqa: E402
-from benchmarks.vs_torch import timed  # noqa: E402
-from launch.model import LanguageModel, ModelConfig  # noqa: E402
+from benchmarks.vs_torch import LEARNING_RATE, LOSS_TOLERANCE, build, timed  # noqa: E402
 
-LOSS_TOLERANCE = 1e-3
-"""Relative; float32 sums in another order, through as many AdamW steps as there are rounds."""
-
-LEARNING_RATE = 1e-3
+# Predictions are apart if they differ by more than this share.
 APART = 0.03
+# Of an asynchronous plan, in its turn of a round.
 STREAMED_BATCHES = 4
-"""Of an asynchronous plan, in its turn of a round."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -174,18 +171,13 @@ def execute(
     ]
 
 
-class _named:
+@contextmanager
+def _named(found: Found) -> Iterator[None]:
     """Errors inside say which plan they come from."""
-
-    def __init__(self, found: Found) -> None:
-        self.found = found
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Exception):
-            raise RuntimeError(f"{self.found.words}, found by {self.found.names}: {error}") from error
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(f"{found.words}, found by {found.names}: {error}") from error
 
 
 def _loss_error(losses: Sequence[float], expected: Sequence[float]) -> float:
@@ -218,26 +210,12 @@ def on_one_device(module: nn.Module, batches: Sequence[Batch], count: int, late:
     return losses
 
 
-def build(options: argparse.Namespace) -> tuple[LanguageModel, list[Batch]]:
-    """The model and four batches, the same on every rank."""
-    torch.manual_seed(0)
-    module = LanguageModel(
-        ModelConfig(
-            options.vocabulary, options.layers, options.hidden, options.heads, options.kv_heads, options.feed_forward
-        )
-    )
-    generator = torch.Generator().manual_seed(1)
-    shape = (options.batch, options.sequence + 1)
-    texts = [torch.randint(options.vocabulary, shape, generator=generator) for _ in range(4)]
-    return module, [(text[:, :-1].contiguous(), text[:, 1:].contiguous()) for text in texts]
-
-
 def run_rank(rank: int, ranks: int, store: str, options: argparse.Namespace, results: Any) -> None:
     """One of `ranks` ranks; rank 0 puts (the cluster in words, the plans that ran, remarks) into `results`."""
     torch.set_num_threads(1)
     hour = datetime.timedelta(hours=1)  # ranks wait while rank 0 plans
     dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks, timeout=hour)
-    module, batches = build(options)
+    module, batches = build(options, torch.device("cpu"))
     cluster = autopar.Cluster.probe()
     searches = all_methods(options.methods) + ([] if options.unpinned else pinned(ranks, options.batch))
     remarks: list[str] = []
@@ -292,13 +270,19 @@ def rows(found: Sequence[Executed]) -> Iterator[list[str]]:
 HEADER = ["#", "plan", "predicted, ms", "measured, ms", "quartiles", "error", "loss error", "found by"]
 
 
+def pairs_apart(first: Sequence[float], second: Sequence[float], apart: float) -> tuple[int, list[tuple[int, int]]]:
+    """Of the pairs whose first figures (positive) differ by more than the share `apart` of the smaller: how many they are,
+    and those (i, j) that the first puts in this order, the second strictly in the other."""
+    pairs = [(i, j) for i, j in itertools.permutations(range(len(first)), 2) if first[j] > first[i] * (1 + apart)]
+    return len(pairs), [(i, j) for i, j in pairs if second[j] < second[i]]
+
+
 def verdict(found: Sequence[Executed]) -> str:
     """Kendall's tau, what stands in the wrong order, and how good auto's choice was."""
     predicted, measured = [one.found.predicted_s for one in found], [one.median_s for one in found]
     pairs, swapped = pairs_apart(predicted, measured, APART)
-    lines = [
-        f"Kendall's tau-b of predicted and measured step times: {tau_b(predicted, measured):.3f} ({len(found)} plans)"
-    ]
+    tau = kendalltau(predicted, measured).statistic
+    lines = [f"Kendall's tau-b of predicted and measured step times: {tau:.3f} ({len(found)} plans)"]
     if pairs:
         lines.append(
             f"over the {pairs} pairs predicted more than {APART:.0%} apart: {1 - 2 * len(swapped) / pairs:.3f} "

@@ -201,8 +201,8 @@ def run_rank(rank: int, name: str, store: str | None, options: argparse.Namespac
     dist.destroy_process_group()
 
 
-def compare(configuration: Configuration, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """Both sides in turn; the record of what was measured."""
+def build(options: argparse.Namespace, device: torch.device) -> tuple[LanguageModel, list[tuple[Tensor, Tensor]]]:
+    """The model of the sizes that `options` name and four batches, the same on every rank."""
     torch.manual_seed(0)
     config = ModelConfig(
         options.vocabulary, options.layers, options.hidden, options.heads, options.kv_heads, options.feed_forward
@@ -211,7 +211,13 @@ def compare(configuration: Configuration, device: torch.device, options: argpars
     shape = (options.batch, options.sequence + 1)
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randint(options.vocabulary, shape, generator=generator).to(device) for _ in range(4)]
-    batches = [(text[:, :-1].contiguous(), text[:, 1:].contiguous()) for text in texts]
+    return module, [(text[:, :-1].contiguous(), text[:, 1:].contiguous()) for text in texts]
+
+
+def compare(configuration: Configuration, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """Both sides in turn; the record of what was measured."""
+    module, batches = build(options, device)
+    num_parameters = sum(p.numel() for p in module.parameters())
     constraints = {"data": 1, "tensor": 1, "pipeline": 1, "microbatches": _microbatches(configuration, options)}
     constraints |= configuration.constraints
     if configuration.pipeline:
@@ -238,7 +244,7 @@ def compare(configuration: Configuration, device: torch.device, options: argpars
         "name": configuration.name,
         "against": configuration.against,
         "target": configuration.target,
-        "parameters": sum(p.numel() for p in LanguageModel(config).parameters()),
+        "parameters": num_parameters,
         "median_s": {side: statistics.median(values) for side, values in times.items()},
         "loss_error": worst,
         "loss_tolerance": LOSS_TOLERANCE if configuration.precision == "float32" else HALF_LOSS_TOLERANCE,

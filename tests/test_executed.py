@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
-import random
 from dataclasses import replace
 
-import pytest
+import torch
 from method_cases import captured_problem
-from scipy.stats import kendalltau
 
 import autopar
 from autopar.cluster.spec import Cluster
 from autopar.planner.search import search
-from benchmarks.executed import LOSS_TOLERANCE, Executed, build, execute, verdict
+from benchmarks.executed import LOSS_TOLERANCE, Executed, build, execute, pairs_apart, verdict
 from benchmarks.executed_plans import Found, Search, bare, distinct
-from benchmarks.kendall import pairs_apart, tau_b
 
 SIZES = dict(vocabulary=64, layers=1, hidden=64, heads=2, kv_heads=1, feed_forward=128, sequence=32, batch=16)
 FAST = Search("auto", dict(data=2, tensor=1, pipeline=1, microbatches=1, zero=0, recompute="none"))
@@ -28,7 +24,7 @@ OTHERS = [
 
 
 def run() -> list[Executed]:
-    module, batches = build(argparse.Namespace(**SIZES))
+    module, batches = build(argparse.Namespace(**SIZES), torch.device("cpu"))
     cluster = Cluster.preset("cpu", hosts=1, devices_per_host=2)
     plans = distinct(autopar.capture(module, batches[0]), cluster, [FAST, SLOW, *OTHERS], time_limit_s=20)
     return execute(plans, module, batches, cluster, warm_up=3, rounds=4)
@@ -59,15 +55,7 @@ def test_a_plan_found_twice_is_run_once() -> None:
     assert len(said) == 1 and said[0].startswith("auto(data=3) finds no plan: ")
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_tau_is_that_of_scipy(seed: int) -> None:
-    rng = random.Random(seed)
-    first, second = ([rng.choice((1.0, 2.0, 3.0, rng.random())) for _ in range(9)] for _ in range(2))
-    assert tau_b(first, second) == pytest.approx(kendalltau(first, second).statistic)
-
-
 def test_pairs_that_are_apart() -> None:
-    assert math.isnan(tau_b([1.0, 1.0], [1.0, 2.0]))
     assert pairs_apart([1.00, 1.02, 2.00], [3.0, 1.0, 2.0], 0.03) == (2, [(0, 2)])
 
 

@@ -196,15 +196,16 @@ class _Constants:
             return _call(op, inputs)
         if target in ("aten.tril.default", "aten.triu.default"):
             return self._called(op, {n: self._dense(n, v, (-2, -1)) for n, v in inputs.items()})
+        return self._whole(op, inputs)
+
+    def _whole(self, op: Op, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The op on whole inputs, if its output is not too large."""
         if self.draft.tensors[op.outputs[0]].numel > _LIMIT:
             return None
         return self._called(op, {n: self._dense(n, v, None) for n, v in inputs.items()})
 
     def _called(self, op: Op, inputs: dict[str, torch.Tensor | None]) -> torch.Tensor | None:
-        out_size = self.draft.tensors[op.outputs[0]].numel
-        if any(value is None for value in inputs.values()) or (not inputs and out_size > _LIMIT):
-            return None
-        return _call(op, inputs)  # type: ignore[arg-type]
+        return None if any(value is None for value in inputs.values()) else _call(op, inputs)  # type: ignore[arg-type]
 
     def _dense(self, name: str, value: torch.Tensor, dims: tuple[int, ...] | None) -> torch.Tensor | None:
         """The value with its full size along `dims` (None: along all); None where that is too large."""
@@ -220,7 +221,7 @@ class _Constants:
         shape = self.draft.tensors[source.name].shape
         value = inputs[source.name]
         if len(indices) != len(shape) or not all(isinstance(i, Ref) for i in indices):
-            return self._called(op, {n: self._dense(n, v, None) for n, v in inputs.items()})
+            return self._whole(op, inputs)
         used = []
         for dim, ref in enumerate(indices):
             index = inputs[ref.name]

@@ -131,15 +131,10 @@ class Alleviation:
         self.relief = Relief(self.judge)
         self.moves = Moves(problem, self.judge)
         self.best: Found | None = None
-        self._limit_s = limit_s
-        self.restart_clock()
+        self._ends_s = time.process_time() + limit_s
         self._seen: dict[tuple, Found | None] = {}
         # Keys name rows by identity, so these must live as long.
         self._kept: list[Sketch] = []
-
-    def restart_clock(self) -> None:
-        """Let its time begin now."""
-        self._ends_s = time.process_time() + self._limit_s
 
     @property
     def is_over(self) -> bool:

@@ -15,7 +15,6 @@ from dataclasses import replace
 from ..cluster.spec import Cluster
 from ..cost.model import CostModel
 from ..cost.types import StageCost
-from ..graph import Graph
 from ..plan import Plan, Prediction, StageMemory, Term
 from ..report.words import gib, plan_in_words, seconds
 from ..schedule.build import program_for
@@ -23,6 +22,7 @@ from ..schedule.orders import schedule_named
 from ..schedule.step_time import exposed_reduce_s
 from ..simulate import program_peak_bytes, simulate, stage_peak_bytes
 from .problem import Costs, Problem
+from .rewriting import costs_of
 
 COMPUTE, REDUCTION, OPTIMIZER, WAITING = "compute", "gradient reduction not hidden", "optimizer", "waiting (bubbles)"
 # Of the plans that lost, how many are priced again, and the factors that are tried, the smallest first.
@@ -35,7 +35,7 @@ LEAST_GAIN = 5e-3
 def with_terms(problem: Problem, plan: Plan) -> Plan:
     """The plan with the terms of its step time and the parts of its memory in its prediction."""
     graph = plan.graph_of(problem.graph)
-    costs = problem.costs if graph is problem.graph else _costs_of(problem, graph)
+    costs = problem.costs if graph is problem.graph else costs_of(problem, graph)
     stages = [costs.stage(plan, s) for s in range(len(plan.stages))]
     assert plan.prediction is not None
     return replace(
@@ -46,12 +46,6 @@ def with_terms(problem: Problem, plan: Plan) -> Plan:
             memory=stage_memory(plan, stages),
         ),
     )
-
-
-def _costs_of(problem: Problem, graph: Graph) -> Costs:
-    """The prices of a rewritten graph."""
-    made_up = not isinstance(problem.costs, CostModel)
-    return CostModel(graph, problem.cluster) if made_up else problem.costs.of_graph(graph)
 
 
 def step_terms(plan: Plan, stages: Sequence[StageCost], costs: Costs, step_time_s: float) -> tuple[Term, ...]:

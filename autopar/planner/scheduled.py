@@ -34,9 +34,8 @@ def is_scheduled(problem: Problem) -> bool:
 
 def scheduled(problem: Problem, core: Core) -> Plan:
     """The best plan found. core: what finds the best plan of a problem under 1F1B and GPipe, and its next best."""
-    search = Alleviation(problem, min(math.inf if is_small(problem) else LIMIT_S, problem.budget.left_s))
     starts = list(_starts(problem, core))
-    search.restart_clock()
+    search = Alleviation(problem, min(math.inf if is_small(problem) else LIMIT_S, problem.budget.left_s))
     try:
         search.run(starts)
     except KeyboardInterrupt:

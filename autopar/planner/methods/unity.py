@@ -28,6 +28,7 @@ from ...cost.model import CostModel
 from ...plan import Plan
 from ..chains import LayoutChains
 from ..problem import Problem, Shape
+from ..rewriting import on_graph
 from .bench import Bench
 
 # Unity's default: what is up to 5% slower may lead to something faster.
@@ -91,10 +92,8 @@ def _parallelize(bench: Bench, rewrites: tuple[str, ...], shapes: Sequence[Shape
     graph = rewritten(problem.graph, rewrites)
     own = problem
     if rewrites:
-        made_up = not isinstance(problem.costs, CostModel)
-        costs = CostModel(graph, problem.cluster) if made_up else problem.costs.of_graph(graph)
         try:
-            own = replace(problem, graph=graph, costs=costs, chains=LayoutChains())
+            own = on_graph(problem, graph)
         except ValueError:
             # what is pinned by name is no longer there
             return dict.fromkeys(shapes, math.inf)
