@@ -87,6 +87,11 @@ def quiet_export_failure() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def is_watched(tensor: torch.Tensor) -> bool:
+    """Whether something sees the tensor's gradient on its way, and may change it."""
+    return tensor.retains_grad or bool(tensor._backward_hooks)
+
+
 def storage_use_count(tensor: torch.Tensor) -> int:
     """How many tensors (and handles) refer to the tensor's storage now."""
     return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)

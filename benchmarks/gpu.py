@@ -8,8 +8,10 @@ stage: as many of the model's layers as fit, in bfloat16 from float32 parameters
 same module under torch.autocast and torch.compile. Steps of the two alternate; medians, their ratio, and the share of the
 device's peak that the model's own floating point operations make.
 
-memory: plans of up to 64 ranks, searched for a cluster of this device. The first and the last rank of each run alone, in
-processes of their own, under torch's fake process group; the allocator's peak is held against the predicted one.
+memory: plans of up to 64 ranks, searched for a cluster of this device. The first and the last rank of each run alone
+under torch's fake process group (of a plan with one stage only the first: all are alike); the allocator's peak is held
+against the predicted one. The plans of a precision run one after the other in a process of their own, those of both
+precisions side by side.
 
 On a machine without a GPU both parts run on a small shape on the CPU. Of the stage that shows only that it runs; the
 memory is that of live tensors, counted one by one (rank_memory.py).
@@ -18,7 +20,7 @@ memory is that of live tensors, counted one by one (rank_memory.py).
 from __future__ import annotations
 
 import argparse
-import itertools
+import gc
 import platform
 import queue
 import statistics
@@ -46,7 +48,8 @@ SMALL = dict(vocabulary=512, hidden=128, heads=4, kv_heads=2, feed_forward=384)
 BYTES_PER_PARAMETER = 20  # parameter, gradient and AdamW's two moments in float32, and the copy to compute with
 MEMORY_SHARE = 0.8
 ROUNDS = 10
-PLANS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+Plans = tuple[dict[str, Any], dict[str, Any]]
+PLANS: tuple[Plans, ...] = (
     ({"data": 8, "zero": 0}, {}),
     ({"data": 8, "zero": 3, "microbatches": 2}, {"zero": 1}),
     ({"data": 8, "zero": 3}, {"zero": 2}),
@@ -149,9 +152,14 @@ def run_stage(case: Case) -> Iterator[str]:
     seconds: dict[str, list[float]] = {"torch": [], "autopar": []}
     losses: dict[str, float] = {}
     peaks: dict[str, int] = {}
+    predicted: dict[str, float] = {}
+
+    def module_on_device() -> LanguageModel:
+        with device():
+            return LanguageModel(case.config)
 
     def plain() -> Callable[[], Tensor]:
-        module = LanguageModel(case.config).to(device())
+        module = module_on_device()
         compiled = torch.compile(module, backend=backend)
 
         def loss_of() -> Tensor:
@@ -161,16 +169,21 @@ def run_stage(case: Case) -> Iterator[str]:
         return trainer(module, loss_of)
 
     def ours() -> Callable[[], Tensor]:
-        module = LanguageModel(case.config).to(device())
+        module = module_on_device()
         model = autopar.parallelize(
             module, (tokens, targets), precision="bfloat16", compile=backend, cluster=cluster(1), timeout_s=900
         )
         del module
+        predicted["step"] = model.prediction.step_time_s
+        predicted["peak"] = model.prediction.peak_memory_bytes[0]
         return trainer(model, lambda: model(tokens, targets))
 
     for turn in range(4):
         name, build = (("torch", plain), ("autopar", ours))[turn % 2]
         torch.manual_seed(0)
+        # Else what was compiled for one side keeps its parameters.
+        torch.compiler.reset()
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -192,22 +205,36 @@ def run_stage(case: Case) -> Iterator[str]:
             f"{name}: median {median_s * 1e3:.1f} ms, model FLOP utilisation {used:.1%}, peak {peaks[name] / 2**30:.2f} GiB"
         )
     yield f"autopar / torch = {medians['autopar'] / medians['torch']:.4f}"
+    yield (
+        f"predicted: {predicted['step'] * 1e3:.1f} ms ({predicted['step'] / medians['autopar'] - 1:+.1%}), "
+        f"{predicted['peak'] / 2**30:.2f} GiB"
+    )
 
 
-def measured_memory(
-    ranks: Sequence[int], results: Any, case: Case, pins: dict[str, Any], given: dict[str, Any], precision: str
-) -> None:
-    """In a process of its own: the peaks of some ranks of a plan, measured and predicted."""
-    torch.set_num_threads(1)
+def measured_memory(case: Case, precision: str, plans: Sequence[Plans], results: Any) -> None:
+    """In a process of its own: (words, rank, peaks measured and predicted or what went wrong) of some ranks of each plan."""
+    torch.set_num_threads(1 if device().type == "cpu" else 4)
     with torch.device("meta"):
         module = LanguageModel(case.config)
     batch = batch_of(case)
     graph = autopar.capture(module, batch, precision=precision)
-    hardware = cluster(num_ranks(pins))
-    plan = with_stages(autopar.search(graph, hardware, progress=False, **pins), given)
-    for rank in ranks:
-        results.put(rank_memory(graph, plan, hardware, module, batch, rank, device()))
-    results.put(None)
+    for held, given in plans:
+        pins = all_pins(held)
+        world_size = num_ranks(pins)
+        words = f"{precision}, " + ", ".join(f"{name} {value}" for name, value in (held | given).items())
+        for rank in sorted({0, world_size - 1} if pins["pipeline"] > 1 else {0}):
+            found: RankMemory | str
+            try:
+                hardware = cluster(world_size)
+                plan = with_stages(autopar.search(graph, hardware, progress=False, **pins), given)
+                found = rank_memory(graph, plan, hardware, module, batch, rank, device())
+            except Exception as error:  # one plan that fails, out of memory say, must not hide the others
+                found = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            results.put((words, rank, found))
+
+
+def all_pins(held: dict[str, Any]) -> dict[str, Any]:
+    return {"data": 1, "tensor": 1, "pipeline": 1, "recompute": "none"} | held
 
 
 def num_ranks(pins: dict[str, Any]) -> int:
@@ -215,49 +242,56 @@ def num_ranks(pins: dict[str, Any]) -> int:
 
 
 def run_memory(case: Case, most_ranks: int, precisions: Sequence[str]) -> Iterator[str]:
-    """Lines of the record: the first and the last rank of every plan."""
+    """Lines of the record, as the ranks of all plans come in."""
     context = mp.get_context("spawn")
     errors: list[float] = []
-    for precision, (held, given) in itertools.product(precisions, PLANS):
-        pins = {"data": 1, "tensor": 1, "pipeline": 1, "recompute": "none"} | held
-        world_size = num_ranks(pins)
-        if world_size > most_ranks or case.rows % (pins["data"] * pins.get("microbatches", 1)):
-            continue
-        words = ", ".join(f"{name} {value}" for name, value in (held | given).items())
-        results = context.Queue()
-        # On one stage all ranks are alike, but for the parts that do not divide.
-        ranks = sorted({0, world_size - 1})
-        process = context.Process(target=measured_memory, args=(ranks, results, case, pins, given, precision))
+    plans = [
+        (held, given)
+        for held, given in PLANS
+        for pins in [all_pins(held)]
+        if num_ranks(pins) <= most_ranks and case.rows % (pins["data"] * pins.get("microbatches", 1)) == 0
+    ]
+    results = context.Queue()
+    processes = [
+        # In turn from either end, so that the largest plans do not meet on the device.
+        context.Process(target=measured_memory, args=(case, precision, plans[:: 1 - 2 * (i % 2)], results))
+        for i, precision in enumerate(precisions)
+    ]
+    for process in processes:
         process.start()
-        for rank in ranks:
-            found = next_of(results, process)
-            if found is None:
-                yield f"{precision}, {words}: rank {rank} failed with exit code {process.exitcode}"
-                break
-            errors.append(found.error)
-            yield (
-                f"{precision}, {words}: rank {rank} measured {found.measured_bytes / 2**20:.1f} MiB, "
-                f"predicted {found.predicted_bytes / 2**20:.1f} MiB ({found.error:+.1%})"
-            )
+    for words, rank, found in until_ended(results, processes):
+        if isinstance(found, str):
+            yield f"{words}: rank {rank} failed, {found}"
+            continue
+        errors.append(found.error)
+        yield (
+            f"{words}: rank {rank} measured {found.measured_bytes / 2**20:.1f} MiB, "
+            f"predicted {found.predicted_bytes / 2**20:.1f} MiB ({found.error:+.1%})"
+        )
+    for process in processes:
         process.join()
+        if process.exitcode:
+            yield f"a process ended with exit code {process.exitcode}"
     if errors:
         within = sum(abs(error) <= 0.05 for error in errors)
         yield f"{within} of {len(errors)} within 5%, largest error {max(errors, key=abs):+.1%}"
 
 
-def next_of(results: Any, process: Any) -> RankMemory | None:
-    """The next result, None once the process has ended without one."""
+def until_ended(results: Any, processes: Sequence[Any]) -> Iterator[tuple[str, int, RankMemory | str]]:
+    """What comes in until the last process has ended."""
     while True:
+        running = any(process.is_alive() for process in processes)
         try:
-            return results.get(timeout=1.0)
+            yield results.get(timeout=1.0)
         except queue.Empty:
-            if not process.is_alive():
-                return None
+            if not running:
+                return
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", choices=["stage", "memory"], help="only this one")
+    parser.add_argument("--layers", type=int, default=0, help="of the stage (default: as many as fit)")
     parser.add_argument("--sequence", type=int, default=4096 if torch.cuda.is_available() else 64)
     parser.add_argument("--rows", type=int, default=1, help="rows of the stage's batch")
     parser.add_argument("--ranks", type=int, default=64, help="the largest world of the memory part")
@@ -270,11 +304,12 @@ def main() -> None:
     print(lines[0], flush=True)
     for part in (arguments.part,) if arguments.part else ("stage", "memory"):
         if part == "stage":
-            config = ModelConfig(layers=layers_that_fit(shape), **shape)
+            config = ModelConfig(layers=arguments.layers or layers_that_fit(shape), **shape)
             found = run_stage(Case(config, arguments.rows, arguments.sequence))
         else:
-            layers = 16 if torch.cuda.is_available() else 4
-            case = Case(ModelConfig(layers=layers, **shape), 64, arguments.sequence)
+            # Of the real width, and of such a length that replicas without ZeRO still fit beside the other precision's.
+            sequence = min(arguments.sequence, 512)
+            case = Case(ModelConfig(layers=4, **shape), 64, sequence)
             found = run_memory(case, arguments.ranks, arguments.precisions)
         for line in found:
             print(line, flush=True)

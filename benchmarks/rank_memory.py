@@ -104,11 +104,17 @@ def with_stages(plan: Plan, fields: Mapping[str, Any]) -> Plan:
     return replace(plan, stages=tuple(stages))
 
 
+def _fill(submodule: nn.Module, name: str) -> None:
+    """Memory does not depend on values, and drawing billions of them takes minutes."""
+    for tensor in (*submodule.parameters(recurse=False), *submodule.buffers(recurse=False)):
+        tensor.fill_(1e-3)
+
+
 def _trainer(graph, plan, hardware, module, batch, device, learning_rate):
     """(step, model): one training step on this rank's rows of the batch."""
     model = Model(
         plan.graph_of(graph), plan, hardware, module,
-        seed=0, device=device, initialise=None, constraints={}, timeout_s=600,
+        seed=0, device=device, initialise=_fill, constraints={}, timeout_s=600,
     )  # fmt: skip
     named = isinstance(batch, dict)
     columns = list(batch.values() if named else batch)

@@ -21,7 +21,7 @@ from autopar.graph import Graph
 from autopar.plan import Plan
 from autopar.runtime import model as model_module
 from autopar.runtime import storage as storage_module
-from autopar.runtime.build import build_runtime
+from autopar.runtime.build import Row, build_runtime
 from autopar.runtime.model import ParallelModule
 from autopar.runtime.ownership import Ownership
 from autopar.runtime.random import Seeds
@@ -79,7 +79,7 @@ def parallel_step(
         runtime = build_runtime(graph, plan, values, state | dict(graph.constants), CPU, random)
         if program is not None:
             group = plan.groups.index(plan.stages[runtime.groups.stage].ranks)
-            runtime = dataclasses.replace(runtime, training_actions=program.actions[group])
+            runtime = dataclasses.replace(runtime, training=Row(program.actions[group], None))
         parallel = ParallelModule(graph, runtime, None, CPU)
         loss = parallel(**example)
         loss.backward()

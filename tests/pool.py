@@ -60,6 +60,7 @@ class _Job:
     kwargs: dict[str, Any]
     rank: int
     world_size: int
+    cuda: bool
     store_path: str
     collective_timeout_s: float
 
@@ -74,7 +75,9 @@ class _Worker:
 class Pool:
     """At most 8 workers. Not safe to share between threads or between pytest-xdist workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, cuda: bool = False) -> None:
+        """cuda: ranks are on the machine's CUDA devices in turn, over NCCL; else on its CPU, over gloo."""
+        self._cuda = cuda
         self._context = get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         self._folder = Path(tempfile.mkdtemp(prefix="autopar-pool-"))
@@ -108,7 +111,9 @@ class Pool:
         self._num_runs += 1
         try:
             jobs = [
-                pickle.dumps(_Job(function, args, kwargs, rank, world_size, str(store_path), collective_timeout_s))
+                pickle.dumps(
+                    _Job(function, args, kwargs, rank, world_size, self._cuda, str(store_path), collective_timeout_s)
+                )
                 for rank in range(world_size)
             ]
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -140,7 +145,9 @@ class Pool:
             arguments = (theirs, str(stacks_path), str(self._captures))
             process = self._context.Process(target=_serve, args=arguments, daemon=True)
             # Read by the fork server when it starts, with the first worker.
-            with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"):
+            # A check for devices must not start CUDA in the server: its forks could not use it then.
+            settings = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTORCH_NVML_BASED_CUDA_CHECK="1")
+            with mock.patch.dict(os.environ, settings):
                 process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours, stacks_path))
@@ -234,8 +241,12 @@ def _process_group(job: _Job):
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.manual_seed(0)
+    if job.cuda:
+        torch.cuda.set_device(job.rank % torch.cuda.device_count())
+        # NCCL refuses two ranks on one device of a host, and takes these for ranks on hosts of their own.
+        os.environ["NCCL_HOSTID"] = f"rank-{job.rank}"
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if job.cuda else "gloo",
         store=dist.FileStore(job.store_path, job.world_size),
         rank=job.rank,
         world_size=job.world_size,

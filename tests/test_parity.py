@@ -75,7 +75,7 @@ def errors(model: autopar.Model, module: nn.Module) -> float:
             assert parameter.grad is None, f"{name} is frozen, and got a gradient"
             continue
         expected = ownership.take(whole, model.runtime.groups.rank)
-        worst = max(worst, float((local_tensor(parameter.grad) - expected).norm() / whole.norm()))
+        worst = max(worst, float((local_tensor(parameter.grad).cpu() - expected).norm() / whole.norm()))
     return worst
 
 

@@ -75,7 +75,7 @@ def compare(name: str, precision: str, plans: list[dict[str, Any]]) -> list[tupl
                 ownership: Ownership = parameter.autopar.ownership
                 assert parameter.dtype == parameter.grad.dtype == torch.float32
                 want = ownership.take(oracle[fqn].grad, model.runtime.groups.rank)
-                worst[1] = max(worst[1], float((local_tensor(parameter.grad) - want).norm() / whole))
+                worst[1] = max(worst[1], float((local_tensor(parameter.grad).cpu() - want).norm() / whole))
             for optimizer in sides:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -139,7 +139,7 @@ def scaled_steps(degrees: dict[str, Any], clip: bool) -> list[tuple[float, float
     cast = Cast(module, torch.float16)
     for side, run in ((model, lambda batch: call(model, batch)), (module, lambda batch: call(cast, batch, loss))):
         optimizer = torch.optim.AdamW(side.parameters(), lr=1e-2)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=2)
+        scaler = torch.amp.GradScaler(next(side.parameters()).device.type, init_scale=2.0**14, growth_interval=2)
         found = []
         for step in range(6):
             batch = poisoned(example) if step == 2 else example

@@ -264,7 +264,7 @@ def streamed(name: str, options: dict[str, Any], count: int, stop: int | None) -
     oracle = dict(module.named_parameters())
     for fqn, p in model.named_parameters():
         whole = p.autopar.ownership.take(oracle[fqn].detach(), model.runtime.groups.rank)
-        weights = max(weights, float((local_tensor(p.detach()) - whole).norm() / oracle[fqn].norm()))
+        weights = max(weights, float((local_tensor(p.detach()).cpu() - whole).norm() / oracle[fqn].norm()))
     with torch.no_grad():
         evaluated = call(model.eval(), example).item()
         wanted = call(module.eval(), example, loss).item()

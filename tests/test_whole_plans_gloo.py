@@ -57,7 +57,7 @@ def draw_plan(graph: Graph, seed: int) -> Plan:
     return unequal_plan(graph, meshes, microbatches, shares="random" if uneven else (), **options)
 
 
-def train(model_seed: int) -> list[tuple[float, float]]:
+def train(model_seed: int, device: str = "cpu") -> list[tuple[float, float]]:
     """(loss error, worst error of a gradient) under each of the model's plans, after an evaluation and with two calls."""
     module, example = random_model(model_seed)
     graph = autopar.capture(module, example)
@@ -70,7 +70,7 @@ def train(model_seed: int) -> list[tuple[float, float]]:
         plan = draw_plan(graph, seed)
         plan.validate(graph, cluster)
         model = Model(
-            graph, plan, cluster, module, seed=0, device=torch.device("cpu"), initialise=None, constraints={}
+            graph, plan, cluster, module, seed=0, device=torch.device(device), initialise=None, constraints={}
         )  # fmt: skip
         with torch.no_grad():
             evaluated = model(**example)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -97,7 +98,7 @@ class GradientReducer:
             self._arrived.append([False] * len(members))
             for position, (name, leaf, _, _) in enumerate(members):
                 self.names[id(leaf)] = name
-                leaf.register_post_accumulate_grad_hook(partial(self._arrive, slot, position))
+                leaf.register_post_accumulate_grad_hook(partial(_arrived, ref(self), slot, position))
 
     def begin_step(self) -> None:
         self._last = False
@@ -139,7 +140,8 @@ class GradientReducer:
         if not arrived[position]:
             arrived[position] = True
             view = bucket.open()[position]
-            view.copy_(leaf.grad)
+            # One kernel that reads and writes wide words also between dtypes, which `copy_` does not.
+            torch._foreach_copy_([view], [leaf.grad])
             # The next microbatch adds to it in place; a gradient of another dtype cannot stand there.
             leaf.grad = view if view.dtype == leaf.dtype else None
         elif bucket.dtype != leaf.dtype:
@@ -151,6 +153,13 @@ class GradientReducer:
             while self._next < len(self.buckets) and self.buckets[self._next].pending == 0:
                 self.buckets[self._next].launch()
                 self._next += 1
+
+
+def _arrived(reducer: ref[GradientReducer], slot: int, position: int, leaf: Tensor) -> None:
+    """A hook is no path for Python's collector: one that held the reducer would keep it, its leaves and its buckets for good."""
+    found = reducer()
+    assert found is not None
+    found._arrive(slot, position, leaf)
 
 
 def _bucketed(summands: Sequence[Summand], bucket_bytes: int) -> list[list[Summand]]:

@@ -19,6 +19,7 @@ from ..schedule.build import program_for
 from ..schedule.delivered import delivered, delivered_in_stream
 from ..schedule.instructions import Instruction
 from ..schedule.orders import schedule_named
+from ..schedule.posting import Postings, postings
 from ..sharding.axes import Places
 from ..sharding.placement import REPLICATED
 from .compiled import Backend, Functions, compile_blocks
@@ -36,9 +37,17 @@ from .transport import Transport
 from .versions import Versions
 
 
+@dataclass(frozen=True)
+class Row:
+    """One rank's row of a program. postings: when its receives are posted, None where the transport may choose."""
+
+    actions: tuple[Instruction, ...]
+    postings: Postings | None
+
+
 @dataclass(frozen=True, eq=False)
 class Runtime:
-    """One rank's part of a plan, ready to run. training_actions and evaluation_actions: its rows of the programs.
+    """One rank's part of a plan, ready to run. training, evaluation: its rows of the programs.
 
     compiled: the stages that the rank runs, by index. specs: their parameters, each once. losses: all ranks, where losses
     are summed in the background.
@@ -51,8 +60,8 @@ class Runtime:
     executor: Executor
     recorder: Recorder
     specs: tuple[ParameterSpec, ...]
-    training_actions: tuple[Instruction, ...]
-    evaluation_actions: tuple[Instruction, ...]
+    training: Row
+    evaluation: Row
     losses: dist.ProcessGroup | None = None
 
     @property
@@ -190,7 +199,6 @@ def build_runtime(
         tied={fqn: s.ownership for fqn, s in tied.items()},
         tied_dtypes={fqn: s.dtype for fqn, s in tied.items()},
     )
-    group = plan.groups.index(plan.stages[groups.stage].ranks)
     return Runtime(
         plan=plan,
         groups=groups,
@@ -199,10 +207,16 @@ def build_runtime(
         executor=executor,
         recorder=recorder,
         specs=tuple(union.values()),
-        training_actions=program_for(plan).actions[group],
-        evaluation_actions=program_for(plan, training=False).actions[group],
+        training=_row(plan, groups, device, True),
+        evaluation=_row(plan, groups, device, False),
         losses=None if schedule.flushes else dist.new_group(),
     )
+
+
+def _row(plan: Plan, groups: Groups, device: torch.device, training: bool) -> Row:
+    group = plan.groups.index(plan.stages[groups.stage].ranks)
+    program = program_for(plan, training=training)
+    return Row(program.actions[group], postings(program, group) if device.type == "cuda" else None)
 
 
 def _with_reductions(

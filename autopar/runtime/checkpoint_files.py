@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
 
 from .ownership import Segment, Segments
 from .torch_private import place_of, stored_at
@@ -78,7 +79,7 @@ def write_parts(folder: Path, parts: Iterable[Part], group: dist.ProcessGroup | 
     """
     planner = _Saver(parts)
     try:
-        writer = dcp.FileSystemWriter(folder)
+        writer = _Writer(folder)
         metadata = dcp.save({}, storage_writer=writer, planner=planner, process_group=group)
     except dcp.CheckpointException as error:
         failures = [f"rank {rank}: {type(e).__name__}: {e}" for rank, (e, _) in sorted(error.failures.items())]
@@ -91,6 +92,14 @@ def write_parts(folder: Path, parts: Iterable[Part], group: dist.ProcessGroup | 
             pieces.append([list(chunk.offsets), list(chunk.sizes), file, start, length])
         tensors[key] = {"dtype": dtype_name(about.properties.dtype), "shape": list(about.size), "pieces": pieces}
     return tensors
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Says where the pieces lie in the metadata that it is given, which torch before 2.12 says only in its file's."""
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        metadata.storage_data = {result.index: result.storage_data for of_rank in results for result in of_rank}
 
 
 class _Saver(dcp.DefaultSavePlanner):

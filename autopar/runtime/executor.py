@@ -32,6 +32,7 @@ from ..schedule.instructions import (
     StashWeights,
     Update,
 )
+from ..schedule.posting import Postings
 from .deferred import Owed
 from .groups import Groups, Mesh
 from .ownership import Ownership
@@ -116,13 +117,19 @@ class Executor:
         self.given: dict[str, dict[int, Tensor]] = {}
 
     def run(
-        self, actions: Sequence[Instruction], batch: Mapping[str, Tensor], training: bool, scale: Tensor | None = None
+        self,
+        actions: Sequence[Instruction],
+        batch: Mapping[str, Tensor],
+        training: bool,
+        scale: Tensor | None = None,
+        postings: Postings | None = None,
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Execute `actions`; returns this rank's summand of the loss on the last stage (None elsewhere), and the
         gradients of the parameters at rest by original name.
 
         batch: this data rank's rows of every batch input, by tensor name. training: the module's mode, which is
         independent of whether `actions` hold backwards. scale: what the loss is multiplied with for the backward.
+        postings: when receives are posted, where that is not left to the transport.
         """
         actions = [a for a in actions if not isinstance(a, OptimizerStep)]
         split = any(isinstance(a, BackwardInput) for a in actions)
@@ -137,8 +144,9 @@ class Executor:
         else:
             for part in self.parts.values():
                 part.storage.begin_evaluation()
-        self.transport.begin(actions)
+        self.transport.begin(actions, postings)
         for action in actions:
+            self.transport.about_to(action)
             self._execute(step, action)
         self.transport.finish()
         if differentiable:

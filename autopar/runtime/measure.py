@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
@@ -36,7 +37,7 @@ class Measurement:
         self.runtime = runtime
         self.device = device
         self.timeline: Timeline | None = None
-        self.step_times_s: list[float] = []
+        self._laps: deque[Callable[[], float]] = deque(maxlen=_KEPT_STEPS)
         self.samples: tuple[CollectiveSample, ...] = ()
         self.peak_memory_bytes: int | None = None
         self.at_rest_bytes = 0
@@ -44,7 +45,7 @@ class Measurement:
         self.profiled_events: tuple[Event, ...] = ()
         self._steps = 0
         self._clean = False  # whether a step is under way that nothing but training has disturbed
-        self._optimizer_start_s = 0.0
+        self._optimizer_ended: Callable[[int], None] = lambda size_bytes: None
         self._handles = _watch_optimizers(self)
 
     @property
@@ -53,8 +54,8 @@ class Measurement:
         return self._steps
 
     def median_step_s(self) -> float:
-        """Median of the latest undisturbed steps of this rank."""
-        return statistics.median(self.step_times_s)
+        """Median of the latest undisturbed steps of this rank; on CUDA waits for the device."""
+        return statistics.median(lap() for lap in self._laps)
 
     def close(self) -> None:
         for handle in self._handles:
@@ -66,11 +67,10 @@ class Measurement:
         recorder = self.runtime.recorder
         training = torch.is_grad_enabled()
         if training and self._clean:
-            # The instruction stream ends here on CUDA, so a step's time includes the device's.
-            events = recorder.finished_events()
-            self.step_times_s = [*self.step_times_s[-_KEPT_STEPS + 1 :], recorder.now_s()]
+            self._laps.append(recorder.lap())
+            # Only then is the device waited for: between other steps the host may run ahead of it.
             if _is_power_of_two(self._steps):
-                self._join(events)
+                self._join(recorder.finished_events())
         detailed = training and self._steps == _DETAILED_STEP
         recorder.begin()
         if detailed:
@@ -113,7 +113,7 @@ class Measurement:
         return sum({s.data_ptr(): s.nbytes() for s in memory}.values())
 
     def _join(self, events: tuple[Event, ...]) -> None:
-        mine = (events, self.step_times_s[-1], self.peak_memory_bytes, tuple(self.runtime.recorder.transfers))
+        mine = (events, self._laps[-1](), self.peak_memory_bytes, tuple(self.runtime.recorder.transfers))
         everyone: list[Any] = [mine]
         if dist.get_world_size() > 1:
             everyone = [None] * dist.get_world_size()
@@ -129,12 +129,10 @@ class Measurement:
 
     def optimizer_begins(self, optimizer: Optimizer) -> None:
         self._optimizer = ref(optimizer)
-        self._optimizer_start_s = self.runtime.recorder.now_s()
+        self._optimizer_ended = self.runtime.recorder.started(str(OptimizerStep(self.runtime.groups.stage)))
 
     def optimizer_ends(self) -> None:
-        recorder = self.runtime.recorder
-        token = str(OptimizerStep(self.runtime.groups.stage))
-        recorder.events.append(Event(recorder.rank, token, self._optimizer_start_s, recorder.now_s()))
+        self._optimizer_ended(0)
 
 
 def _watch_optimizers(measurement: Measurement) -> list[Any]:

@@ -22,12 +22,12 @@ from ..schedule.instructions import Instruction
 from ..schedule.orders import schedule_named
 from ..timeline import Timeline
 from .build import Runtime, updated_buffers
+from .delivery import Delivery, delivering
 from .executor import loss_dtype
 from .failure import publish, stop_everyone
 from .loss_scale import LossScale
 from .measure import Measurement
 from .outputs import whole_outputs
-from .storage import deliver
 from .stream import Feed, agree_on_end, run_stream
 from .watchdog import TIMEOUT_S, Watchdog, ring
 
@@ -102,11 +102,11 @@ class ParallelModule(nn.Module):
             publish(error, "reading the batch")
             raise
         differentiable = torch.is_grad_enabled()
-        actions = runtime.training_actions if differentiable else runtime.evaluation_actions
+        row = runtime.training if differentiable else runtime.evaluation
         try:
             with self.watchdog.step(), self.measurement.step():
                 scale = self._loss_scale.value if self._loss_scale and differentiable else None
-                summand, gradients = runtime.executor.run(actions, batch, self.training, scale)
+                summand, gradients = runtime.executor.run(row.actions, batch, self.training, scale, row.postings)
                 loss, found = self._whole_loss(summand, None if scale is None else self._loss_scale.unscale(gradients))
                 others = self._whole_outputs()
         except Exception as error:
@@ -114,7 +114,7 @@ class ParallelModule(nn.Module):
             raise _explained(error, runtime) from error
         if differentiable:
             after = None if scale is None else partial(self._loss_scale.after, found=found)
-            loss = _Deliver.apply(self._anchor, loss, runtime.storage.parameters, gradients, after)
+            loss = delivering(self._anchor, loss, Delivery(runtime.storage.parameters, gradients, after))
         if others is not None:
             return self._returned(loss, others)
         return Output(loss=loss) if self.graph.loss_path else loss
@@ -264,30 +264,6 @@ class ParallelModule(nn.Module):
             if found is not None:
                 summand, found = together.unbind()
         return summand, found
-
-
-class _Deliver(torch.autograd.Function):
-    """The loss as autograd sees it: its backward hands out the gradients that the program has computed."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        loss: Tensor,
-        parameters: Mapping[str, nn.Parameter],
-        gradients: dict[str, Tensor],
-        after: Callable[[Tensor], Tensor] | None,
-    ) -> Tensor:
-        ctx.parameters, ctx.gradients, ctx.after = parameters, gradients, after
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("this loss has been differentiated already; its gradients are handed out once")
-        deliver(ctx.parameters, ctx.gradients, scale if ctx.after is None else ctx.after(scale))
-        ctx.gradients = None
-        return None, None, None, None, None
 
 
 def _find(key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -48,14 +48,16 @@ class Recorder:
 
     def run(self, token: str, handler: Callable[..., int], *args: Any) -> None:
         """Run `handler(*args)`, which returns the bytes it moved, as the instruction `token`."""
+        ended = self.started(token)
+        ended(handler(*args))
+
+    def started(self, token: str) -> Callable[[int], None]:
+        """The instruction `token` starts; call the result, with the bytes it has moved, when it ends."""
         if self.device.type == "cuda":
             start = _mark()
-            size_bytes = handler(*args)
-            self._pending.append((token, size_bytes, start, _mark()))
-            return
-        start_s = time.perf_counter() - self._origin
-        size_bytes = handler(*args)
-        self.events.append(Event(self.rank, token, start_s, time.perf_counter() - self._origin, size_bytes))
+            return lambda size_bytes: self._pending.append((token, size_bytes, start, _mark()))
+        start_s = self.now_s()
+        return lambda size_bytes: self.events.append(Event(self.rank, token, start_s, self.now_s(), size_bytes))
 
     def transfer(self, token: str, size_bytes: int) -> Callable[[], None]:
         """Something begins to travel beside the instructions, as the host sees it; call the result when it has arrived, from
@@ -74,6 +76,20 @@ class Recorder:
     def now_s(self) -> float:
         """Seconds since `begin()` as the host sees it."""
         return time.perf_counter() - self._origin
+
+    def lap(self) -> Callable[[], float]:
+        """What gives the seconds from `begin()` to this call: on CUDA those that the device took, once it is there."""
+        if self.device.type != "cuda":
+            passed_s = self.now_s()
+            return lambda: passed_s
+        start, end = self._cuda_origin, _mark()
+        assert start is not None
+
+        def passed() -> float:
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+
+        return passed
 
     def finished_events(self) -> tuple[Event, ...]:
         """The events so far; on CUDA waits for the device."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,11 +26,22 @@ def reduce_scatter_single(output: torch.Tensor, whole: torch.Tensor, group: dist
     getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(output, whole, group=group)
 
 
+def _parameter_groups(states: Iterable[Any]) -> list[Any]:
+    """The groups of parameters of `fully_shard`ed modules; torch 2.12 gave a module several."""
+    found = []
+    for member in states:
+        if hasattr(member, "_fsdp_param_groups"):
+            found += member._fsdp_param_groups
+        elif member._fsdp_param_group is not None:
+            found.append(member._fsdp_param_group)
+    return found
+
+
 def forget_step(root: FSDPModule) -> None:
     """Bring a `fully_shard`ed module back to between two steps after an error in the midst of one; its gradients go."""
     state = root._get_fsdp_state()
     states = state._state_ctx.all_states
-    groups = [group for member in states for group in member._fsdp_param_groups]
+    groups = _parameter_groups(states)
     for group in groups:
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None
@@ -60,7 +72,7 @@ def end_backward(root: FSDPModule, brought: dict[int, set[object]] | None = None
     reduce the same ones, with zeros where nothing new has come, as sums over several reductions want.
     """
     state = root._get_fsdp_state()
-    groups = [group for member in state._state_ctx.all_states for group in member._fsdp_param_groups]
+    groups = _parameter_groups(state._state_ctx.all_states)
     for number, group in enumerate(groups if brought is not None else ()):
         here = {p for p in group.fsdp_params if hasattr(p, "_unsharded_param")}
         here = {p for p in here if p.unsharded_accumulated_grad is not None or p._unsharded_param.grad is not None}

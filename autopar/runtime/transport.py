@@ -1,7 +1,7 @@
 """Activations and gradients between neighbouring stages, point to point, along planned routes.
 
-Sends are started and left behind, and let go of once they are known to have arrived; a receive is posted one instruction
-ahead of its use, so that the bytes travel while the stage computes.
+Sends are started and left behind, and let go of once they are known to have arrived; a receive is posted ahead of its use,
+so that the bytes travel while the stage computes: one receive of its kind ahead, or on NCCL as schedule/posting.py says.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..schedule.instructions import (
     SendActivation,
     SendGradient,
 )
+from ..schedule.posting import Postings
 from .axis import Transfer
 from .groups import Groups
 from .routes import Message, Piece, Route
@@ -70,20 +71,40 @@ class Transport:
     _sends: dict[Instruction, _Leaving] = field(default_factory=dict)
     _posted: dict[Receive, _Arriving] = field(default_factory=dict)
     _ahead: dict[type, Iterator[Receive]] = field(default_factory=dict)
+    _postings: Postings | None = None
 
     def connect(self) -> None:
-        """Have the backend set up the boundaries' connections; all ranks of the plan call it, before anything else.
+        """Have the backend set up connections; all ranks of the world call it, before anything else.
 
-        NCCL does so at the first use of a group, and then wants all of its ranks there.
+        NCCL makes a group's communicator at its first use, and then wants all of its ranks there. It connects a pair at
+        their first message, and the host waits for the other side: two ranks that first post a receive from each other
+        would wait for good. So a byte goes over every pair, boundary by boundary in one order on all ranks.
         """
-        if self.device.type == "cuda":
-            for way in sorted(self.groups.boundaries, key=lambda way: (min(way), way)):
-                dist.all_reduce(torch.zeros(1, device=self.device), group=self.groups.boundaries[way])
+        if self.device.type != "cuda":
+            return
+        byte = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        dist.all_reduce(byte)  # over this group some ranks alone will exchange gradients of tied parameters
+        for way in sorted(self.groups.boundaries, key=lambda way: (min(way), way)):
+            group, route = self.groups.boundaries[way], self.routes[way]
+            dist.all_reduce(byte, group=group)
+            operations: list[_Operation] = [(dist.isend, byte, message.peer, group) for message in route.sends]
+            operations += [(dist.irecv, torch.empty_like(byte), message.peer, group) for message in route.receives]
+            for work in _started(operations, self.device):
+                work.wait()
 
-    def begin(self, actions: Sequence[Instruction]) -> None:
-        """Start a program: post the first receive of each direction."""
+    def begin(self, actions: Sequence[Instruction], postings: Postings | None = None) -> None:
+        """Start a program: post the first receive of each direction, or, given `postings`, none but as they say."""
+        self._postings = postings
+        if postings is not None:
+            assert not self._posted and not self._sends
+            return
         kinds = (ReceiveActivation, ReceiveGradient)
         self.begin_with({kind: iter([a for a in actions if isinstance(a, kind)]) for kind in kinds})
+
+    def about_to(self, action: Instruction) -> None:
+        """Call it before each instruction of a program begun with `postings`."""
+        for receive in self._postings.get(action, ()) if self._postings else ():
+            self._post(receive)
 
     def begin_with(self, receives: Mapping[type, Iterator[Receive]]) -> None:
         """Start a program of which only the receives are given, each kind in order; asked one ahead of its use."""
@@ -112,7 +133,7 @@ class Transport:
 
     def receive(self, action: Receive) -> list[Tensor]:
         """The tensors of `action`, complete; posts the next receive of its kind."""
-        assert action in self._posted, f"{action} was not the next receive of its kind"
+        assert action in self._posted, f"{action} has not been posted"
         way = (action.peer, action.stage)
         route, arriving = self.routes[way], self._posted.pop(action)
         for work in arriving.works:
@@ -128,7 +149,8 @@ class Transport:
                     place.add_(value)
                 else:
                     place.copy_(value)
-        self._post_next(type(action))
+        if self._postings is None:
+            self._post_next(type(action))
         return arriving.outputs
 
     def finish(self) -> None:
@@ -145,8 +167,10 @@ class Transport:
 
     def _post_next(self, kind: type) -> None:
         action = next(self._ahead[kind], None)
-        if action is None:
-            return
+        if action is not None:
+            self._post(action)
+
+    def _post(self, action: Receive) -> None:
         way = (action.peer, action.stage)
         route = self.routes[way]
         outputs = [
