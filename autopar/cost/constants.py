@@ -211,6 +211,14 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     },
 }  # fmt: skip
 
+# On Hopper, stacks with kernels written for it: its own matrix instructions in attention (cuDNN 9 in Transformer Engine;
+# Shah et al. 2024, "FlashAttention-3", figures 5 and 6: 600 to 660 and 500 to 550 of 989 TFLOP/s for long causal
+# sequences) and a cuBLAS that knows it (as `h100hbm2e`'s runs had). `_H100` was fitted on a stack that had neither.
+_HOPPER = ("h100", "h100pcie", "h800", "h200", "b200")
+_HOPPER_KERNELS: Mapping[str, Mapping[str, float]] = {
+    "megatron": {"matmul_share": 0.69, "attention_share": 0.7, "attention_backward_share": 0.55},
+}
+
 # The same stacks with linear layers in float8 (torchao, Transformer Engine): a suffix of their names.
 FLOAT8 = "+float8"
 
@@ -231,6 +239,9 @@ def named_constants(kind: str, software: str) -> Constants:
             f"software={software!r} is not known; {f'did you mean {near[0]!r}? ' if near else ''}"
             f"Known: {', '.join(map(repr, SOFTWARE))}"
         )
-    hardware = next((HARDWARE[name] for name in sorted(HARDWARE, key=len, reverse=True) if kind.startswith(name)), {})
+    name = next((name for name in sorted(HARDWARE, key=len, reverse=True) if kind.startswith(name)), "")
+    hardware = dict(HARDWARE.get(name, {}))
+    if name in _HOPPER:
+        hardware |= _HOPPER_KERNELS.get(base, {})
     products_in = {"products_in": "float8"} if base != software else {}
     return replace(Constants(), **hardware, **SOFTWARE[base], **products_in)
