@@ -113,7 +113,7 @@ class Row:
             return "composer-torch1"  # precisions have been called "amp_..." since its version 0.11
         if name == "torchtitan":
             compiled = "torch-compile-async-tp" if self.asynchronous_tensor else "torch-compile"
-            return compiled if self.text("compile").startswith("yes") else "torch"
+            return compiled if self.text("compile").startswith("yes") else "torchtitan"
         return name
 
 

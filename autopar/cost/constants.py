@@ -165,9 +165,14 @@ _TORCH_COMPILE = {
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     # autopar's own runtime: eager torch, fully_shard.
     "": {"scatter_each": True, "slices_at_rest": True, "wide_loss": False},
+    # Eager torch and fully_shard, the default of presets.
+    "torch": {
+        "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.05, "product_scale": 0.97, "attention_scale": 0.87,
+        "gather_overlap": 0.96, "scatter_each": True, "slices_at_rest": True, "context_bytes": 2e9,
+    },
     # Eager torchtitan: its rotary embedding and RMSNorm are several kernels each, with results in float32. What is
     # recomputed, and by which attention kernel, is as under torch.compile.
-    "torch": _TORCH_COMPILE | {"launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.6},
+    "torchtitan": _TORCH_COMPILE | {"launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.6},
     "torch-compile": _TORCH_COMPILE,
     "torch-compile-async-tp": _TORCH_COMPILE | {"tensor_overlap": 0.3},
     "composer": {
