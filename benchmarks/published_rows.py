@@ -113,7 +113,7 @@ class Row:
             return "composer-torch1"  # precisions have been called "amp_..." since its version 0.11
         if name == "torchtitan":
             compiled = "torch-compile-async-tp" if self.asynchronous_tensor else "torch-compile"
-            return compiled if self.text("compile").startswith("yes") else "torch"
+            return compiled if self.text("compile").startswith("yes") else "torchtitan"
         return name
 
 
@@ -192,8 +192,13 @@ def decoder(row: Row) -> Decoder:
         rotary=llama,
         tied=not llama,
         dropout=0.1 if software in _EXPLICIT_ATTENTION else 0.0,
-        explicit_attention=software in _EXPLICIT_ATTENTION and not llama,
+        explicit_attention=software in _EXPLICIT_ATTENTION and not llama and not _fused_by_engine(row),
     )
+
+
+def _fused_by_engine(row: Row) -> bool:
+    """On Hopper and after it Megatron's layers are Transformer Engine's, whose attention is one kernel."""
+    return row.software == "megatron" and device_of(row.text("gpu")).startswith(("h100", "h200", "h800", "b200"))
 
 
 _MEMORY = re.compile(r"(\d+)\s*g", re.IGNORECASE)

@@ -98,6 +98,14 @@ def test_software_is_known_by_name() -> None:
         CostModel(llama(), replace(GPU, software="abacus"))
 
 
+def test_kernels_written_for_hopper_are_those_of_its_stacks() -> None:
+    for share in ("matmul_share", "attention_share", "attention_backward_share"):
+        native, other = (getattr(named_constants("h100-80gb", name), share) for name in ("megatron", "composer"))
+        assert 0 < other < native < 0.8
+        assert getattr(named_constants("h200-141gb", "megatron" + FLOAT8), share) == native
+        assert len({getattr(named_constants("a100-80gb", name), share) for name in ("megatron", "composer")}) == 1
+
+
 def test_constants_leave_cpus_and_their_measured_rates_alone() -> None:
     """Whatever the software is called, a device that does not compute asynchronously has no constants of its own; what
     autopar's runtime does there is what it does everywhere."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,38 @@ def test_a_row_becomes_its_plan() -> None:
     again = rebuild(row(recompute="full")).plan
     assert again.stages[0].recompute[0] == "none" == again.stages[1].recompute[-1]
     assert [stage.recompute.count("full") for stage in again.stages] == [2, 2]
+
+
+def test_a_torch_pipeline_keeps_what_zero_3_gathers_whole() -> None:
+    """Of each parameter its copy in the computing type and its gradient in float32, whatever else shards it."""
+    shape = dict(
+        source="pytorch/torchtitan", model="llama3", compile="yes", dp_mode="zero3", layers="8", hidden="256", tp="1",
+        ffn_hidden="512", num_gpus="8",
+    )  # fmt: skip
+    for degrees in (dict(dp="4", cp="1"), dict(dp="2", cp="2"), dict(dp="1", cp="4")):
+        case = rebuild(row(**shape | degrees, pp="2"))
+        graph, stage = case.graph, case.plan.stages[1]
+        cost = CostModel(graph, case.cluster).stage(case.plan, 1)
+        names = {name for block in graph.blocks[stage.start : stage.stop] for name in block.parameters}
+        elements = sum(graph.tensors[name].numel for name in names)
+        assert case.plan.microbatches > 1 and cost.gradient_bytes == 4 * elements
+        assert cost.optimizer_bytes == 8 * elements / 4
+        assert cost.parameter_bytes == pytest.approx(2 * elements + 4 * elements / 4, rel=0.01)  # and the batch
+        alone = rebuild(row(**shape | degrees | dict(pp="1", num_gpus="4")))
+        assert CostModel(alone.graph, alone.cluster).stage(alone.plan, 0).gradient_bytes < 4 * elements
+
+
+def test_what_a_tensor_axis_holds_whole_is_sent_in_parts() -> None:
+    shape = dict(hidden="1024", heads="8", kv_heads="8", seq_len="1024", num_gpus="16", dp="1", tp="8")
+
+    def send_s(scattered: bool, **changes: str) -> float:
+        case = rebuild(row(**shape, **changes))
+        model = CostModel(case.graph, case.cluster)
+        model = model.with_constants(replace(model.constants, scatter_sends=scattered))
+        return model.stage(case.plan, 0).send_s
+
+    assert send_s(True) < send_s(False)
+    assert send_s(True, sp="1") == send_s(False, sp="1")  # it is split already
 
 
 def test_what_cannot_be_rebuilt_says_why() -> None:

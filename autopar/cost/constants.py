@@ -37,6 +37,8 @@ class Constants:
     product_scale, attention_scale: factors on the hardware's shares, for slower or faster kernels of the stack.
     overlap, gather_overlap, tensor_overlap: share of a gradient reduction, of a ZeRO gather and of a model-axis
         collective that hides behind compute; the rest is what the transfer costs the compute beside it.
+    scatter_sends: whether a boundary that all ranks of a tensor axis hold whole is cut up among them to be sent, and
+        gathered where it arrives (Narayanan et al. 2021, section 4.1; DeepSpeed's partitioned pipe messages).
     update_overlap: share of ZeRO 1's and 2's gather of updated parameters that hides.
     fused_loss: whether the cross entropy reads narrow logits as they are and writes their gradient in their place.
     wide_loss: whether the cross entropy else computes on a copy of narrow logits in float32, as under torch.autocast.
@@ -45,6 +47,9 @@ class Constants:
         has one kernel for the masked softmax of narrow scores (Megatron-LM, fused_softmax.py, is_kernel_available).
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
     slices_at_rest: with ZeRO 1 and 2, whether parameters at rest are slices too, and a step gathers what it computes with.
+    pipeline_keeps: whether in a pipeline of several microbatches what ZeRO 3 gathers stays whole to the step's end and
+        gradients are summed whole, so that neither travels more than once a step (torchtitan's default of
+        `reshard_after_forward`; torch.distributed.pipelining, which defers the reduction to the last microbatch).
     selective_kept: share of products whose results selective recomputation keeps (torchtitan: every other one).
     selective_gathers: whether it does all-gathers again.
     recompute_stops: whether a block that is computed again stops when all is there that its backward reads, and so
@@ -59,21 +64,22 @@ class Constants:
     products_in: what linear layers cast their operands to, "" for nothing.
     """
 
+    # Of hardware, what the kinds that were fitted reach, about: a kind that no run was seen of is taken to be like them.
     multiprocessors: float = 0
-    matmul_share: float = 0.85
+    matmul_share: float = 0.68
     matmul_setup_s: float = 3e-6
     wave_setup_s: float = 2e-6
     unaligned_share: float = 0.6
-    half_aligned_share: float = 0.9
+    half_aligned_share: float = 0.75
     convolution_share: float = 0.55
-    attention_share: float = 0.75
-    attention_backward_share: float = 0.6
+    attention_share: float = 0.6
+    attention_backward_share: float = 0.4
     attention_half_length: float = 300.0
     attention_half_width: float = 16.0
     stream_share: float = 0.85
     kernel_s: float = 2e-6
-    link_share: float = 1.0
-    network_share: float = 1.0
+    link_share: float = 0.87
+    network_share: float = 0.9
     collective_s: float = 20e-6
 
     launch_s: float = 0.0
@@ -86,6 +92,7 @@ class Constants:
     gather_overlap: float = 1.0
     tensor_overlap: float = 0.0
     update_overlap: float = 0.0
+    scatter_sends: bool = False
     fused_loss: bool = False
     wide_loss: bool = True
     loss_metrics: int = 0
@@ -93,6 +100,7 @@ class Constants:
     softmax_longest: int = 0
     scatter_each: bool = False
     slices_at_rest: bool = False
+    pipeline_keeps: bool = False
     selective_kept: float = 1.0
     selective_gathers: bool = False
     recompute_stops: bool = True
@@ -150,16 +158,21 @@ HARDWARE: Mapping[str, Mapping[str, float]] = {
 
 _TORCH_COMPILE = {
     "launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.9, "product_scale": 1.0, "attention_scale": 0.68,
-    "gather_overlap": 1.2, "scatter_each": True, "selective_kept": 0.5, "selective_gathers": True, "context_bytes": 2e9,
+    "gather_overlap": 1.2, "scatter_each": True, "slices_at_rest": True, "pipeline_keeps": True, "selective_kept": 0.5,
+    "selective_gathers": True, "context_bytes": 2e9, "allocator_share": 0.2,
 }  # fmt: skip
 
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     # autopar's own runtime: eager torch, fully_shard.
     "": {"scatter_each": True, "slices_at_rest": True, "wide_loss": False},
+    # Eager torch and fully_shard, the default of presets.
     "torch": {
         "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.05, "product_scale": 0.97, "attention_scale": 0.87,
         "gather_overlap": 0.96, "scatter_each": True, "slices_at_rest": True, "context_bytes": 2e9,
     },
+    # Eager torchtitan: its rotary embedding and RMSNorm are several kernels each, with results in float32. What is
+    # recomputed, and by which attention kernel, is as under torch.compile.
+    "torchtitan": _TORCH_COMPILE | {"launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.6},
     "torch-compile": _TORCH_COMPILE,
     "torch-compile-async-tp": _TORCH_COMPILE | {"tensor_overlap": 0.3},
     "composer": {
@@ -176,20 +189,25 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     "internevo": {
         "launch_s": 12e-6, "backward_launch_s": 8e-6, "fusion": 1.14, "overlap": 0.96, "scatter_each": True,
         "recompute_stops": False,
-        "context_bytes": 15e9, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0,
+        # Its optimizer lays the gradients of its part flat, and then in float32, beside master weights and moments
+        # (hybrid_zero_optim.py, _step): 12 + 2 + 4.
+        "context_bytes": 9e9, "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 18.0,
         "narrow_copy": False,
     },
+    # In a backward the collective for the gradient of a product's input runs beside the product for its weight's
+    # (Korthikanti et al. 2022, section 4.2.2; Megatron's async_tensor_model_parallel_allreduce): a third of all.
     "megatron": {
-        "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 0.88, "product_scale": 1.03, "overlap": 0.0,
+        "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 0.8, "product_scale": 1.03, "overlap": 0.0,
+        "tensor_overlap": 0.33, "scatter_sends": True,
         "recompute_stops": False, "softmax_multiple": 4, "softmax_longest": 16384,
         "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 12.0, "narrow_copy": False,
     },
     "megatron-deepspeed": {
         "launch_s": 72e-6, "backward_launch_s": 17e-6, "kernel_s": 2.8e-6, "fusion": 0.69, "product_scale": 1.06,
         "collective_s": 2.8e-5, "microbatch_s": 3.6e-4, "step_s": 1e-3, "optimizer_passes": 4.9, "overlap": 0.0,
-        "recompute_stops": False, "softmax_multiple": 4, "softmax_longest": 2048, "parameter_bytes": 2.0, "gradient_bytes": 2.0,
-        "optimizer_bytes": 16.0,
-        "narrow_copy": False, "context_bytes": 4e9, "allocator_share": 0.15,
+        "scatter_sends": True, "recompute_stops": False, "softmax_multiple": 4, "softmax_longest": 2048,
+        "parameter_bytes": 2.0, "gradient_bytes": 2.0, "optimizer_bytes": 16.0, "narrow_copy": False,
+        "context_bytes": 4e9, "allocator_share": 0.15,
     },
     "alpa": {
         "launch_s": 5e-6, "backward_launch_s": 5e-6, "overlap": 0.0, "fusion": 0.92, "product_scale": 0.98,
@@ -197,6 +215,14 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
         "narrow_copy": False,
     },
 }  # fmt: skip
+
+# On Hopper, stacks with kernels written for it: its own matrix instructions in attention (cuDNN 9 in Transformer Engine;
+# Shah et al. 2024, "FlashAttention-3", figures 5 and 6: 600 to 660 and 500 to 550 of 989 TFLOP/s for long causal
+# sequences) and a cuBLAS that knows it (as `h100hbm2e`'s runs had). `_H100` was fitted on a stack that had neither.
+_HOPPER = ("h100", "h100pcie", "h800", "h200", "b200")
+_HOPPER_KERNELS: Mapping[str, Mapping[str, float]] = {
+    "megatron": {"matmul_share": 0.69, "attention_share": 0.7, "attention_backward_share": 0.55},
+}
 
 # The same stacks with linear layers in float8 (torchao, Transformer Engine): a suffix of their names.
 FLOAT8 = "+float8"
@@ -218,6 +244,9 @@ def named_constants(kind: str, software: str) -> Constants:
             f"software={software!r} is not known; {f'did you mean {near[0]!r}? ' if near else ''}"
             f"Known: {', '.join(map(repr, SOFTWARE))}"
         )
-    hardware = next((HARDWARE[name] for name in sorted(HARDWARE, key=len, reverse=True) if kind.startswith(name)), {})
+    name = next((name for name in sorted(HARDWARE, key=len, reverse=True) if kind.startswith(name)), "")
+    hardware = dict(HARDWARE.get(name, {}))
+    if name in _HOPPER:
+        hardware |= _HOPPER_KERNELS.get(base, {})
     products_in = {"products_in": "float8"} if base != software else {}
     return replace(Constants(), **hardware, **SOFTWARE[base], **products_in)

@@ -37,7 +37,8 @@ class BlockMemory:
     backward_peak_bytes: most that is alive in the backward beyond saved_bytes, the gradients of the block's outputs
         among it; parameter gradients count only where they are temporary. whole_gradients_peak_bytes: the same where
         all of them stay to the block's end, to be scattered together.
-    parameter_bytes: one entry per `Block.parameters`. selective_bytes: of the results that selective recomputation
+    parameter_bytes: one entry per `Block.parameters`, as it lies; used_bytes: the same as it is used, which is more where a
+        model axis gathers it. selective_bytes: of the results that selective recomputation
         keeps, those of ops counted in flops. deferred_bytes: of the inputs and the gradients of the results of ops
         with a weight, which stay while that weight's gradient is put off.
     """
@@ -53,6 +54,7 @@ class BlockMemory:
     bare_peak_bytes: int
     backward_peak_bytes: int
     parameter_bytes: tuple[int, ...]
+    used_bytes: tuple[int, ...]
     selective_bytes: int = 0
     deferred_bytes: int = 0
     whole_gradients_peak_bytes: int = 0
@@ -101,6 +103,7 @@ def block_memory(view: BlockView, accumulate: bool) -> BlockMemory:
     outputs = [walk.at_end(name) for name in block.outputs]
     backward_peak_bytes, whole_gradients_peak_bytes = walk.backward_peaks(accumulate)
     inputs = [(name, "") for name in block.inputs]
+    at_rest = [view.size(name, place) for name, place in zip(block.parameters, view.parameter_placements, strict=True)]
     return BlockMemory(
         saved_bytes=sum(saved.values()) + walk.extra_bytes,
         input_bytes=tuple(
@@ -114,9 +117,8 @@ def block_memory(view: BlockView, accumulate: bool) -> BlockMemory:
         forward_peak_bytes=walk.forward_peak(saving=True),
         bare_peak_bytes=walk.forward_peak(saving=False),
         backward_peak_bytes=backward_peak_bytes,
-        parameter_bytes=tuple(
-            view.size(name, place) for name, place in zip(block.parameters, view.parameter_placements, strict=True)
-        ),
+        parameter_bytes=tuple(at_rest),
+        used_bytes=tuple(max(size, walk.most_of(name)) for name, size in zip(block.parameters, at_rest, strict=True)),
         selective_bytes=sum(size for key, size in walk.expensive.items() if key in walk.made),
         deferred_bytes=walk.deferred_bytes,
         whole_gradients_peak_bytes=whole_gradients_peak_bytes,
@@ -185,6 +187,10 @@ class _Walk:
     def at_end(self, name: str) -> _Key:
         """The storage of an output as it leaves."""
         return self.where.get((name, self.have.get(name, "")), (name, "rest"))
+
+    def most_of(self, name: str) -> int:
+        """The largest storage that a tensor was converted to."""
+        return max((self.sizes[key] for key in self.made if key[0] == name), default=0)
 
     def _convert(self, index: int, step: Convert) -> None:
         source = self._use(step.tensor, step.before, index)

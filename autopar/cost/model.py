@@ -19,7 +19,7 @@ from ..cluster.hosts import seen_by
 from ..cluster.spec import Cluster
 from ..graph import Block, Graph, Op
 from ..plan import Plan, Recompute, Stage
-from ..sharding.placement import Placement
+from ..sharding.placement import REPLICATED, Placement
 from ..sharding.rows import stage_parts
 from ..sharding.strategy import Strategy
 from .block import Both, ModelAxes, Table, add
@@ -33,7 +33,7 @@ from .kernels import Kernel
 from .memory import BlockMemory
 from .mixed import RankClass, boundary_pairs, rank_classes, slowest
 from .side_ops import SideOps
-from .stage_memory import OPTIMIZER_BYTES_PER_ELEMENT, StageMemory, stage_memory
+from .stage_memory import OPTIMIZER_BYTES_PER_ELEMENT, StageMemory, as_run, stage_memory
 from .types import StageCost
 
 __all__ = ["OPTIMIZER_BYTES_PER_ELEMENT", "Breakdown", "Constants", "Corrections", "CostModel"]
@@ -245,7 +245,7 @@ class CostModel:
             size = 3.0 * memory.local_bytes
             kernel = Kernel("pointwise", size, size, "")
             backward_s += kernel_s(self.cluster.device, kernel, True, self.corrections, self.constants)
-        traffic = self._data_traffic(stage, runs, memory, backward_s)
+        traffic = self._data_traffic(as_run(plan, index, self.constants), runs, memory, backward_s)
         send_s, boundary_bytes = self._send(plan, index, runs[-1].memory.output_bytes)
         once_s = self.constants.step_s if self._asynchronous and self._first_of_group(plan, index) else 0.0
         factor = self.corrections.memory
@@ -385,7 +385,18 @@ class CostModel:
         # What the fullest data ranks of both have of a microbatch.
         received = int(sent * Fraction(stage_parts(stage, 1)) / stage_parts(following, 1))
         size = max(sent, received)
+        if self._scatters(plan, stage, following):
+            group = stage.ranks[: stage.tensor]
+            handing_s = self._handing_s(size / stage.tensor, stage.ranks, following.ranks)
+            return handing_s + self._collective_s("all_gather", size, group), size
         return self._handing_s(size, stage.ranks, following.ranks), size
+
+    def _scatters(self, plan: Plan, stage: Stage, following: Stage) -> bool:
+        """Whether the ranks of an axis send parts of what they hold whole."""
+        if not (self.constants.scatter_sends and self._asynchronous) or stage.tensor == 1:
+            return False
+        whole = all(out == str(REPLICATED) for axis in stage.layouts for out in plan.layouts[axis[-1]].outputs)
+        return whole and stage.tensor == following.tensor
 
     def boundary_s(self, size_bytes: float, sender: tuple[int, ...], receiver: tuple[int, ...]) -> float:
         """Seconds to hand a message of this size from each of the sender's data ranks on to the receiver's."""

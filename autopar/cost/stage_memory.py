@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..graph import Block, Graph
@@ -80,12 +80,24 @@ def at_rest(wide_bytes: float, used_bytes: float, constants: Constants) -> AtRes
 
 @dataclass(frozen=True, slots=True)
 class _Parameter:
-    """What tells parameters apart here. wide_bytes, used_bytes: of an element at rest in the module, and as computed with."""
+    """What tells parameters apart here. size_bytes, whole_bytes: of what lies on a rank and of what it computes with, both
+    before data sharding. wide_bytes, used_bytes: of an element at rest in the module, and as computed with."""
 
     size_bytes: int
+    whole_bytes: int
     wide_bytes: int
     used_bytes: int
     trained: bool
+
+
+def as_run(plan: Plan, index: int, constants: Constants) -> Stage:
+    """A stage whose parameters stay whole through a step (`Constants.pipeline_keeps`) is one of level 1."""
+    stage = plan.stages[index]
+    return replace(stage, zero=1) if keeps_whole(plan, constants) and stage.zero == 3 else stage
+
+
+def keeps_whole(plan: Plan, constants: Constants) -> bool:
+    return constants.pipeline_keeps and plan.pipeline > 1 and plan.microbatches > 1
 
 
 def stage_memory(
@@ -98,7 +110,8 @@ def stage_memory(
     data_rank: int | None = None,
 ) -> StageMemory:
     """The memory of stage `index`, of these runs of blocks; of a data rank, by default the one with the most rows."""
-    stage = plan.stages[index]
+    stage = as_run(plan, index, constants)
+    keeps = keeps_whole(plan, constants)
     parameters = _parameters(graph, local(1), runs)
     local_bytes = sum(one.size_bytes * count for one, count in parameters.items())
     trainable_bytes = sum(one.size_bytes * count for one, count in parameters.items() if one.trained)
@@ -115,12 +128,15 @@ def stage_memory(
             # On the device there are the copies that blocks compute with, and what their gradients are summed in.
             resting[0] += count * one.size_bytes if stage.zero < 3 else 0.0
         elif stage.zero in (1, 2) and constants.slices_at_rest:
-            resting[0] += count * (elements * rest.parameter / group + one.size_bytes)
+            resting[0] += count * (elements * rest.parameter / group + (one.whole_bytes if keeps else one.size_bytes))
+        elif keeps and one.whole_bytes > one.size_bytes:
+            resting[0] += count * (elements * rest.parameter + one.whole_bytes)
         else:
             whole_copy = rest.narrow_copy if stage.zero < 3 else 0.0
             resting[0] += count * elements * (rest.parameter / cuts[2] + whole_copy)
         if one.trained:
-            resting[1] += count * elements * rest.gradient / cuts[1]
+            summed = one.whole_bytes // one.used_bytes if keeps else elements
+            resting[1] += count * summed * rest.gradient / cuts[1]
             resting[2] += 0.0 if plan.offload else count * elements * rest.optimizer / cuts[0]
             held[elements / cuts[0]] = held.get(elements / cuts[0], 0) + count
     whole = _whole(graph, local(1), stage, runs, plan.microbatches, constants)
@@ -169,10 +185,11 @@ def _parameters(graph: Graph, local: LocalShapes, runs: Sequence[BlockRun]) -> C
 def _of_block(graph: Graph, local: LocalShapes, run: BlockRun) -> list[tuple[str, _Parameter]]:
     """The parameters of the first block of a run, by name."""
     found = []
-    for name, size in zip(run.block.parameters, run.memory.parameter_bytes, strict=True):
+    memory = run.memory
+    for name, size, whole in zip(run.block.parameters, memory.parameter_bytes, memory.used_bytes, strict=True):
         tensor = graph.tensors[name]
         used_bytes = local.tensors[name].dtype.itemsize
-        found.append((name, _Parameter(size, tensor.at_rest.itemsize, used_bytes, bool(tensor.requires_grad))))
+        found.append((name, _Parameter(size, whole, tensor.at_rest.itemsize, used_bytes, bool(tensor.requires_grad))))
     return found
 
 
