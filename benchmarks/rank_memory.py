@@ -70,6 +70,7 @@ def rank_memory(
     with pretended_world(rank, plan.world_size):
         live = _Live()
         if device.type == "cuda":
+            gc.collect()  # an earlier model must not go while this one is measured
             torch.cuda.empty_cache()
             before_bytes = torch.cuda.memory_allocated(device)
             step, model = _trainer(graph, plan, hardware, module, batch, device, learning_rate)

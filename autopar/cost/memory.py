@@ -246,10 +246,16 @@ class _Walk:
                 )
                 share = self.view.size(*largest) / max(1, self.view.graph.tensors[largest[0]].size_bytes)
                 self.extra[index] = int(op.saved_extra_bytes * share)
+            by_class = any(strategy.special == "vocab_cross_entropy" for strategy in step.strategies)
             sizes = [self.view.size(n, p) for n, p in zip(op.inputs, in_places, strict=True)]
             wide = op.inputs and self.view.wide_loss
             width = self.view.local.tensors[op.inputs[0]].dtype.itemsize if wide else 4
             self.scratch[index] = (0, 0) if in_place else scratch_bytes(op, sizes, mine, width)
+            if by_class and not in_place:
+                # It keeps the softmax in float32, and computes from logits and to their gradient in float32 too.
+                logits = self.view.local.tensors[op.inputs[0]].dtype
+                self.extra[index] = sizes[0] * 4 // min(4, logits.itemsize)
+                self.scratch[index] = (self.extra[index],) * 2 if logits.itemsize < 4 else (0, 0)
             if bordered is not None:
                 forward, backward = self.scratch[index]
                 self.scratch[index] = forward, backward + self.sizes[bordered]
