@@ -272,25 +272,29 @@ class Broad:
     def _bound_s(self, best_s: float) -> float:
         """No plan of the space is faster.
 
-        What no layout beats is known for the degrees and microbatches that chains were looked for: a multiple of the
-        degree, and smaller microbatches, take no less of all ranks together. Degrees that hold the bound down are asked
-        for it with the largest microbatches of theirs that matter.
+        What no layout beats serves a multiple of its degree, and smaller microbatches, too: they take no less of all ranks
+        together. The degree that holds the bound down is asked for it: first for the microbatches that chains were looked
+        for, then for the largest of its own that matter.
         """
         plain = self.plain
         known = [(1, 1, plain.pass_s), (1, plain.rows, plain.rows * (plain.small.forward_s + plain.small.backward_s))]
-        for tensor, degree in self.degrees.items():
-            known += [self._least(tensor, shards) for shards in {shards for shards, _ in degree.looked}]
-        for _ in range(0 if self._budget.cut_short else NUM_PROVED):
+        looked = [(t, shards) for t, degree in self.degrees.items() if t > 1 for shards, _ in degree.looked]
+        left = 0 if self._budget.cut_short else NUM_PROVED
+        while True:
             bounds = {tensor: self._bounds(tensor, known) for tensor in self.degrees}
             tensor = min(bounds, key=lambda t: bounds[t].min())
             near = (bounds[tensor] < best_s) & np.isfinite(bounds[tensor])
             if tensor == 1 or not near.any():
                 break
-            one = self._least(tensor, int(self.degrees[tensor].some.shards[near].min()))
-            if one in known:
+            serving = [one for one in dict.fromkeys(looked) if tensor % one[0] == 0]
+            looked = [one for one in looked if one not in serving]
+            if not serving and left:
+                serving, left = [(tensor, int(self.degrees[tensor].some.shards[near].min()))], left - 1
+            more = [self._least(*one) for one in serving]
+            if all(one in known for one in more):
                 break
-            known.append(one)
-        return min(float(self._bounds(tensor, known).min()) for tensor in self.degrees)
+            known += more
+        return min(float(bound.min()) for bound in bounds.values())
 
     def _least(self, tensor: int, shards: int) -> tuple[int, int, float]:
         """(tensor, shards, what all ranks of a replica together take for the batch at least)."""
