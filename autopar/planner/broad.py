@@ -33,8 +33,8 @@ from .stages import StageSearch
 MAX_OUTLINED, NUM_BEST, ALIKE = 16, 5, 4
 # Where memory holds a shape back, how much slower than with room enough it is hoped to be with chains that keep less.
 HELD_BACK = 1.1
-# Chains that keep less, per shape.
-NUM_LEAN = 4
+# Chains of such a shape, the fastest among them.
+NUM_LEAN = 2
 # Pairs of a shape and a chain that are priced at most, and how far above the best plan an estimate may be to be priced.
 MAX_PRICED = 24
 MARGIN = 1.08
