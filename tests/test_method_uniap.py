@@ -88,19 +88,22 @@ def test_mixed_stages():
 
 
 def test_the_solver_hears_what_its_caller_says():
-    """A program that takes long is given up when asked, while it is built and while it is solved; Ctrl-C in it stays one."""
+    """A program that takes long is given up when asked, while it is built and while it is solved; Ctrl-C in it stays one.
+
+    A solver that was left alone while it presolved counts in the processor time too.
+    """
     costs = random_costs(random.Random(0), 24, 10, 8)
     assert solve_program(costs, 8, 64, 3.0, is_over=lambda: True) is None
     begin_s = time.process_time()
-    solve_program(costs, 8, 64, 3.0, 2.0, lambda: time.process_time() - begin_s > 0.8)
-    assert time.process_time() - begin_s < 2
+    solve_program(costs, 8, 64, 3.0, 8.0, lambda: time.process_time() - begin_s > 0.5)
+    assert time.process_time() - begin_s < 4
 
     def pressed() -> bool:
-        if time.process_time() - begin_s > 0.8:
+        if time.process_time() - begin_s > 0.5:
             signal.raise_signal(signal.SIGINT)
         return False
 
     begin_s = time.process_time()
     with pytest.raises(KeyboardInterrupt):
-        solve_program(costs, 8, 64, 3.0, 2.0, pressed)
-    assert time.process_time() - begin_s < 2
+        solve_program(costs, 8, 64, 3.0, 8.0, pressed)
+    assert time.process_time() - begin_s < 4
