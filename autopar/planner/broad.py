@@ -68,13 +68,13 @@ class _Degree:
     some: ShapeArrays
     outlines: list[tuple[Outline, int]] = field(default_factory=list)
     looked: list[tuple[int, bool]] = field(default_factory=list)
-    _estimates: dict[tuple[int, bool], np.ndarray] = field(default_factory=dict)
+    _estimates: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
-    def estimate(self, outline: Outline, limited: bool = True) -> np.ndarray:
+    def estimate(self, outline: Outline) -> tuple[np.ndarray, np.ndarray]:
         """Of an outline in all shapes."""
-        key = (id(outline), limited)  # outlines live as long as the search
+        key = id(outline)  # outlines live as long as the search
         if key not in self._estimates:
-            self._estimates[key] = outline.estimate(self.some, limited)
+            self._estimates[key] = outline.estimate(self.some)
         return self._estimates[key]
 
     def has_looked(self, shards: int, lean: bool) -> bool:
@@ -173,16 +173,14 @@ class Broad:
     @cached_property
     def _shared_out_s(self) -> np.ndarray:
         """Estimates of all shapes if the ranks of a tensor axis shared all out: what chains that keep less may hope for."""
-        return np.concatenate([self.plain.estimate(degree.some) for degree in self.degrees.values()])
+        return np.concatenate([self.plain.estimate(degree.some)[0] for degree in self.degrees.values()])
 
     def _view(self, tensor: int) -> tuple[np.ndarray, np.ndarray]:
         """The least estimates of all shapes of a degree, within memory and without its limit."""
         degree = self.degrees[tensor]
         near = max((t for t, d in self.degrees.items() if d.outlines and tensor % t == 0), default=None)
         outlines = [outline for outline, _ in self.degrees[near].outlines] if near else [self.plain]
-        limited_s, free_s = (
-            np.min([degree.estimate(outline, limited) for outline in outlines], axis=0) for limited in (True, False)
-        )
+        limited_s, free_s = np.min([degree.estimate(outline) for outline in outlines], axis=0)
         return limited_s, free_s
 
     def _look(self, shape: Shape, lean: bool) -> None:
@@ -201,7 +199,7 @@ class Broad:
     def _pairs(self) -> Iterator[_Pair]:
         for degree in self.degrees.values():
             for outline, shards in degree.outlines:
-                estimates = degree.estimate(outline)
+                estimates, _ = degree.estimate(outline)
                 for i in np.flatnonzero(np.isfinite(estimates)):
                     yield _Pair(float(estimates[i]), degree.some.shapes[i], outline.chain, shards)
 

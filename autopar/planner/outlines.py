@@ -247,8 +247,8 @@ class Outline:
         whole_s = max(0.0, large_s - small_s) / (1 / self.shards - 1 / self.rows)
         return np.maximum(0.0, small_s - whole_s / self.rows) + whole_s / shards
 
-    def estimate(self, some: ShapeArrays, limited: bool = True) -> np.ndarray:
-        """Expected step seconds; infinite where nothing is expected to fit. limited: by memory.
+    def estimate(self, some: ShapeArrays) -> tuple[np.ndarray, np.ndarray]:
+        """Expected step seconds within memory, infinite where nothing is expected to fit; and without a limit of it.
 
         Shapes of a multiple of this tensor degree are taken to share everything out over their ranks.
         """
@@ -264,11 +264,11 @@ class Outline:
         peak_bytes = part * max(large.forward_peak_bytes, large.backward_peak_bytes) * self.shards / shards
         passing = peak_bytes + rests.passing_bytes
         room = ((self.problem.memory_limit_bytes - passing) * stages - held) / some.first_held
-        if limited:
-            pass_s = pass_s + self._share_again(kept, least, room) * forward_s
-        each_s = (pass_s + extra_s + 2 * (stages - 1) * self._microbatch_s(*self._send_s, shards)) / stages
+        limited_s = pass_s + self._share_again(kept, least, room) * forward_s
+        besides_s = extra_s + 2 * (stages - 1) * self._microbatch_s(*self._send_s, shards)
         tail_s = optimizer_s / stages + np.maximum(0.0, reduce_s - HIDDEN * last_s) / stages
-        return each_s * (self._fullest_of(some) * (count - 1) + stages) + tail_s
+        times = (self._fullest_of(some) * (count - 1) + stages) / stages
+        return (limited_s + besides_s) * times + tail_s, (pass_s + besides_s) * times + tail_s
 
     def bound(self, some: ShapeArrays, whole_s: np.ndarray) -> np.ndarray:
         """Of the outline without a model axis: no plan of these shapes takes fewer seconds, however it is laid out,
