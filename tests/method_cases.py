@@ -41,12 +41,6 @@ def small_problem(seed: int, world_size: int = 4, num_blocks: int = 6, batch_siz
     return Problem(graph, cluster, costs, WholeLayouts(), Constraints(**pinned))
 
 
-def ungated(problem: Problem, monkeypatch) -> Problem:
-    """The problem as it is when the runtime executes all that a plan can say."""
-    monkeypatch.setattr("autopar.plan_validate._check_runnable", lambda *_: None, raising=False)
-    return replace(problem, unequal_stages=True)
-
-
 class Classifier(nn.Module):
     """A small body under a classifier that holds most parameters."""
 
@@ -66,6 +60,9 @@ def captured(model: str) -> Graph:
     with torch.device("meta"):
         if model == "classifier":
             return capture(Classifier(), torch.zeros(512, 256))
+        if model == "stack":
+            stack = nn.Sequential(*(nn.Linear(256, 256) for _ in range(32)))
+            return capture(stack, torch.zeros(1024, 256), loss=lambda out: out.sum())
         rows = 1536 if model == "rows" else 16
         wide = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512))
         return capture(wide, torch.zeros(rows, 512), loss=lambda out: out.sum())

@@ -69,7 +69,7 @@ def test_estimates_are_near_and_bounds_below(graphs, name: str, preset: str) -> 
     errors = []
     for degree in search.degrees.values():
         for outline, _ in degree.outlines:
-            estimates = outline.estimate(degree.some)
+            estimates, _ = outline.estimate(degree.some)
             bounds = search.plain.bound(degree.some, np.full(len(degree.some.shapes), search.plain.pass_s))
             chosen = random.Random(0).sample(range(len(estimates)), min(12, len(estimates)))
             for i in chosen:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import signal
 import threading
 import time
 from dataclasses import replace
 
 import pytest
-from method_cases import captured_problem, small_problem
+from method_cases import captured, captured_problem, small_problem
+from planner_cases import MadeUpCosts, WholeLayouts, chain_graph, small_cluster
 
+from autopar.cluster.presets import preset
+from autopar.cost.model import CostModel
 from autopar.planner.auto import exact_search
 from autopar.planner.budget import Budget
+from autopar.planner.chains import LayoutChains
 from autopar.planner.problem import Constraints, Problem
 from autopar.planner.search import METHODS, search
 
@@ -72,6 +77,28 @@ def test_hundredths_of_a_second_are_enough_for_a_plan(method):
     start_s = time.process_time()
     plan = METHODS[method](replace(problem, budget=Budget(0.03)))
     assert time.process_time() - start_s < 15
+    plan.validate(problem.graph, problem.cluster)
+
+
+def large_problem(method: str) -> Problem:
+    """Many devices, microbatches and blocks, so that a single step of a method, or a look at a single plan, takes long."""
+    if method in (*ON_OPS, "auto"):
+        # For the others so little memory that no plan fits.
+        graph, cluster = captured("stack"), preset("a100-80gb", 8, 4)
+        pinned = Constraints(memory_limit_bytes=None if method == "auto" else 3 * 2**20)
+        return Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), pinned)
+    graph = chain_graph(tuple(random.Random(3).randrange(3) for _ in range(48)), 1024)
+    cluster = small_cluster(256, 8)
+    return Problem(graph, cluster, MadeUpCosts(graph, cluster, 3), WholeLayouts())
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "exhaustive"])
+def test_a_limit_holds_within_steps(method):
+    """To a fifth, and a second for the first plan; in processor time, which other processes do not change."""
+    problem, limit_s = large_problem(method), 0.2
+    begin_s = time.process_time()
+    plan = METHODS[method](replace(problem, budget=Budget(limit_s, clock=time.process_time)))
+    assert time.process_time() - begin_s < 1.2 * limit_s + 1
     plan.validate(problem.graph, problem.cluster)
 
 

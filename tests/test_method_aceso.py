@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
-from method_cases import small_problem, ungated
+from method_cases import small_problem
 
 from autopar.planner.methods.aceso import Config, aceso
 from autopar.simulate import simulate
@@ -61,10 +62,10 @@ def test_what_does_not_fit_is_brought_to_fit():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_devices_may_move_between_stages(seed, monkeypatch):
+def test_devices_may_move_between_stages(seed):
     problem = small_problem(seed, 8, num_blocks=6)
-    equal_s = aceso(problem).prediction.step_time_s
-    plan = aceso(ungated(problem, monkeypatch))
+    equal_s = aceso(replace(problem, unequal_stages=False)).prediction.step_time_s
+    plan = aceso(problem)
     assert plan.prediction.step_time_s <= equal_s * 1.05
     assert sorted(rank for stage in plan.stages for rank in stage.ranks) == list(range(8))
 

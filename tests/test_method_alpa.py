@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from method_cases import small_problem, ungated
+from method_cases import small_problem
 from torch import nn
 
 from autopar import capture
@@ -78,11 +79,11 @@ def test_plans_of_captured_graphs_run(seed):
     assert plan.candidates[0].verdict == "chosen"
 
 
-def test_unequal_submeshes(monkeypatch):
+def test_unequal_submeshes():
     """All submeshes at once are no slower than equal ones; all ranks are used, whole hosts stay whole."""
     for seed in range(4):
         problem = small_problem(seed, 8, num_blocks=5)
-        equal_s = alpa(problem).prediction.step_time_s
-        plan = alpa(ungated(problem, monkeypatch))
+        equal_s = alpa(replace(problem, unequal_stages=False)).prediction.step_time_s
+        plan = alpa(problem)
         assert plan.prediction.step_time_s <= equal_s
         assert sorted(rank for stage in plan.stages for rank in stage.ranks) == list(range(8))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from method_cases import small_problem, ungated
+from method_cases import small_problem
 
 from autopar.planner.methods.dapple import dapple
 from autopar.planner.methods.dapple_placement import Layers, Machines, Placed, place, placements, score_s, transfer_s
@@ -101,11 +102,11 @@ def test_plans_of_captured_graphs_run(seed):
         assert len(plan.stages) == 2
 
 
-def test_unequal_stages(monkeypatch):
+def test_unequal_stages():
     """One heavy block among light ones: with free numbers of replicas the plan is no slower, and uses all ranks."""
     for seed in range(4):
         problem = small_problem(seed, 6, num_blocks=5, batch_size=12)
-        equal_s = dapple(problem).prediction.step_time_s
-        plan = dapple(ungated(problem, monkeypatch))
+        equal_s = dapple(replace(problem, unequal_stages=False)).prediction.step_time_s
+        plan = dapple(problem)
         assert plan.prediction.step_time_s <= equal_s
         assert sorted(rank for stage in plan.stages for rank in stage.ranks) == list(range(6))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import signal
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from method_cases import small_problem, ungated
+from method_cases import small_problem
 
 from autopar.planner.methods.uniap import uniap
 from autopar.planner.methods.uniap_program import ChainCosts, pipeline_s, solve_program, two_steps
@@ -75,10 +78,32 @@ def test_plans_of_captured_graphs_run(seed):
     assert plan.candidates[0].verdict == "chosen"
 
 
-def test_mixed_stages(monkeypatch):
+def test_mixed_stages():
     for seed in range(2):
         problem = small_problem(seed, 4, num_blocks=3, batch_size=4)
-        equal_s = uniap(problem).prediction.step_time_s
-        plan = uniap(ungated(problem, monkeypatch))
+        equal_s = uniap(replace(problem, unequal_stages=False)).prediction.step_time_s
+        plan = uniap(problem)
         assert plan.prediction.step_time_s <= equal_s * 1.2
         assert sorted(rank for stage in plan.stages for rank in stage.ranks) == list(range(4))
+
+
+def test_the_solver_hears_what_its_caller_says():
+    """A program that takes long is given up when asked, while it is built and while it is solved; Ctrl-C in it stays one.
+
+    A solver that was left alone while it presolved counts in the processor time too.
+    """
+    costs = random_costs(random.Random(0), 24, 10, 8)
+    assert solve_program(costs, 8, 64, 3.0, is_over=lambda: True) is None
+    begin_s = time.process_time()
+    solve_program(costs, 8, 64, 3.0, 8.0, lambda: time.process_time() - begin_s > 0.5)
+    assert time.process_time() - begin_s < 4
+
+    def pressed() -> bool:
+        if time.process_time() - begin_s > 0.5:
+            signal.raise_signal(signal.SIGINT)
+        return False
+
+    begin_s = time.process_time()
+    with pytest.raises(KeyboardInterrupt):
+        solve_program(costs, 8, 64, 3.0, 8.0, pressed)
+    assert time.process_time() - begin_s < 4

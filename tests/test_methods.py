@@ -19,6 +19,7 @@ from autopar.planner.methods import bench as bench_module
 from autopar.planner.methods.bench import Bench, Part
 from autopar.planner.problem import Problem
 from autopar.planner.search import METHODS, search
+from autopar.simulate import simulate
 
 PUBLISHED = [name for name in METHODS if name not in ("auto", "exhaustive")]
 # Those that look into blocks need a real cost model.
@@ -86,6 +87,20 @@ def test_constraints_are_kept(method):
     problem = captured_problem("llama", 4, **pinned) if method in ON_OPS else small_problem(1, 4, **pinned)
     plan = METHODS[method](problem)
     assert [(s.data, s.tensor) for s in plan.stages] == [(2, 2)] and plan.microbatches == 2
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h1"])
+def test_long_programs_are_judged_as_the_simulator_does(schedule):
+    """Of more instructions than are walked for their figures: to rounding in time, and exactly in memory."""
+    for seed in range(3):
+        problem = small_problem(seed, 8, batch_size=512, schedule=schedule, pipeline=4, microbatches=256)
+        bench = Bench(problem, "none")
+        (shape, *_) = bench.shapes()
+        plan = bench.equal_plan(shape, [1, 3, 4, 6], ["none", "full", "none", "full"])
+        bench.offer(plan)
+        line = simulate(problem.graph, plan, problem.cluster, model=problem.costs)
+        assert bench.best.prediction.step_time_s == pytest.approx(line.step_time_s, rel=1e-9)
+        assert bench.best.prediction.peak_memory_bytes == max(line.peak_memory_bytes.values())
 
 
 def test_unknown_methods_name_the_nearest():

@@ -258,7 +258,7 @@ class Cluster:
 
     @cached_property
     def spans(self) -> dict[tuple[int, ...], Any]:
-        """What cluster/span.py has found of a cluster with `hosts`."""
+        """What cluster/span.py has found."""
         return {}
 
     @cached_property

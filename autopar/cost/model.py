@@ -33,7 +33,7 @@ from .kernels import Kernel
 from .memory import BlockMemory
 from .mixed import RankClass, boundary_pairs, rank_classes, slowest
 from .side_ops import SideOps
-from .stage_memory import OPTIMIZER_BYTES_PER_ELEMENT, StageMemory, as_run, stage_memory
+from .stage_memory import OPTIMIZER_BYTES_PER_ELEMENT, BlockParameters, StageMemory, as_run, stage_memory
 from .types import StageCost
 
 __all__ = ["OPTIMIZER_BYTES_PER_ELEMENT", "Breakdown", "Constants", "Corrections", "CostModel"]
@@ -90,6 +90,9 @@ class CostModel:
         self._blocks = BlockPrices(graph, cluster, self.corrections, self.constants)
         self._stages: dict[tuple, StageCost] = {}
         self._sides = SideOps(graph)
+        self._parameters = BlockParameters(graph, self.constants)
+        # Seconds to update a parameter, by how many elements of it a rank holds.
+        self._updates: dict[float, float] = {}
 
     def with_constants(self, constants: Constants) -> CostModel:
         """The same model with other constants; what they do not change is shared."""
@@ -240,7 +243,7 @@ class CostModel:
         tables = (*breakdown.compute.values(), *breakdown.collectives.values())
         forward_s, backward_s = sum(f for f, _ in tables), sum(b for _, b in tables)
         pricer = self._blocks.pricer(plan.precision)
-        memory = stage_memory(self.graph, pricer.local, plan, index, runs, self.constants, data_rank)
+        memory = stage_memory(self.graph, pricer.local, plan, index, runs, self.constants, data_rank, self._parameters)
         if plan.microbatches > 1:
             size = 3.0 * memory.local_bytes
             kernel = Kernel("pointwise", size, size, "")
@@ -258,12 +261,7 @@ class CostModel:
             reduce_s=traffic.reduce_s,
             reduce_overlap_s=traffic.reduce_overlap_s,
             reduce_model_s=self._model_reduction(plan, index, runs, data_rank) + traffic.after_s,
-            optimizer_s=optimizer_s(
-                self.cluster.device,
-                {4.0 * elements: count for elements, count in memory.held_elements.items()},
-                self.corrections,
-                self.constants,
-            ),
+            optimizer_s=sum(count * self._update_s(held) for held, count in memory.held_elements.items()),
             parameter_bytes=memory.parameter_bytes,
             gradient_bytes=memory.gradient_bytes,
             optimizer_bytes=memory.optimizer_bytes,
@@ -275,6 +273,13 @@ class CostModel:
             gradients_stay=traffic.reduce_s > 0 if memory.gradients_stay is None else memory.gradients_stay,
             deferred_bytes=int(sum(run.count * run.memory.deferred_bytes for run in runs) * factor),
         )
+
+    def _update_s(self, elements: float) -> float:
+        if elements not in self._updates:
+            self._updates[elements] = optimizer_s(
+                self.cluster.device, {4.0 * elements: 1}, self.corrections, self.constants
+            )
+        return self._updates[elements]
 
     # -- blocks
 

@@ -100,6 +100,49 @@ def keeps_whole(plan: Plan, constants: Constants) -> bool:
     return constants.pipeline_keeps and plan.pipeline > 1 and plan.microbatches > 1
 
 
+@dataclass(frozen=True, slots=True)
+class _OfBlock:
+    """The parameters of a block, by name; and all together."""
+
+    named: tuple[tuple[str, _Parameter], ...]
+    sizes: Sizes
+
+
+class BlockParameters:
+    """What the parameters of blocks are, here; remembered by the block's memory, which comes of its kind and layouts, and by
+    whether they take gradients."""
+
+    def __init__(self, graph: Graph, constants: Constants) -> None:
+        self._graph, self._constants = graph, constants
+        # With the memory itself, so that its identity stays taken.
+        self._known: dict[tuple, tuple[BlockMemory, _OfBlock]] = {}
+
+    def of(self, run: BlockRun, local: LocalShapes) -> _OfBlock:
+        """Of the first block of a run."""
+        tensors = self._graph.tensors
+        named = run.block.parameters
+        # Only of blocks that share parameters names are looked at.
+        key = (
+            id(run.memory),
+            run.block.index if run.shares_parameters else tuple(tensors[n].requires_grad for n in named),
+        )
+        if key not in self._known:
+            found = tuple(
+                (
+                    name,
+                    _Parameter(
+                        size, whole, tensors[name].at_rest.itemsize, local.tensors[name].dtype.itemsize,
+                        bool(tensors[name].requires_grad),
+                    ),
+                )
+                for name, size, whole in zip(
+                    named, run.memory.parameter_bytes, run.memory.used_bytes, strict=True
+                )
+            )  # fmt: skip
+            self._known[key] = run.memory, _OfBlock(found, _sizes([one for _, one in found], self._constants))
+        return self._known[key][1]
+
+
 def stage_memory(
     graph: Graph,
     local: Callable[[int], LocalShapes],
@@ -108,11 +151,17 @@ def stage_memory(
     runs: Sequence[BlockRun],
     constants: Constants,
     data_rank: int | None = None,
+    known: BlockParameters | None = None,
 ) -> StageMemory:
-    """The memory of stage `index`, of these runs of blocks; of a data rank, by default the one with the most rows."""
+    """The memory of stage `index`, of these runs of blocks; of a data rank, by default the one with the most rows.
+
+    known: what was asked before of the same graph and constants.
+    """
     stage = as_run(plan, index, constants)
     keeps = keeps_whole(plan, constants)
-    parameters = _parameters(graph, local(1), runs)
+    known = known or BlockParameters(graph, constants)
+    named = [known.of(run, local(1)) for run in runs]
+    parameters = _parameters(runs, named)
     local_bytes = sum(one.size_bytes * count for one, count in parameters.items())
     trainable_bytes = sum(one.size_bytes * count for one, count in parameters.items() if one.trained)
     group = stage.zero_group or stage.data
@@ -139,7 +188,7 @@ def stage_memory(
             resting[1] += count * summed * rest.gradient / cuts[1]
             resting[2] += 0.0 if plan.offload else count * elements * rest.optimizer / cuts[0]
             held[elements / cuts[0]] = held.get(elements / cuts[0], 0) + count
-    whole = _whole(graph, local(1), stage, runs, plan.microbatches, constants)
+    whole = _whole(stage, runs, named, plan.microbatches, constants)
     activation, forward_peak, backward_peak = _activations(runs, constants.selective_kept, whole)
     first, last = runs[0], runs[-1].memory
     if index > 0 and first.recompute == "none":  # what arrives is kept, because its gradient travels on
@@ -168,12 +217,12 @@ def stage_memory(
     )
 
 
-def _parameters(graph: Graph, local: LocalShapes, runs: Sequence[BlockRun]) -> Counter[_Parameter]:
+def _parameters(runs: Sequence[BlockRun], named: Sequence[_OfBlock]) -> Counter[_Parameter]:
     """The distinct parameters of the runs, each as often as there are such; one that several blocks use counts once."""
     found: Counter[_Parameter] = Counter()
     shared: dict[str, _Parameter] = {}
-    for run in runs:
-        for name, one in _of_block(graph, local, run):
+    for run, own in zip(runs, named, strict=True):
+        for name, one in own.named:
             if run.shares_parameters:
                 shared[name] = one
             else:
@@ -182,19 +231,8 @@ def _parameters(graph: Graph, local: LocalShapes, runs: Sequence[BlockRun]) -> C
     return found
 
 
-def _of_block(graph: Graph, local: LocalShapes, run: BlockRun) -> list[tuple[str, _Parameter]]:
-    """The parameters of the first block of a run, by name."""
-    found = []
-    memory = run.memory
-    for name, size, whole in zip(run.block.parameters, memory.parameter_bytes, memory.used_bytes, strict=True):
-        tensor = graph.tensors[name]
-        used_bytes = local.tensors[name].dtype.itemsize
-        found.append((name, _Parameter(size, whole, tensor.at_rest.itemsize, used_bytes, bool(tensor.requires_grad))))
-    return found
-
-
 def _whole(
-    graph: Graph, local: LocalShapes, stage: Stage, runs: Sequence[BlockRun], microbatches: int, constants: Constants
+    stage: Stage, runs: Sequence[BlockRun], named: Sequence[_OfBlock], microbatches: int, constants: Constants
 ) -> Gathered:
     """What ZeRO gathers and scatters, see gathered.py."""
     if stage.zero == 0:
@@ -202,10 +240,12 @@ def _whole(
     uses = Counter(name for run in runs if run.shares_parameters for name in run.block.parameters)
     own: list[tuple[int, Sizes]] = []
     common: dict[str, _Parameter] = {}
-    for run in runs:
-        named = _of_block(graph, local, run)
-        common |= {name: one for name, one in named if uses[name] > 1}
-        own.append((run.count, _sizes([one for name, one in named if uses[name] < 2], constants)))
+    for run, of_block in zip(runs, named, strict=True):
+        if not run.shares_parameters:
+            own.append((run.count, of_block.sizes))
+            continue
+        common |= {name: one for name, one in of_block.named if uses[name] > 1}
+        own.append((run.count, _sizes([one for name, one in of_block.named if uses[name] < 2], constants)))
     return gathered(own, _sizes(list(common.values()), constants), stage, microbatches, constants)
 
 

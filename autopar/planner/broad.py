@@ -33,8 +33,8 @@ from .stages import StageSearch
 MAX_OUTLINED, NUM_BEST, ALIKE = 16, 5, 4
 # Where memory holds a shape back, how much slower than with room enough it is hoped to be with chains that keep less.
 HELD_BACK = 1.1
-# Chains that keep less, per shape.
-NUM_LEAN = 4
+# Chains of such a shape, the fastest among them.
+NUM_LEAN = 2
 # Pairs of a shape and a chain that are priced at most, and how far above the best plan an estimate may be to be priced.
 MAX_PRICED = 24
 MARGIN = 1.08
@@ -68,13 +68,13 @@ class _Degree:
     some: ShapeArrays
     outlines: list[tuple[Outline, int]] = field(default_factory=list)
     looked: list[tuple[int, bool]] = field(default_factory=list)
-    _estimates: dict[tuple[int, bool], np.ndarray] = field(default_factory=dict)
+    _estimates: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
-    def estimate(self, outline: Outline, limited: bool = True) -> np.ndarray:
+    def estimate(self, outline: Outline) -> tuple[np.ndarray, np.ndarray]:
         """Of an outline in all shapes."""
-        key = (id(outline), limited)  # outlines live as long as the search
+        key = id(outline)  # outlines live as long as the search
         if key not in self._estimates:
-            self._estimates[key] = outline.estimate(self.some, limited)
+            self._estimates[key] = outline.estimate(self.some)
         return self._estimates[key]
 
     def has_looked(self, shards: int, lean: bool) -> bool:
@@ -173,16 +173,14 @@ class Broad:
     @cached_property
     def _shared_out_s(self) -> np.ndarray:
         """Estimates of all shapes if the ranks of a tensor axis shared all out: what chains that keep less may hope for."""
-        return np.concatenate([self.plain.estimate(degree.some) for degree in self.degrees.values()])
+        return np.concatenate([self.plain.estimate(degree.some)[0] for degree in self.degrees.values()])
 
     def _view(self, tensor: int) -> tuple[np.ndarray, np.ndarray]:
         """The least estimates of all shapes of a degree, within memory and without its limit."""
         degree = self.degrees[tensor]
         near = max((t for t, d in self.degrees.items() if d.outlines and tensor % t == 0), default=None)
         outlines = [outline for outline, _ in self.degrees[near].outlines] if near else [self.plain]
-        limited_s, free_s = (
-            np.min([degree.estimate(outline, limited) for outline in outlines], axis=0) for limited in (True, False)
-        )
+        limited_s, free_s = np.min([degree.estimate(outline) for outline in outlines], axis=0)
         return limited_s, free_s
 
     def _look(self, shape: Shape, lean: bool) -> None:
@@ -201,7 +199,7 @@ class Broad:
     def _pairs(self) -> Iterator[_Pair]:
         for degree in self.degrees.values():
             for outline, shards in degree.outlines:
-                estimates = degree.estimate(outline)
+                estimates, _ = degree.estimate(outline)
                 for i in np.flatnonzero(np.isfinite(estimates)):
                     yield _Pair(float(estimates[i]), degree.some.shapes[i], outline.chain, shards)
 
@@ -272,25 +270,29 @@ class Broad:
     def _bound_s(self, best_s: float) -> float:
         """No plan of the space is faster.
 
-        What no layout beats is known for the degrees and microbatches that chains were looked for: a multiple of the
-        degree, and smaller microbatches, take no less of all ranks together. Degrees that hold the bound down are asked
-        for it with the largest microbatches of theirs that matter.
+        What no layout beats serves a multiple of its degree, and smaller microbatches, too: they take no less of all ranks
+        together. The degree that holds the bound down is asked for it: first for the microbatches that chains were looked
+        for, then for the largest of its own that matter.
         """
         plain = self.plain
         known = [(1, 1, plain.pass_s), (1, plain.rows, plain.rows * (plain.small.forward_s + plain.small.backward_s))]
-        for tensor, degree in self.degrees.items():
-            known += [self._least(tensor, shards) for shards in {shards for shards, _ in degree.looked}]
-        for _ in range(0 if self._budget.cut_short else NUM_PROVED):
+        looked = [(t, shards) for t, degree in self.degrees.items() if t > 1 for shards, _ in degree.looked]
+        left = 0 if self._budget.cut_short else NUM_PROVED
+        while True:
             bounds = {tensor: self._bounds(tensor, known) for tensor in self.degrees}
             tensor = min(bounds, key=lambda t: bounds[t].min())
             near = (bounds[tensor] < best_s) & np.isfinite(bounds[tensor])
             if tensor == 1 or not near.any():
                 break
-            one = self._least(tensor, int(self.degrees[tensor].some.shards[near].min()))
-            if one in known:
+            serving = [one for one in dict.fromkeys(looked) if tensor % one[0] == 0]
+            looked = [one for one in looked if one not in serving]
+            if not serving and left:
+                serving, left = [(tensor, int(self.degrees[tensor].some.shards[near].min()))], left - 1
+            more = [self._least(*one) for one in serving]
+            if all(one in known for one in more):
                 break
-            known.append(one)
-        return min(float(self._bounds(tensor, known).min()) for tensor in self.degrees)
+            known += more
+        return min(float(bound.min()) for bound in bounds.values())
 
     def _least(self, tensor: int, shards: int) -> tuple[int, int, float]:
         """(tensor, shards, what all ranks of a replica together take for the batch at least)."""

@@ -41,7 +41,7 @@ class LayoutChains:
     def __init__(self) -> None:
         self._options: dict[tuple, LayoutOptions] = {}
         self._basis: dict[tuple, LayoutOptions] = {}
-        self._fastest: dict[tuple, ChainSolution] = {}
+        self._fastest: dict[tuple, tuple[ChainSolution, LayoutOptions]] = {}
         self._frontiers: dict[int, tuple[ChainSolution, ...]] = {}
         self._made: dict[tuple[Layout, ...], Chain] = {}
         self._serving: dict[tuple[int, int, int], bool] = {}
@@ -99,13 +99,19 @@ class LayoutChains:
         # Speed alone does not depend on how many microbatches are in flight, nor so on the schedule.
         key = (shape.data, shape.tensor, shape.microbatches, shape.zero, choices[0])
         if key not in self._fastest:
-            self._fastest[key] = chain_layouts(self._options_of(problem, shape, choices[0]), 0, num_blocks)
-        yield self._fastest[key]
+            options = self._options_of(problem, shape, choices[0])
+            self._fastest[key] = chain_layouts(options, 0, num_blocks), options
+        fastest, its_options = self._fastest[key]
+        yield fastest
         for recompute in dict.fromkeys(choices):
             options = self._options_of(problem, shape, recompute)
             # Options live as long as this object.
             if id(options) not in self._frontiers:
-                self._frontiers[id(options)] = chain_frontier(options, 0, num_blocks, num_points=MAX_CHAINS)
+                # Its bytes are those of its own options.
+                known = fastest if options is its_options else None
+                self._frontiers[id(options)] = chain_frontier(
+                    options, 0, num_blocks, num_points=MAX_CHAINS, fastest=known
+                )
             yield from self._frontiers[id(options)]
 
     def smallest(self, problem: Problem, shape: Shape) -> Chain:
@@ -153,7 +159,8 @@ class Answers:
     ops: dict[tuple[str, str], Seconds2] = field(default_factory=dict)
     conversions: dict[tuple, Seconds2] = field(default_factory=dict)
     strategies: dict[tuple, tuple[Strategy, ...]] = field(default_factory=dict)
-    classes: dict[str, tuple] = field(default_factory=dict)
+    classes: dict[str, int] = field(default_factory=dict)
+    numbers: dict[tuple, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -197,19 +204,18 @@ class AxisPrices:
                 tensor, have, want, shards=self.shape.shards, ranks=ranks, precision=self.problem.graph.precision
             )
         forward_s, backward_s = known[key]
-        is_parameter = key[0][0] == "parameter"
+        is_parameter = self.problem.graph.tensors[tensor].role == "parameter"
         if is_parameter and conversion(have, want).backward == "all_reduce":
             backward_s /= self.shape.microbatches
         return self._twice((forward_s, backward_s))
 
-    def _class(self, name: str) -> tuple:
-        """What the conversions of a tensor depend on."""
-        known = self.answers.classes
+    def _class(self, name: str) -> int:
+        """The number of all tensors whose conversions take the same."""
+        known, numbers = self.answers.classes, self.answers.numbers
         if name not in known:
             tensor = self.problem.graph.tensors[name]
-            known[name] = (
-                tensor.role, tensor.shape, tensor.dtype, tensor.requires_grad, self._local.batch.get(name)
-            )  # fmt: skip
+            what = (tensor.role, tensor.shape, tensor.dtype, tensor.requires_grad, self._local.batch.get(name))
+            known[name] = numbers.setdefault(what, len(numbers))
         return known[name]
 
     def rest_s(self, parameter: str, placement: Placement) -> float:

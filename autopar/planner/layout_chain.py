@@ -82,18 +82,19 @@ def chain_layouts(
         if name not in given and any(name in block.parameters for block in blocks[start:stop])
     ]
 
-    def solve(shared: Mapping[str, Placement]) -> ChainSolution | None:
-        return _solve_chain(options, start, stop, entry, exit, {**given, **shared}, memory_weight)
+    def solve(shared: Mapping[str, Placement]) -> _Path | None:
+        return _best_path(options, start, stop, entry, exit, {**given, **shared}, memory_weight)
 
     candidates = {name: options.candidates(name) for name in free}
-    if math.prod(map(len, candidates.values())) <= MAX_SHARED:
+    exact = math.prod(map(len, candidates.values())) <= MAX_SHARED
+    if exact:
         tried = [solve(dict(zip(free, joint, strict=True))) for joint in itertools.product(*candidates.values())]
         best = min((t for t in tried if t is not None), key=lambda t: t.objective_s, default=None)
     else:
         best = _improve_one_at_a_time(solve, candidates)
     if best is None:
         raise ValueError(f"blocks [{start}, {stop}): every layout needs a conversion of infinite cost")
-    return best
+    return _along(options, start, best, memory_weight, exact)
 
 
 def chain_table(
@@ -119,16 +120,18 @@ def chain_frontier(
     exit: State | None = None,
     shared_parameters: Mapping[str, Placement] | None = None,
     num_points: int = 6,
+    fastest: ChainSolution | None = None,
 ) -> tuple[ChainSolution, ...]:
     """Efficient (time, memory) pairs from the fastest to the smallest, at most `num_points`.
 
-    These are the pairs on the lower convex hull: those that are optimal for some memory weight.
+    These are the pairs on the lower convex hull: those that are optimal for some memory weight. fastest: `chain_layouts` of
+    the same, where it is known.
     """
 
     def at(weight: float) -> ChainSolution:
         return chain_layouts(options, start, stop, entry, exit, shared_parameters, weight)
 
-    fastest = at(0.0)
+    fastest = fastest or at(0.0)
     if fastest.memory_bytes == 0 or num_points < 2:
         return (fastest,)
     smallest = at(_heavy(fastest))
@@ -169,8 +172,17 @@ def _efficient(solutions: list[ChainSolution]) -> tuple[ChainSolution, ...]:
     return tuple(kept)
 
 
-def _improve_one_at_a_time(solve, candidates: Mapping[str, tuple[Placement, ...]]) -> ChainSolution | None:
-    """Coordinate descent from all replicated; a local optimum, marked as not exact."""
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """States of the boundaries, one more than blocks, under these placements of shared parameters."""
+
+    boundaries: tuple[State, ...]
+    shared: Mapping[str, Placement]
+    objective_s: float
+
+
+def _improve_one_at_a_time(solve, candidates: Mapping[str, tuple[Placement, ...]]) -> _Path | None:
+    """Coordinate descent from all replicated; a local optimum."""
     shared = {name: options[0] for name, options in candidates.items()}
     best = solve(shared)
     improved = True
@@ -181,14 +193,10 @@ def _improve_one_at_a_time(solve, candidates: Mapping[str, tuple[Placement, ...]
                 tried = solve({**shared, name: placement})
                 if tried is not None and (best is None or tried.objective_s < best.objective_s * (1 - 1e-9)):
                     best, shared, improved = tried, {**shared, name: placement}, True
-    if best is None:
-        return None
-    return ChainSolution(
-        best.layouts, best.boundaries, best.shared_parameters, best.time_s, best.memory_bytes, best.objective_s, False
-    )
+    return best
 
 
-def _solve_chain(
+def _best_path(
     options: LayoutOptions,
     start: int,
     stop: int,
@@ -196,7 +204,7 @@ def _solve_chain(
     exit: State | None,
     shared: dict[str, Placement],
     weight: float,
-) -> ChainSolution | None:
+) -> _Path | None:
     states = [options.states(i) for i in range(start, stop + 1)]
     states[0] = states[0] if entry is None else (entry,)
     states[-1] = states[-1] if exit is None else (exit,)
@@ -233,18 +241,27 @@ def _solve_chain(
             p, q = steps[i]
             bounds[i][p, q] = value(start + i, states[i][p], states[i + 1][q])
             exact[i][p, q] = True
-    boundaries = tuple(states[i][p] for i, p in enumerate(path))
-    solved = [
-        options.solution(start + i, p, q, shared, weight)
-        for i, (p, q) in enumerate(zip(boundaries, boundaries[1:], strict=False))
-    ]
-    blocks = options.graph.blocks[start:stop]
-    used = {name: p for name, p in shared.items() if any(name in block.parameters for block in blocks)}
+    blocks_s = sum(float(bounds[i][step]) for i, step in enumerate(steps))
+    used = _used(options, start, stop, shared)
+    rest_s = sum(options.costs.rest_s(n, p) + weight * options.costs.rest_bytes(n, p) for n, p in used.items())
+    return _Path(tuple(states[i][p] for i, p in enumerate(path)), shared, blocks_s + rest_s)
+
+
+def _used(options: LayoutOptions, start: int, stop: int, shared: Mapping[str, Placement]) -> dict[str, Placement]:
+    """Of shared parameters those that the blocks use."""
+    inside = {name for block in options.graph.blocks[start:stop] for name in block.parameters}
+    return {name: place for name, place in shared.items() if name in inside}
+
+
+def _along(options: LayoutOptions, start: int, path: _Path, weight: float, exact: bool) -> ChainSolution:
+    """The layouts of the blocks along a path."""
+    pairs = itertools.pairwise(path.boundaries)
+    solved = [options.solution(start + i, p, q, path.shared, weight) for i, (p, q) in enumerate(pairs)]
+    used = _used(options, start, start + len(solved), path.shared)
     time_s = sum(s.time_s for s in solved) + sum(options.costs.rest_s(n, p) for n, p in used.items())
     memory_bytes = sum(s.memory_bytes for s in solved) + sum(options.costs.rest_bytes(n, p) for n, p in used.items())
-    return ChainSolution(
-        tuple(s.layout for s in solved), boundaries, used, time_s, memory_bytes, time_s + weight * memory_bytes, True
-    )
+    layouts = tuple(s.layout for s in solved)
+    return ChainSolution(layouts, path.boundaries, used, time_s, memory_bytes, time_s + weight * memory_bytes, exact)
 
 
 def _shortest_path(tables: list[np.ndarray]) -> list[int] | None:

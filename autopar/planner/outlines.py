@@ -91,19 +91,34 @@ class ShapeArrays:
     def shards(self) -> np.ndarray:
         return self.data * self.microbatches
 
+    @cached_property
+    def storages(self) -> tuple[list[tuple[int, int]], np.ndarray]:
+        """The distinct (data, zero), and which of them each shape has."""
+        numbers = {
+            pair: i for i, pair in enumerate(dict.fromkeys(zip(self.data.tolist(), self.zero.tolist(), strict=True)))
+        }
+        pairs = zip(self.data.tolist(), self.zero.tolist(), strict=True)
+        return list(numbers), np.array([numbers[pair] for pair in pairs], dtype=int)
+
+    @cached_property
+    def depths(self) -> tuple[list[int], np.ndarray]:
+        """The distinct numbers of stages, and which of them each shape has."""
+        found, which = np.unique(self.pipeline, return_inverse=True)
+        return found.tolist(), which
+
 
 @dataclass(frozen=True, slots=True)
 class Rest:
     """Per data degree and ZeRO level, of the whole model on one rank: bytes at rest, of gradients among them, and those that
     lie whole while blocks compute; seconds per microbatch that ZeRO adds; of the optimizer, and of the reduction over
-    data."""
+    data. Of many shapes, arrays."""
 
-    held_bytes: float
-    gradient_bytes: float
-    passing_bytes: float
-    extra_s: float
-    optimizer_s: float
-    reduce_s: float
+    held_bytes: float | np.ndarray
+    gradient_bytes: float | np.ndarray
+    passing_bytes: float | np.ndarray
+    extra_s: float | np.ndarray
+    optimizer_s: float | np.ndarray
+    reduce_s: float | np.ndarray
 
 
 class Outline:
@@ -232,30 +247,28 @@ class Outline:
         whole_s = max(0.0, large_s - small_s) / (1 / self.shards - 1 / self.rows)
         return np.maximum(0.0, small_s - whole_s / self.rows) + whole_s / shards
 
-    def estimate(self, some: ShapeArrays, limited: bool = True) -> np.ndarray:
-        """Expected step seconds; infinite where nothing is expected to fit. limited: by memory.
+    def estimate(self, some: ShapeArrays) -> tuple[np.ndarray, np.ndarray]:
+        """Expected step seconds within memory, infinite where nothing is expected to fit; and without a limit of it.
 
         Shapes of a multiple of this tensor degree are taken to share everything out over their ranks.
         """
         part, tensor = self.tensor / some.tensor, int(some.tensor[0])
         shards, stages, count = some.shards, some.pipeline, some.microbatches
         rests = self._rests_of(some)
-        extra_s, optimizer_s, reduce_s = (
-            part * np.array([getattr(rest, name) for rest in rests]) for name in ("extra_s", "optimizer_s", "reduce_s")
-        )
+        extra_s, optimizer_s, reduce_s = part * rests.extra_s, part * rests.optimizer_s, part * rests.reduce_s
         large, small = self.large, self.small
         forward_s = part * self._microbatch_s(large.forward_s, small.forward_s, shards)
         last_s = part * self._microbatch_s(large.backward_s, small.backward_s, shards)
         pass_s = forward_s + last_s + self._moved_s(tensor, shards) - self._moved_s(self.tensor, shards)
         held, kept, least = (part * size for size in self._memory(some, rests))
         peak_bytes = part * max(large.forward_peak_bytes, large.backward_peak_bytes) * self.shards / shards
-        passing = peak_bytes + np.array([rest.passing_bytes for rest in rests])
+        passing = peak_bytes + rests.passing_bytes
         room = ((self.problem.memory_limit_bytes - passing) * stages - held) / some.first_held
-        if limited:
-            pass_s = pass_s + self._share_again(kept, least, room) * forward_s
-        each_s = (pass_s + extra_s + 2 * (stages - 1) * self._microbatch_s(*self._send_s, shards)) / stages
+        limited_s = pass_s + self._share_again(kept, least, room) * forward_s
+        besides_s = extra_s + 2 * (stages - 1) * self._microbatch_s(*self._send_s, shards)
         tail_s = optimizer_s / stages + np.maximum(0.0, reduce_s - HIDDEN * last_s) / stages
-        return each_s * (self._fullest_of(some) * (count - 1) + stages) + tail_s
+        times = (self._fullest_of(some) * (count - 1) + stages) / stages
+        return (limited_s + besides_s) * times + tail_s, (pass_s + besides_s) * times + tail_s
 
     def bound(self, some: ShapeArrays, whole_s: np.ndarray) -> np.ndarray:
         """Of the outline without a model axis: no plan of these shapes takes fewer seconds, however it is laid out,
@@ -268,7 +281,7 @@ class Outline:
         held, kept, least = self._memory(some, rests)
         # Where all forwards come first no gradients lie beside all activations, unless they are reduced.
         late = (some.data == 1) & (some.microbatches <= some.first_held)
-        held = held - np.where(late, [rest.gradient_bytes for rest in rests], 0.0)
+        held = held - np.where(late, rests.gradient_bytes, 0.0)
         limit = self.problem.memory_limit_bytes * some.tensor / MEMORY_SLACK
         room = np.minimum(
             (limit * some.pipeline - held) / some.last_held, limit * some.inverse_held - held / some.first_held
@@ -287,15 +300,19 @@ class Outline:
         held, _, least = self._memory(some, self._rests_of(some))
         return (held + least * some.first_held) / some.pipeline
 
-    def _rests_of(self, some: ShapeArrays) -> list[Rest]:
-        return [self.rest(int(d), int(z)) for d, z in zip(some.data, some.zero, strict=True)]
+    def _rests_of(self, some: ShapeArrays) -> Rest:
+        """Of each shape, in arrays."""
+        pairs, which = some.storages
+        rests = [self.rest(data, zero) for data, zero in pairs]
+        return Rest(*(np.array([getattr(rest, one.name) for rest in rests])[which] for one in fields(Rest)))
 
     def _fullest_of(self, some: ShapeArrays) -> np.ndarray:
-        return np.array([self.fullest(int(stages)) for stages in some.pipeline])
+        depths, which = some.depths
+        return np.array([self.fullest(stages) for stages in depths])[which]
 
-    def _memory(self, some: ShapeArrays, rests: Sequence[Rest]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _memory(self, some: ShapeArrays, rests: Rest) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """R, A as it is and A recomputed: of all stages of a replica together, on one rank of each."""
-        held = np.array([rest.held_bytes for rest in rests])
+        held = rests.held_bytes
         kept, least = self.large.activation_bytes, self.again.activation_bytes
         return held, kept * self.shards / some.shards, least * self.shards / some.shards
 

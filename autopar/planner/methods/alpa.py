@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +23,7 @@ from ...cost.types import StageCost
 from ...plan import Plan, Recompute, same_recompute
 from ..problem import Problem, Shape
 from .alpa_stages import Assignment, assign_stages, submeshes
-from .bench import Bench, Part
+from .bench import Bench, Part, Spent
 
 MAX_LAYERS = 24
 # Alpa skips caps closer than 1e-6 s; a share of the cap does not depend on the model's size.
@@ -33,20 +34,22 @@ def alpa(problem: Problem) -> Plan:
     """The best of Alpa's plans over the numbers of microbatches."""
     with Bench(problem, "alpa") as bench:
         shapes = bench.shapes()
-        for shape in shapes:
-            if bench.spent:
-                break
-            for recompute in problem.recompute_choices:
-                found = _equal(bench, shape, recompute)
-                if found is not None:
-                    cuts, edges = [stage.stop for stage in found.stages], cluster_blocks(bench, shape)
-                    bench.offer(bench.equal_plan(shape, [edges[stop] for stop in cuts], [recompute] * shape.pipeline))
-                    break
-        if bench.unequal:
-            for microbatches in sorted({shape.microbatches for shape in shapes}):
+        with suppress(Spent):
+            for shape in shapes:
                 if bench.spent:
                     break
-                _unequal(bench, [s for s in shapes if s.microbatches == microbatches])
+                for recompute in problem.recompute_choices:
+                    edges = cluster_blocks(bench, shape)
+                    found = _equal(bench, shape, edges, recompute)
+                    if found is not None:
+                        cuts = [edges[stage.stop] for stage in found.stages]
+                        bench.offer(bench.equal_plan(shape, cuts, [recompute] * shape.pipeline))
+                        break
+            if bench.unequal:
+                for microbatches in sorted({shape.microbatches for shape in shapes}):
+                    if bench.spent:
+                        break
+                    _unequal(bench, [s for s in shapes if s.microbatches == microbatches])
         bench.fall_back(shapes)
         return bench.best_plan()
     return bench.best_plan()
@@ -88,8 +91,8 @@ def tables(bench: Bench, shape: Shape, edges: Sequence[int], recompute: Recomput
     return costs_s, succ
 
 
-def _equal(bench: Bench, shape: Shape, recompute: Recompute) -> Assignment | None:
-    costs_s, succ = tables(bench, shape, cluster_blocks(bench, shape), recompute)
+def _equal(bench: Bench, shape: Shape, edges: Sequence[int], recompute: Recompute) -> Assignment | None:
+    costs_s, succ = tables(bench, shape, edges, recompute)
     count = shape.pipeline
     return assign_stages(costs_s[:, :, None], succ[:, :, None], [1], count, shape.microbatches, count, GAP)
 

@@ -2,6 +2,9 @@
 
 The methods judge by their authors' own objective while they search. What they then offer is simulated here, so that
 all answer to one cost model; an offer that `Plan.validate` refuses is dropped.
+
+A method asks `spent` in its loops, and `over` in steps that take long before they give a plan. Prices are asked for in
+every such step, so `cost` looks at the clock too.
 """
 
 from __future__ import annotations
@@ -16,7 +19,11 @@ from types import TracebackType
 from ...cost.types import StageCost
 from ...plan import Candidate, Plan, Prediction, Recompute, Stage, same_recompute, tensor_axes
 from ...report.words import gib, plan_in_words
+from ...schedule.orders import schedule_named
+from ...schedule.residency import residency
+from ...schedule.step_time import step_time_s
 from ...simulate import simulate
+from ..candidates import MAX_WALKED
 from ..pricing import Piece, StagePrices
 from ..problem import Chain, Costs, Problem, Shape
 
@@ -43,11 +50,16 @@ class Part:
     shares: tuple[int, ...] = ()
 
 
+class Spent(Exception):
+    """The search's time is over, and it has a plan. Ends the `with` block of a `Bench`, if nothing does before."""
+
+
 @dataclass
 class Bench:
     """One run of one method: `with Bench(problem, "alpa") as bench: ...; return bench.best_plan()`.
 
-    An interrupt (Ctrl-C) ends the `with` block in peace once there is a plan; before, it goes on to the caller.
+    An interrupt (Ctrl-C) ends the `with` block in peace once there is a plan; before, it goes on to the caller. So does
+    the end of the time in the middle of a step.
     """
 
     problem: Problem
@@ -60,6 +72,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.prices = StagePrices(self.problem.as_equal)
         self._chains: dict[tuple, tuple[Chain, ...]] = {}
+        self._predictions: dict[Plan, tuple[float, dict[int, int]]] = {}
         self._bar = self.problem.budget.bar(self.name, " plans")
 
     def __enter__(self) -> Bench:
@@ -67,15 +80,20 @@ class Bench:
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> bool:
         self._bar.close()
-        if kind is not KeyboardInterrupt or not self._offers:
-            return False
-        self.problem.budget.interrupted()
-        return True
+        if kind is KeyboardInterrupt and self._offers:
+            self.problem.budget.interrupted()
+            return True
+        return kind is Spent
 
     @property
     def spent(self) -> bool:
         """Whether to end the search: its time is over and it has a plan, or it was asked to stop."""
         return self.problem.budget.expired(has_plan=bool(self._offers))
+
+    @property
+    def over(self) -> bool:
+        """Whether its time is over, plan or none: ends a step that `secure` can replace."""
+        return self.problem.budget.expired()
 
     # -- the space
 
@@ -126,7 +144,12 @@ class Bench:
     # -- prices
 
     def cost(self, shape: Shape, start: int, stop: int, recompute: Recompute = "none") -> StageCost:
-        """Blocks [start, stop) as one stage, with others of the same mesh before and behind where there are blocks."""
+        """Blocks [start, stop) as one stage, with others of the same mesh before and behind where there are blocks.
+
+        `Spent` when the time is over and there is a plan.
+        """
+        if self.spent:
+            raise Spent
         before, behind = start > 0, stop < self.num_blocks
         around = replace(shape, pipeline=1 + before + behind)
         return self.prices.cost(around, self.fastest(shape), int(before), Piece(start, stop, recompute))
@@ -191,10 +214,10 @@ class Bench:
         """The plan with recomputation in the stages that do not fit without, where the constraints allow a choice."""
         if "full" not in self.problem.recompute_choices:
             return plan
-        line = simulate(self.problem.graph, plan, self.problem.cluster, model=self.problem.costs)
+        _, peaks_bytes = self._predicted(plan, self.problem.costs)
         stages = tuple(
             replace(stage, recompute=same_recompute("full", stage.num_blocks))
-            if self.problem.excess_bytes({rank: line.peak_memory_bytes[rank] for rank in stage.ranks}) > 0
+            if self.problem.excess_bytes({rank: peaks_bytes[rank] for rank in stage.ranks}) > 0
             else stage
             for stage in plan.stages
         )
@@ -205,11 +228,20 @@ class Bench:
         if self.best is not None or self.problem.budget.expired(has_plan=False):
             return
         smallest = sorted(shapes, key=lambda s: (-s.pipeline * s.tensor, -s.microbatches))
-        for shape in smallest[: 1 if self.spent else MAX_FALL_BACKS]:
-            cuts = [self.num_blocks * (s + 1) // shape.pipeline for s in range(shape.pipeline)]
-            plan = self.equal_plan(shape, cuts)
-            if min(self.offer(plan), self.offer(self.relieved(plan))) < math.inf:
+        for i, shape in enumerate(smallest[:MAX_FALL_BACKS]):
+            if (i and self.spent) or self._offer_even(shape) < math.inf:
                 return
+
+    def secure(self, shape: Shape) -> None:
+        """Where the time is over before anything was offered: even cuts of this shape, in the place of what would have been
+        found."""
+        if not self._offers and self.over:
+            self._offer_even(shape)
+
+    def _offer_even(self, shape: Shape) -> float:
+        """Offer even cuts of a shape, and the same with recomputation where it needs that."""
+        plan = self.equal_plan(shape, [self.num_blocks * (s + 1) // shape.pipeline for s in range(shape.pipeline)])
+        return min(self.offer(plan), self.offer(self.relieved(plan)))
 
     # -- the judge
 
@@ -230,18 +262,40 @@ class Bench:
         if refusal:
             self._refusal = self._refusal or refusal
             return math.inf
-        line = simulate(self.problem.graph, plan, self.problem.cluster, model=costs or self.problem.costs)
-        peak_bytes = max(line.peak_memory_bytes.values())
-        plan = replace(plan, prediction=Prediction(line.step_time_s, peak_bytes))
+        step_s, peaks_bytes = self._predicted(plan, costs or self.problem.costs)
+        plan = replace(plan, prediction=Prediction(step_s, max(peaks_bytes.values())))
         self._bar.update()
-        excess_bytes = self._offers[plan] = self.problem.excess_bytes(line.peak_memory_bytes)
+        excess_bytes = self._offers[plan] = self.problem.excess_bytes(peaks_bytes)
         if self._smallest is None or excess_bytes < self._offers[self._smallest]:
             self._smallest = plan
         if excess_bytes > 0:
             return math.inf
-        if self._best is None or line.step_time_s < self._best.prediction.step_time_s:
+        if self._best is None or step_s < self._best.prediction.step_time_s:
             self._best = plan
-        return line.step_time_s
+        return step_s
+
+    def _predicted(self, plan: Plan, costs: Costs) -> tuple[float, dict[int, int]]:
+        """Step time, and peak bytes by rank: the simulator's; of a long program what says the same without a walk over it."""
+        if plan not in self._predictions:
+            chosen = schedule_named(plan.schedule)
+            if chosen.flushes and chosen.virtual == 1 and plan.pipeline * plan.microbatches > MAX_WALKED:
+                self._predictions[plan] = self._predicted_at_once(plan, costs)
+            else:
+                line = simulate(self.problem.graph, plan, self.problem.cluster, model=costs)
+                self._predictions[plan] = line.step_time_s, dict(line.peak_memory_bytes)
+        return self._predictions[plan]
+
+    def _predicted_at_once(self, plan: Plan, costs: Costs) -> tuple[float, dict[int, int]]:
+        stages = [costs.stage(plan, s) for s in range(len(plan.stages))]
+        step_s = step_time_s(plan.pipeline, plan.microbatches, plan.schedule, stages)
+        peaks_bytes: dict[int, int] = {}
+        for s, ranks in enumerate(plan.groups):
+            held = residency(plan.schedule, plan.pipeline, plan.microbatches, 1, s)
+            if self.problem.cluster.hosts:
+                peaks_bytes |= {rank: held.peak_bytes([costs.of_rank(plan, s, rank)]) for rank in ranks}
+            else:
+                peaks_bytes |= dict.fromkeys(ranks, held.peak_bytes([stages[s]]))
+        return step_s, peaks_bytes
 
     @property
     def best_s(self) -> float:

@@ -33,10 +33,11 @@ def dapple(problem: Problem) -> Plan:
             machines = _machines(bench, shape.tensor)
             layers = Layers({shape.data: _block_s(bench, shape)}, *_sizes(bench, shape))
             found = machines and place(
-                layers, machines, shape.microbatches, [shape.data], shape.pipeline, is_over=lambda: bench.spent
+                layers, machines, shape.microbatches, [shape.data], shape.pipeline, is_over=lambda: bench.over
             )
             if found:
                 _offer(bench, found[0], shape)
+            bench.secure(shape)
         if bench.unequal:
             for shape in {s.microbatches: s for s in shapes}.values():
                 if bench.spent:
@@ -77,7 +78,7 @@ def _unequal(bench: Bench, shape: Shape) -> None:
     replicas = [m for m in range(1, total + 1) if m <= rows and (total <= MAX_FREE_REPLICAS or total % m == 0)]
     block_s = {m: _block_s(bench, replace(shape, data=m)) for m in replicas if rows % m == 0}
     layers = Layers(block_s, *_sizes(bench, shape))
-    found = place(layers, machines, shape.microbatches, is_over=lambda: bench.spent)
+    found = place(layers, machines, shape.microbatches, is_over=lambda: bench.over)
     if found:
         _offer(bench, found[0], shape)
 

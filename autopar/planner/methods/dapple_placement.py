@@ -20,6 +20,7 @@ Reference: Fan et al., "DAPPLE: A Pipelined Data Parallel Approach for Training 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,10 +74,6 @@ class _Label:
     sums_s: float
     reduce_s: tuple[float, ...]
 
-    def score_s(self, microbatches: int) -> float:
-        late_s = max(0.0, *(r - i * self.slowest_s for i, r in enumerate(self.reduce_s))) if self.reduce_s else 0.0
-        return (microbatches - 1) * self.slowest_s + self.sums_s + late_s
-
     def dominates(self, other: _Label) -> bool:
         return (
             self.slowest_s <= other.slowest_s
@@ -113,27 +110,39 @@ def placements(used: Sequence[int], machines: Machines, m: int, kinds: Sequence[
 
 def transfer_s(before: Placed, after: Placed, layers: Layers, machines: Machines) -> float:
     """A boundary activation, and its gradient back: what stays on a machine and what crosses, over all devices' links."""
-    size = 2 * layers.boundary_bytes[after.start]
-    local = sum(min(a / before.replicas, b / after.replicas) for a, b in zip(before.on, after.on, strict=True))
-    lanes = min(before.replicas, after.replicas)
+    return _transfer_s(before.on, after.on, float(layers.boundary_bytes[after.start]), machines)
+
+
+def _transfer_s(before: Sequence[int], after: Sequence[int], boundary_bytes: float, machines: Machines) -> float:
+    """Of a boundary between stages that lie so on the machines."""
+    have, want, size = sum(before), sum(after), 2 * boundary_bytes
+    local = sum(min(a / have, b / want) for a, b in zip(before, after, strict=True) if a and b)
+    lanes = min(have, want)
     local_s = size * local / (lanes * machines.inner_bytes_per_s)
     return local_s + size * max(0.0, 1 - local) / (lanes * machines.outer_bytes_per_s)
 
 
 def reduction_s(stage: Placed, layers: Layers, machines: Machines) -> float:
     """The ring all-reduce of a stage's gradients."""
-    m = stage.replicas
-    size = layers.weight_bytes[stage.stop] - layers.weight_bytes[stage.start]
-    one_machine = sum(1 for count in stage.on if count) == 1
+    return _reduction_s(stage.on, layers.weight_bytes[stage.stop] - layers.weight_bytes[stage.start], machines)
+
+
+def _reduction_s(on: Sequence[int], size, machines: Machines):
+    """Of so many bytes, one number or an array of them."""
+    m = sum(on)
+    one_machine = sum(1 for count in on if count) == 1
     return 2 * (m - 1) / m * size / (machines.inner_bytes_per_s if one_machine else machines.outer_bytes_per_s)
 
 
 def score_s(stages: Sequence[Placed], layers: Layers, machines: Machines, microbatches: int) -> float:
-    """The objective of a whole pipeline."""
-    label = _Label((), 0.0, 0.0, ())
-    for stage in stages:
-        label = _extend(label, stage, layers, machines)
-    return label.score_s(microbatches)
+    """The objective of a whole pipeline, from the definition."""
+    blocks_s = [
+        float(layers.block_s[one.replicas][one.stop] - layers.block_s[one.replicas][one.start]) for one in stages
+    ]
+    transfers_s = [transfer_s(*pair, layers, machines) for pair in itertools.pairwise(stages)]
+    slowest_s = max(blocks_s)
+    late_s = max(0.0, *(reduction_s(one, layers, machines) - i * slowest_s for i, one in enumerate(stages)))
+    return (microbatches - 1) * slowest_s + sum(blocks_s) + sum(transfers_s) + late_s
 
 
 def place(
@@ -156,6 +165,7 @@ def place(
     # stage by stage: a state's labels all have the same number of stages
     for depth in range(1, (num_stages or min(layers.num, total)) + 1):
         grown: dict[tuple, list[_Label]] = {}
+        ways: dict[tuple, list[tuple]] = {}
         for (used, start), labels in states.items():
             if is_over():
                 return (best[0].stages, best[1]) if best else None
@@ -164,16 +174,23 @@ def place(
                 ends = m == left
                 if m > left or (num_stages is not None and ends != (depth == num_stages)):
                     continue
-                stops = [layers.num] if ends else range(start + 1, layers.num)
-                for on in placements(used, machines, m, kinds):
-                    now = tuple(a + b for a, b in zip(used, on, strict=True))
-                    for stop in stops:
-                        for label in labels:
-                            new = _extend(label, Placed(start, stop, on), layers, machines)
-                            if best is not None and new.score_s(microbatches) >= best[1]:
+                stops = range(layers.num, layers.num + 1) if ends else range(start + 1, layers.num)
+                if (used, m) not in ways:
+                    ways[used, m] = [
+                        (on, tuple(a + b for a, b in zip(used, on, strict=True)))
+                        for on in placements(used, machines, m, kinds)
+                    ]
+                for on, now in ways[used, m]:
+                    longer = _Longer(layers, machines, start, stops, on)
+                    # in the order of stops, then labels: of equal pipelines the first counts
+                    scores_s = [longer.scores_s(label, microbatches) for label in labels]
+                    for i, stop in enumerate(stops):
+                        for label, score in zip(labels, scores_s, strict=True):
+                            if best is not None and score[i] >= best[1]:
                                 continue
+                            new = longer.label(label, i)
                             if ends:
-                                best = (new, new.score_s(microbatches))
+                                best = (new, float(score[i]))
                             else:
                                 _insert(grown.setdefault((now, stop, on), []), new)
         # the devices of the last stage count for the next transfer, so they are part of the state while it is open
@@ -183,18 +200,41 @@ def place(
     return (best[0].stages, best[1]) if best else None
 
 
-def _extend(label: _Label, stage: Placed, layers: Layers, machines: Machines) -> _Label:
-    times = layers.block_s[stage.replicas]
-    block_s = float(times[stage.stop] - times[stage.start])
-    sums_s = label.sums_s + block_s
-    if label.stages:
-        sums_s += transfer_s(label.stages[-1], stage, layers, machines)
-    return _Label(
-        (*label.stages, stage),
-        max(label.slowest_s, block_s),
-        sums_s,
-        (*label.reduce_s, reduction_s(stage, layers, machines)),
-    )
+class _Longer:
+    """Pipelines with one stage more, on these devices: from layer `start` up to each of `stops`."""
+
+    def __init__(self, layers: Layers, machines: Machines, start: int, stops: range, on: tuple[int, ...]) -> None:
+        self.layers, self.machines, self.start, self.stops, self.on = layers, machines, start, stops, on
+        times, until = layers.block_s[sum(on)], slice(stops.start, stops.stop)
+        self.block_s = times[until] - times[start]
+        self.reduce_s = _reduction_s(on, layers.weight_bytes[until] - layers.weight_bytes[start], machines)
+        self._transfers_s: dict[tuple[int, ...], float] = {}
+
+    def scores_s(self, label: _Label, microbatches: int) -> np.ndarray:
+        """What the pipelines are worth, by where the new stage stops."""
+        slowest_s = np.maximum(label.slowest_s, self.block_s)
+        late_s = np.maximum(0.0, self.reduce_s - len(label.stages) * slowest_s)
+        for i, reduce_s in enumerate(label.reduce_s):
+            late_s = np.maximum(late_s, reduce_s - i * slowest_s)
+        return (microbatches - 1) * slowest_s + self._sums_s(label) + late_s
+
+    def label(self, label: _Label, index: int) -> _Label:
+        """The pipeline whose new stage ends at stop number `index`."""
+        return _Label(
+            (*label.stages, Placed(self.start, self.stops[index], self.on)),
+            max(label.slowest_s, float(self.block_s[index])),
+            float(self._sums_s(label)[index]),
+            (*label.reduce_s, float(self.reduce_s[index])),
+        )
+
+    def _sums_s(self, label: _Label) -> np.ndarray:
+        return label.sums_s + self.block_s + (self._transfer_s(label.stages[-1].on) if label.stages else 0.0)
+
+    def _transfer_s(self, before: tuple[int, ...]) -> float:
+        if before not in self._transfers_s:
+            size = float(self.layers.boundary_bytes[self.start])
+            self._transfers_s[before] = _transfer_s(before, self.on, size, self.machines)
+        return self._transfers_s[before]
 
 
 def _insert(labels: list[_Label], new: _Label) -> None:

@@ -12,13 +12,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from ...plan import Plan, same_recompute
 from ...simulate import stage_peak_bytes
 from ..problem import Problem, Shape
 from ..replicas import replica_speeds
-from .bench import Bench, Part, split_rows
+from .bench import Bench, Part, Spent, split_rows
 from .metis_space import DeviceType, device_groups, meshes, split_layers, type_orders
 
 # Rows of groups per number of stages: the most even ones.
@@ -33,15 +34,16 @@ def metis(problem: Problem) -> Plan:
     """The best of Metis's plans."""
     with Bench(problem, "metis") as bench:
         shapes = bench.shapes(lambda s: s.zero == 0, lambda s: s.pipeline <= MAX_STAGES)
-        orders = _orders(bench)
-        for shape in _first_of_each(shapes):
-            rows = _groups(bench, shape)
-            if len(orders) > 1:
-                rows = rows[: max(1, MAX_ORDERED_ROWS // len(orders))]
-            for groups, order in itertools.product(rows, orders):
-                if bench.spent:
-                    break
-                _walk(bench, shape, groups, order)
+        with suppress(Spent):
+            orders = _orders(bench)
+            for shape in _first_of_each(shapes):
+                rows = _groups(bench, shape)
+                if len(orders) > 1:
+                    rows = rows[: max(1, MAX_ORDERED_ROWS // len(orders))]
+                for groups, order in itertools.product(rows, orders):
+                    if bench.spent:
+                        break
+                    _walk(bench, shape, groups, order)
         bench.fall_back(shapes)
         return bench.best_plan()
     return bench.best_plan()

@@ -13,12 +13,13 @@ Reference: Tarnawski et al., NeurIPS 2021, sections 3 and 4.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from ...cost.types import StageCost
 from ...plan import Plan
 from ..inputs.layer_dag import Choice, Edge, Layer, LayerAt, LayerDag, LayerMachine
 from ..problem import Problem, Shape
-from .bench import Bench, Part, split_rows
+from .bench import Bench, Part, Spent, split_rows
 from .piper_dag import DagPlan, piper_dag
 
 
@@ -26,16 +27,18 @@ def piper(problem: Problem) -> Plan:
     """The best of Piper's plans over the sizes of microbatches."""
     with Bench(problem, "piper") as bench:
         shapes = bench.shapes(lambda s: s.zero == 0)
-        for shape in shapes:
-            if bench.spent:
-                break
-            dag, transient_bytes = layers_of(bench, [shape])
-            machine = _machine(bench, shape.pipeline * shape.data * shape.tensor, shape, transient_bytes)
-            found = piper_dag(dag, machine, data=[shape.data], all_devices=True)
-            if found is not None:
-                _offer(bench, found, shape)
-        if bench.unequal:
-            _unequal(bench, shapes)
+        with suppress(Spent):
+            for shape in shapes:
+                if bench.spent:
+                    break
+                dag, transient_bytes = layers_of(bench, [shape])
+                machine = _machine(bench, shape.pipeline * shape.data * shape.tensor, shape, transient_bytes)
+                found = piper_dag(dag, machine, data=[shape.data], all_devices=True, is_over=lambda: bench.over)
+                if found is not None:
+                    _offer(bench, found, shape)
+                bench.secure(shape)
+            if bench.unequal:
+                _unequal(bench, shapes)
         bench.fall_back(shapes)
         return bench.best_plan()
     return bench.best_plan()
@@ -116,6 +119,7 @@ def _unequal(bench: Bench, shapes: Sequence[Shape]) -> None:
             return
         dag, transient_bytes = layers_of(bench, list(same.values()))
         first = next(iter(same.values()))
-        found = piper_dag(dag, _machine(bench, bench.world_size, first, transient_bytes), all_devices=True)
+        machine = _machine(bench, bench.world_size, first, transient_bytes)
+        found = piper_dag(dag, machine, all_devices=True, is_over=lambda: bench.over)
         if found is not None and first.shards % max(stage.data for stage in found.stages) == 0:
             _offer(bench, found, first)

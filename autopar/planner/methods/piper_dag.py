@@ -29,7 +29,7 @@ Reference: Tarnawski, Narayanan and Phanishayee, "Piper: Multidimensional Planne
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,12 +52,17 @@ class DagPlan:
 
 
 def piper_dag(
-    dag: LayerDag, machine: LayerMachine, data: Sequence[int] | None = None, all_devices: bool = False
+    dag: LayerDag,
+    machine: LayerMachine,
+    data: Sequence[int] | None = None,
+    all_devices: bool = False,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> DagPlan | None:
     """The plan of least time per sample that fits in memory; None if there is none.
 
     data: the data degrees that stages may have, by default anything that divides the samples. all_devices: use every
-    device, also where fewer would do.
+    device, also where fewer would do. is_over: asked often; once it is true the best so far is the answer, None if there is
+    none yet.
     ValueError: a graph with too many tails, or layers with more than two choices (as in Piper's own program).
     """
     pieces = Pieces(dag, machine, tails(dag), data, all_devices)
@@ -67,14 +72,14 @@ def piper_dag(
     most_s = pieces.most_time_s()
     best = None
     while best is None:
-        best = _solve(pieces, cap_s)
-        if best is None and cap_s > most_s:
+        best = _solve(pieces, cap_s, is_over)
+        if best is None and (cap_s > most_s or is_over()):
             return None
         if best is None:
             least_s, cap_s = cap_s, cap_s * (1.1 if cap_s < 2 * pieces.least_time_s() else 100)
-    while best.time_s > least_s * (1 + TOLERANCE):
+    while best.time_s > least_s * (1 + TOLERANCE) and not is_over():
         cap_s = math.sqrt(least_s * best.time_s)
-        found = _solve(pieces, cap_s)
+        found = _solve(pieces, cap_s, is_over)
         if found is None:
             least_s = cap_s
         else:
@@ -120,12 +125,12 @@ def dag_plan_time_s(dag: LayerDag, machine: LayerMachine, stages: Sequence[DagSt
     return slowest_s
 
 
-def _solve(pieces: Pieces, cap_s: float) -> DagPlan | None:
-    """A plan whose stages all take at most cap_s per sample; None if there is none."""
+def _solve(pieces: Pieces, cap_s: float, is_over: Callable[[], bool]) -> DagPlan | None:
+    """A plan whose stages all take at most cap_s per sample; None if there is none, or the time is over."""
     kept = np.flatnonzero(pieces.c_own_s <= cap_s * pieces.c_data)
     in_flight = pieces.in_flight(kept, cap_s)
     kept, in_flight = kept[in_flight > 0], in_flight[in_flight > 0]
-    return _Caps(pieces, kept, in_flight).solve()
+    return _Caps(pieces, kept, in_flight).solve(is_over)
 
 
 class _Caps:
@@ -140,7 +145,7 @@ class _Caps:
         # s <= most: the stage fits, and keeps the cap, with so much behind it
         self.most = np.minimum(in_flight.astype(np.int64) * self.data, pieces.most_behind).astype(np.int32)
 
-    def solve(self) -> DagPlan | None:
+    def solve(self, is_over: Callable[[], bool]) -> DagPlan | None:
         num_tails = len(self.pieces.members)
         if not len(self.kept) or not self._bound_front_and_back(num_tails):
             return None
@@ -151,6 +156,8 @@ class _Caps:
         columns = np.arange(1, width + 1, dtype=np.int32)
         shift = self.lo[self.outer] - self.devices - self.lo[self.inner]
         for begin, end, starts, owners in self._levels():
+            if is_over():
+                return None
             sub, data = self.inner[begin:end, None], self.data[begin:end, None]
             index = np.maximum(columns + shift[begin:end, None], 0)
             behind = table[sub, index] + data

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from ...plan import Plan, Recompute
 from ...schedule.orders import schedule_named
 from ..problem import Problem, Shape
 from .alpa import cluster_blocks
-from .bench import Bench, Part
+from .bench import Bench, Part, Spent
 from .uniap_program import ChainCosts, Joint, solve_program
 
 MAX_LAYERS = 24
@@ -47,36 +48,38 @@ def uniap(problem: Problem) -> Plan:
         for shape in bench.shapes():
             groups.setdefault((shape.pipeline, shape.microbatches), []).append(shape)
 
-        def left_s() -> float:
-            # the first program gets a second in any case, because a plan must come of it
-            return max(1.0, min(PROGRAM_LIMIT_S, problem.budget.left_s / 2))
-
-        # one mesh in all stages first: these programs are small
-        least_s: dict[tuple[int, int], float] = {}
-        for key, shapes in groups.items():
-            for mesh in dict.fromkeys(_Way(shape, "none").mesh for shape in shapes):
-                if bench.spent:
+        with suppress(Spent):
+            # one mesh in all stages first: these programs are small
+            least_s: dict[tuple[int, int], float] = {}
+            for key, shapes in groups.items():
+                for mesh in dict.fromkeys(_Way(shape, "none").mesh for shape in shapes):
+                    if bench.spent:
+                        break
+                    found_s = _solve(bench, [s for s in shapes if _Way(s, "none").mesh == mesh])
+                    least_s[key] = min(least_s.get(key, math.inf), found_s)
+            for key in sorted(least_s, key=lambda key: least_s[key]):
+                if bench.spent or not bench.unequal:
                     break
-                found_s = _solve(bench, [s for s in shapes if _Way(s, "none").mesh == mesh], left_s())
-                least_s[key] = min(least_s.get(key, math.inf), found_s)
-        for key in sorted(least_s, key=lambda key: least_s[key]):
-            if bench.spent or not bench.unequal:
-                break
-            if key[0] > 1 and len(groups[key]) > 1:
-                _solve(bench, groups[key], left_s())
+                if key[0] > 1 and len(groups[key]) > 1:
+                    _solve(bench, groups[key])
         bench.fall_back(bench.shapes())
         return bench.best_plan()
     return bench.best_plan()
 
 
-def _solve(bench: Bench, shapes: Sequence[Shape], limit_s: float) -> float:
-    """Solve one program and offer its plan; the program's own objective, infinite where there is no solution."""
+def _solve(bench: Bench, shapes: Sequence[Shape]) -> float:
+    """Solve one program and offer its plan; the program's own objective, infinite where there is no solution (or none was
+    found in time)."""
     problem, first = bench.problem, shapes[0]
     ways = [_Way(shape, choice) for shape in shapes for choice in problem.recompute_choices]
     edges = cluster_blocks(bench, first)
     costs = chain_costs(bench, ways, edges, first.pipeline)
-    found = solve_program(costs, first.pipeline, first.microbatches, problem.memory_limit_bytes, limit_s)
+    limit_s = min(PROGRAM_LIMIT_S, problem.budget.left_s / 2)
+    found = solve_program(
+        costs, first.pipeline, first.microbatches, problem.memory_limit_bytes, limit_s, lambda: bench.over
+    )
     if found is None:
+        bench.secure(first)
         return math.inf
     _offer(bench, ways, edges, found)
     return found.total_s

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,43 +63,54 @@ def pipeline_s(costs: ChainCosts, stage: Sequence[int], strategy: Sequence[int],
 
 
 def solve_program(
-    costs: ChainCosts, num_stages: int, microbatches: int, memory_bytes: float, limit_s: float = math.inf
+    costs: ChainCosts,
+    num_stages: int,
+    microbatches: int,
+    memory_bytes: float,
+    limit_s: float = math.inf,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Joint | None:
-    """The best stages and strategies; None if none fits (or none was found in time)."""
+    """The best stages and strategies; None if none fits (or none was found in time).
+
+    limit_s: for the solver. is_over: asked often; once it is true the best so far is the answer.
+    """
     num, num_ways = costs.work_s.shape
     milp = Milp()
     slowest = milp.column(microbatches - 1)
-    inside: list[dict[int, float]] = [{} for _ in range(num_stages)]
-    across: list[dict[int, float]] = [{} for _ in range(num_stages - 1)]
+    inside, across = _Sums(num_stages), _Sums(num_stages - 1)
     weights: list[dict[int, float]] = [{} for _ in range(num_stages)]
-    z: dict[tuple[int, int, int], int] = {}
+    z: list[dict[int, dict[int, int]]] = []
     for i in range(num):
+        z.append({})
         # stages before s need a layer each, and so do those behind
         for s in range(max(0, num_stages - num + i), min(i, num_stages - 1) + 1):
+            z[i][s] = {}
             for k in range(num_ways):
                 if math.isfinite(costs.work_s[i, k]):
-                    z[i, s, k] = column = milp.column(costs.work_s[i, k], 1.0, integer=True)
-                    inside[s][column] = costs.work_s[i, k]
+                    z[i][s][k] = column = milp.column(costs.work_s[i, k], 1.0, integer=True)
+                    inside.add(s, np.array([column]), np.array([costs.work_s[i, k]]))
                     weights[s][column] = costs.memory_bytes[i, k, s]
-        mine = [column for (layer, _, _), column in z.items() if layer == i]
+        mine = [column for ways in z[i].values() for column in ways.values()]
         if not mine:
             return None
         milp.row(mine, [1.0] * len(mine), 1.0, 1.0)
     for i in range(num - 1):
-        _join(milp, costs, z, i, inside, across)
-    for terms in (*inside, *across):
-        if terms:
-            milp.row([slowest, *terms], [1.0, *(-v for v in terms.values())], 0.0, math.inf)
+        if not _join(milp, costs, z, i, inside, across, is_over):
+            return None
+    for columns, values in (*inside.terms(), *across.terms()):
+        milp.row(np.append(slowest, columns), np.append(1.0, -values), 0.0, math.inf)
     for terms in weights:
         if math.isfinite(memory_bytes) and terms:
             milp.row(list(terms), [v / memory_bytes for v in terms.values()], -math.inf, 1.0)
-    found = milp.solve(limit_s)
+    found = milp.solve(limit_s, is_over=is_over)
     if found is None:
         return None
     stage, strategy = [0] * num, [0] * num
-    for (i, s, k), column in z.items():
-        if found.values[column] > 0.5:
-            stage[i], strategy[i] = s, k
+    for i, layer in enumerate(z):
+        for s, ways in layer.items():
+            for k, column in ways.items():
+                if found.values[column] > 0.5:
+                    stage[i], strategy[i] = s, k
     total_s = pipeline_s(costs, stage, strategy, microbatches)
     assert total_s <= found.objective * (1 + 1e-4) + 1e-12, (
         f"the program counts {found.objective}, its choice {total_s}"
@@ -107,24 +118,57 @@ def solve_program(
     return Joint(tuple(stage), tuple(strategy), total_s, min(found.bound, total_s))
 
 
-def _join(milp: Milp, costs: ChainCosts, z: dict, i: int, inside: list[dict], across: list[dict]) -> None:
-    """The transport variables between layers i and i + 1, in the objective and in the stages' sums."""
-    leaving: dict[tuple, list[int]] = {key: [] for key in z if key[0] == i}
-    entering: dict[tuple, list[int]] = {key: [] for key in z if key[0] == i + 1}
-    for (_, s, k), (_, t, m) in itertools.product(leaving, entering):
-        if t not in (s, s + 1):
-            continue
-        cost_s = float((costs.inside_s if t == s else costs.across_s)[i][k, m])
-        if not math.isfinite(cost_s):
-            continue
-        column = milp.column(cost_s, 1.0)
-        leaving[i, s, k].append(column)
-        entering[i + 1, t, m].append(column)
-        if cost_s:
-            (inside if t == s else across)[s][column] = cost_s
-    for sums in (leaving, entering):
-        for key, columns in sums.items():
-            milp.row([z[key], *columns], [1.0] + [-1.0] * len(columns), 0.0, 0.0)
+class _Sums:
+    """One sum of seconds times columns per stage, gathered piece by piece."""
+
+    def __init__(self, num: int) -> None:
+        self._parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(num)]
+
+    def add(self, s: int, columns: np.ndarray, values: np.ndarray) -> None:
+        self._parts[s].append((columns[values != 0], values[values != 0]))
+
+    def terms(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for parts in self._parts:
+            if parts:
+                yield np.concatenate([columns for columns, _ in parts]), np.concatenate([values for _, values in parts])
+
+
+def _join(
+    milp: Milp,
+    costs: ChainCosts,
+    z: Sequence[Mapping[int, Mapping[int, int]]],
+    i: int,
+    inside: _Sums,
+    across: _Sums,
+    is_over: Callable[[], bool],
+) -> bool:
+    """The transport variables between layers i and i + 1, in the objective and in the stages' sums; False if the time was
+    over before all were there."""
+    # per stage of either layer: (which of its strategies, column)
+    leaving: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {s: [] for s in z[i]}
+    entering: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {t: [] for t in z[i + 1]}
+    for s in z[i]:
+        for t, table, sums in ((s, costs.inside_s[i], inside), (s + 1, costs.across_s[i], across)):
+            if t not in z[i + 1]:
+                continue
+            if is_over():
+                return False
+            cost_s = table[np.ix_(list(z[i][s]), list(z[i + 1][t]))]
+            before, after = np.nonzero(np.isfinite(cost_s))
+            columns = milp.columns(cost_s[before, after], 1.0)
+            leaving[s].append((before, columns))
+            entering[t].append((after, columns))
+            sums.add(s, columns, cost_s[before, after])
+    for ends, layer in ((leaving, z[i]), (entering, z[i + 1])):
+        for s, parts in ends.items():
+            which = np.concatenate([numbers for numbers, _ in parts]) if parts else np.zeros(0, int)
+            columns = np.concatenate([found for _, found in parts]) if parts else np.zeros(0, int)
+            order = np.argsort(which, kind="stable")
+            edges = np.searchsorted(which[order], np.arange(len(layer[s]) + 1))
+            for column, begin, end in zip(layer[s].values(), edges, edges[1:], strict=False):
+                values = np.append(1.0, np.full(end - begin, -1.0))
+                milp.row(np.append(column, columns[order[begin:end]]), values, 0.0, 0.0)
+    return True
 
 
 def two_steps(

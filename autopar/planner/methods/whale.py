@@ -53,6 +53,7 @@ def whale(
     given = _checked(problem.graph, annotations) if annotations is not None else suggested(problem.graph)
     with Bench(problem, "whale") as bench:
         shapes = bench.shapes(lambda s: s.pipeline == 1, lambda s: s.zero == 0)
+        num_tried = 0
         for shape in shapes:
             if bench.spent:
                 break
@@ -61,7 +62,9 @@ def whale(
                 plan = _plan(bench, shape, given)
                 if not problem.cluster.hosts or bench.offer(balanced(problem, plan)) == math.inf:
                     bench.offer(plan)
-                bench.fall_back(bench.shapes())
+                num_tried += 1
+                if num_tried == 1:
+                    bench.fall_back(bench.shapes())
         return bench.best_plan()
     return bench.best_plan()
 
