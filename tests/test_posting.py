@@ -10,14 +10,15 @@ from unittest import mock
 import pytest
 import torch
 from test_parity import one_step
+from test_stream import streamed
 
 from autopar.plan import Plan
 from autopar.runtime import build
 from autopar.runtime.groups import Groups
-from autopar.schedule.build import build_program
+from autopar.schedule.build import build_program, build_stream
 from autopar.schedule.instructions import Instruction, Program
 from autopar.schedule.orders import SCHEDULES
-from autopar.schedule.posting import postings
+from autopar.schedule.posting import postings, stream_postings
 from autopar.schedule.steps import RECEIVES, SENDS, dependencies
 
 Message = tuple[int, int, int]
@@ -112,10 +113,55 @@ def posted_step(plans: list[dict[str, Any]]) -> list[tuple[float, float, float]]
     def row(plan: Plan, groups: Groups, device: torch.device, training: bool) -> build.Row:
         program = build.program_for(plan, training=training)
         group = plan.groups.index(plan.stages[groups.stage].ranks)
-        return build.Row(program.actions[group], postings(program, group))
+        return build.Row(program.actions[group], lambda instruction: postings(program, group).get(instruction, ()))
 
     with mock.patch.object(build, "_row", row):
         return one_step("build_mlp", plans)
+
+
+def posted_stream(options: dict[str, Any]) -> tuple[float, float, float, int]:
+    """Six batches of a stream with receives posted as on NCCL."""
+    row = build._row
+    with mock.patch.object(build, "_row", lambda plan, groups, _, training: row(plan, groups, Cuda, training)):
+        return streamed("build_mlp", options, 6, None)
+
+
+class Cuda:
+    type = "cuda"
+
+
+@pytest.mark.parametrize(("name", "microbatches"), [("pipedream", 1), ("2bw", 4)])
+def test_results_of_streams_are_the_same(pool, name: str, microbatches: int) -> None:
+    options = dict(data=1, tensor=1, pipeline=3, microbatches=microbatches, schedule=name, seed=1)
+    for loss, weights, evaluated, steps in pool.run(posted_stream, options, world_size=3, timeout_s=120):
+        assert loss < 1e-5 and weights < 1e-5 and evaluated < 1e-5 and steps == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "microbatches", "batches"),
+    [
+        (name, groups, m, n)
+        for groups in (2, 3, 5)
+        for n in (1, 2, 6, 19)
+        for name, m in (("pipedream", 1), ("2bw", groups), ("2bw", groups + 2))
+    ],
+)
+def test_every_message_of_a_stream_meets(name: str, groups: int, microbatches: int, batches: int) -> None:
+    program = build_stream(groups, microbatches, name, batches)
+    posted = []
+    for group, row in enumerate(program.actions):
+        places = stream_postings(groups, microbatches, name, group)
+        found: dict[Instruction, tuple[Instruction, ...]] = {}
+        done: set[Instruction] = set()
+        for instruction in row:
+            coming = [r for r in places(instruction) if r.microbatch < batches * microbatches]
+            if isinstance(instruction, RECEIVES) and instruction not in {*done, *coming}:
+                coming.append(instruction)  # at its turn, as the transport does
+            done |= set(coming)
+            found[instruction] = tuple(coming)
+        assert done == {i for i in row if isinstance(i, RECEIVES)}
+        posted.append(found)
+    assert not stuck(meetings(program, posted))
 
 
 def test_results_are_the_same(pool) -> None:

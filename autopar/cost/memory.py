@@ -9,7 +9,7 @@ scratch space inside library kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from ..graph import Block, Graph, Op
@@ -33,7 +33,8 @@ class BlockMemory:
     side_bytes, read_side_bytes: storages of side tensors that the backward needs, and that the block reads at all, by
         name: blocks of a stage share them.
     forward_peak_bytes: most that is alive in the forward, beyond the block's saved inputs; bare_peak_bytes: the same
-        when nothing is saved (the first forward under recompute).
+        when nothing is saved (the first forward under recompute), kept_peak_bytes: when the results of ops counted in
+        flops are (under selective recomputation).
     backward_peak_bytes: most that is alive in the backward beyond saved_bytes, the gradients of the block's outputs
         among it; parameter gradients count only where they are temporary. whole_gradients_peak_bytes: the same where
         all of them stay to the block's end, to be scattered together.
@@ -52,6 +53,7 @@ class BlockMemory:
     read_side_bytes: tuple[tuple[str, int], ...]
     forward_peak_bytes: int
     bare_peak_bytes: int
+    kept_peak_bytes: int
     backward_peak_bytes: int
     parameter_bytes: tuple[int, ...]
     used_bytes: tuple[int, ...]
@@ -116,6 +118,7 @@ def block_memory(view: BlockView, accumulate: bool) -> BlockMemory:
         read_side_bytes=tuple((name, size) for (name, _), size in walk.sizes.items() if _is_side(graph, name)),
         forward_peak_bytes=walk.forward_peak(saving=True),
         bare_peak_bytes=walk.forward_peak(saving=False),
+        kept_peak_bytes=walk.forward_peak(saving=False, keeping=walk.expensive),
         backward_peak_bytes=backward_peak_bytes,
         parameter_bytes=tuple(at_rest),
         used_bytes=tuple(max(size, walk.most_of(name)) for name, size in zip(block.parameters, at_rest, strict=True)),
@@ -272,13 +275,13 @@ class _Walk:
     def _lies_at_rest(self, name: str) -> bool:
         return self.view.graph.tensors[name].role in ("parameter", "input", "buffer")
 
-    def forward_peak(self, saving: bool) -> int:
+    def forward_peak(self, saving: bool, keeping: Container[_Key] = ()) -> int:
         live = {(name, ""): self.sizes[name, ""] for name in self.view.block.inputs if (name, "") not in self.saved}
         if not saving:
             live = {(name, ""): self.sizes[name, ""] for name in self.view.block.inputs}
         ends: dict[int, list[_Key]] = {}
         for key, index in self.last_use.items():
-            if not (saving and key in self.saved):
+            if not (saving and key in self.saved) and key not in keeping:
                 ends.setdefault(index, []).append(key)
         makes: dict[int, list[_Key]] = {}
         for key, index in self.made.items():

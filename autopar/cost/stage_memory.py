@@ -323,9 +323,11 @@ def _activations(runs: Sequence[BlockRun], selective_kept: float, whole: Gathere
                 done += size
                 backward = max(backward, done + passing + beside.backward)
             else:
-                # The bare peak starts with the inputs, which `size` has counted.
-                least = done + max(0, size - own - inputs) + own
-                forward = max(forward, least + memory.bare_peak_bytes + beside.forward)
+                # The peak starts with the inputs, which `size` has counted, and has what is kept of the block's own.
+                peak = memory.bare_peak_bytes
+                if choice == "selective":
+                    peak = max(peak, memory.kept_peak_bytes - (memory.selective_bytes - own))
+                forward = max(forward, done + max(0, size - own - inputs) + peak + beside.forward)
                 done += size
                 again = max(memory.forward_peak_bytes + waiting, memory.saved_bytes + passing)
                 backward = max(backward, done - own + again + beside.backward)

@@ -19,7 +19,7 @@ from ..schedule.build import program_for
 from ..schedule.delivered import delivered, delivered_in_stream
 from ..schedule.instructions import Instruction
 from ..schedule.orders import schedule_named
-from ..schedule.posting import Postings, postings
+from ..schedule.posting import Postings, postings, stream_postings
 from ..sharding.axes import Places
 from ..sharding.placement import REPLICATED
 from .compiled import Backend, Functions, compile_blocks
@@ -216,7 +216,13 @@ def build_runtime(
 def _row(plan: Plan, groups: Groups, device: torch.device, training: bool) -> Row:
     group = plan.groups.index(plan.stages[groups.stage].ranks)
     program = program_for(plan, training=training)
-    return Row(program.actions[group], postings(program, group) if device.type == "cuda" else None)
+    actions = program.actions[group]
+    if device.type != "cuda":
+        return Row(actions, None)
+    if training and not schedule_named(plan.schedule).flushes:
+        return Row(actions, stream_postings(len(plan.stages), plan.microbatches, plan.schedule, groups.stage))
+    places = postings(program, group)
+    return Row(actions, lambda instruction: places.get(instruction, ()))
 
 
 def _with_reductions(

@@ -164,11 +164,13 @@ class Executor:
         batches: Callable[[int], Mapping[str, Tensor] | None],
         optimizer: torch.optim.Optimizer,
         training: bool,
+        postings: Postings | None = None,
     ) -> Iterator[tuple[Instruction, Tensor | None]]:
         """Execute `actions` of a stream one by one; after each, the instruction, and after an update this rank's summand
         of its batch's loss.
 
         batches(n): the rows of batch n, None where there is none; asked for n in order, and again while it is in use.
+        postings: as in `run`.
         """
         (stage,) = self.parts
         step = _Step({}, training, False, Counter(), lambda n, key: self.random(f"{key}/batch{n}"), optimizer)
@@ -186,12 +188,21 @@ class Executor:
             ahead[ReceiveActivation] = (ReceiveActivation(stage, m, stage - 1) for m in microbatches_there())
         if stage < last:
             ahead[ReceiveGradient] = (ReceiveGradient(stage, m, stage + 1) for m in microbatches_there())
+
+        def existing(instruction: Instruction) -> Sequence[Instruction]:
+            return [r for r in postings(instruction) if batches(r.microbatch // self.microbatches) is not None]
+
+        places = None if postings is None else existing
         self._versions(stage).begin()
         started = False
         for action in actions:
             if not started:
-                self.transport.begin_with(ahead)
+                if places is None:
+                    self.transport.begin_with(ahead)
+                else:
+                    self.transport.begin((), places)
                 started = True
+            self.transport.about_to(action)
             if isinstance(action, Prologue):
                 rows = batches(action.batch)
                 assert rows is not None, action

@@ -74,7 +74,7 @@ def run_stream(
     actions = with_transfers(order, {s: s for s in range(len(plan.stages))})
     losses: deque[tuple[int, Tensor, dist.Work | None]] = deque()
     done = 0
-    for action, summand in executor.stream(actions, feed, optimizer, training):
+    for action, summand in executor.stream(actions, feed, optimizer, training, runtime.training.postings):
         done += isinstance(action, Backward)
         if isinstance(action, Update):
             feed.forget(action.batch)

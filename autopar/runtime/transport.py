@@ -102,8 +102,8 @@ class Transport:
         self.begin_with({kind: iter([a for a in actions if isinstance(a, kind)]) for kind in kinds})
 
     def about_to(self, action: Instruction) -> None:
-        """Call it before each instruction of a program begun with `postings`."""
-        for receive in self._postings.get(action, ()) if self._postings else ():
+        """Call it before each instruction of a program."""
+        for receive in self._postings(action) if self._postings is not None else ():
             self._post(receive)
 
     def begin_with(self, receives: Mapping[type, Iterator[Receive]]) -> None:
@@ -133,6 +133,8 @@ class Transport:
 
     def receive(self, action: Receive) -> list[Tensor]:
         """The tensors of `action`, complete; posts the next receive of its kind."""
+        if self._postings is not None and action not in self._posted:
+            self._post(action)
         assert action in self._posted, f"{action} has not been posted"
         way = (action.peer, action.stage)
         route, arriving = self.routes[way], self._posted.pop(action)

@@ -12,18 +12,32 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from .instructions import Backward, BackwardInput, BackwardWeight, Forward, Instruction, Program
+from .build import build_stream
+from .instructions import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Instruction,
+    Program,
+    Prologue,
+    RestoreWeights,
+    StashWeights,
+    Update,
+)
 from .steps import RECEIVES, dependencies
 
-Postings = Mapping[Instruction, tuple[Instruction, ...]]
+Postings = Callable[[Instruction], Sequence[Instruction]]
+"""The receives to post in front of an instruction, in order of their sends."""
 
 # Of a forward's time; what is not here takes none.
 _DURATIONS = {Forward: 1, Backward: 2, BackwardInput: 1, BackwardWeight: 1}
 
 
-def postings(program: Program, group: int) -> Postings:
+def postings(program: Program, group: int) -> Mapping[Instruction, tuple[Instruction, ...]]:
     """The receives of the group's row by the instruction in front of which they are posted, in order of their sends."""
     order = _order(program)
     needs, provides = dependencies(program)
@@ -34,6 +48,37 @@ def postings(program: Program, group: int) -> Postings:
         if isinstance(instruction, RECEIVES):
             coming[bisect.bisect(order[group], sent[key])].append((sent[key], instruction))
     return {row[place]: tuple(receive for _, receive in sorted(pairs, key=_sent)) for place, pairs in coming.items()}
+
+
+def stream_postings(num_stages: int, microbatches: int, schedule: str, stage: int) -> Postings:
+    """The same for a stream without end, whose batches are all alike once the pipeline is full.
+
+    What its end leaves out is not posted before its turn; nothing travels the other way by then.
+    """
+    first_alike = num_stages + 1
+    span = -(-num_stages // microbatches) + 1
+    found = postings(build_stream(num_stages, microbatches, schedule, first_alike + 2 * span), stage)
+
+    def in_front_of(instruction: Instruction) -> Sequence[Instruction]:
+        later = max(0, _batch(instruction, microbatches) - first_alike)
+        known = found.get(_moved(instruction, -later, microbatches), ())
+        return [_moved(receive, later, microbatches) for receive in known]
+
+    return in_front_of
+
+
+def _batch(instruction: Instruction, microbatches: int) -> int:
+    return instruction.batch if isinstance(instruction, Prologue | Update) else instruction.microbatch // microbatches
+
+
+def _moved(instruction: Instruction, batches: int, microbatches: int) -> Instruction:
+    """The instruction that stands in the same place of the batch so many batches later."""
+    if isinstance(instruction, Prologue | Update):
+        return replace(instruction, batch=instruction.batch + batches)
+    moved = replace(instruction, microbatch=instruction.microbatch + batches * microbatches)
+    if isinstance(instruction, StashWeights | RestoreWeights):
+        moved = replace(moved, version=instruction.version + batches)
+    return moved
 
 
 def _sent(pair: tuple[int, Instruction]) -> int:
