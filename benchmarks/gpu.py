@@ -46,7 +46,7 @@ from launch.model import LanguageModel, ModelConfig  # noqa: E402
 LLAMA_3_8B = dict(vocabulary=128256, hidden=4096, heads=32, kv_heads=8, feed_forward=14336, rotary_base=500000.0)
 SMALL = dict(vocabulary=512, hidden=128, heads=4, kv_heads=2, feed_forward=384)
 BYTES_PER_PARAMETER = 20  # parameter, gradient and AdamW's two moments in float32, and the copy to compute with
-MEMORY_SHARE = 0.8
+MEMORY_SHARE = 0.72
 ROUNDS = 10
 Plans = tuple[dict[str, Any], dict[str, Any]]
 PLANS: tuple[Plans, ...] = (
@@ -103,7 +103,7 @@ def cluster(world_size: int) -> Cluster:
 
 
 def layers_that_fit(shape: dict[str, Any]) -> int:
-    """Of a shape whose parameters, gradients and optimizer state should leave a fifth of the memory to activations."""
+    """Of a shape whose parameters, gradients and optimizer state should leave a good quarter of the memory to activations."""
     if not torch.cuda.is_available():
         return 2
     free = torch.cuda.get_device_properties(0).total_memory * MEMORY_SHARE
