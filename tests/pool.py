@@ -243,6 +243,7 @@ def _process_group(job: _Job):
     torch.manual_seed(0)
     if job.cuda:
         torch.cuda.set_device(job.rank % torch.cuda.device_count())
+        torch.backends.cudnn.allow_tf32 = False  # ranks are held against a CPU in float32
         # NCCL refuses two ranks on one device of a host, and takes these for ranks on hosts of their own.
         os.environ["NCCL_HOSTID"] = f"rank-{job.rank}"
     dist.init_process_group(
