@@ -187,6 +187,8 @@ def parallelize(
             f"the cluster has {cluster.world_size} devices but {dist.get_world_size()} processes run; "
             "start one process per device, or pass cluster=None to probe what is there"
         )
+    if compile and cluster.software == "autopar":
+        cluster = replace(cluster, software="autopar-compile")
     chosen = given or from_rank_zero(
         lambda: replace(search(graph, cluster, **constraints), reduction=reduce_dtype, offload=offload)
     )

@@ -269,7 +269,7 @@ def preset(
     devices_per_host: int = 8,
     inter: Link | None = None,
     *,
-    software: str = "torch",
+    software: str = "autopar",
     intra_bytes_per_s: float | None = None,
     inter_bytes_per_s: float | None = None,
 ) -> Cluster:

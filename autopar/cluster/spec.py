@@ -337,7 +337,7 @@ class Cluster:
 
     @classmethod
     def preset(
-        cls, name: str, hosts: int = 1, devices_per_host: int = 8, inter: Link | None = None, software: str = "torch"
+        cls, name: str, hosts: int = 1, devices_per_host: int = 8, inter: Link | None = None, software: str = "autopar"
     ) -> Cluster:
         """A cluster from published data sheets; see cluster/presets.py."""
         from .presets import preset

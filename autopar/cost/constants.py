@@ -46,6 +46,7 @@ class Constants:
     softmax_multiple, softmax_longest: of which multiple of batch x heads, and up to how many keys (0: any), the stack
         has one kernel for the masked softmax of narrow scores (Megatron-LM, fused_softmax.py, is_kernel_available).
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
+    keeps_buffers: without ZeRO, whether the buffers that gradients are summed in stay from step to step.
     slices_at_rest: with ZeRO 1 and 2, whether parameters at rest are slices too, and a step gathers what it computes with.
     pipeline_keeps: whether in a pipeline of several microbatches what ZeRO 3 gathers stays whole to the step's end and
         gradients are summed whole, so that neither travels more than once a step (torchtitan's default of
@@ -99,6 +100,7 @@ class Constants:
     softmax_multiple: int = 1
     softmax_longest: int = 0
     scatter_each: bool = False
+    keeps_buffers: bool = True
     slices_at_rest: bool = False
     pipeline_keeps: bool = False
     selective_kept: float = 1.0
@@ -162,14 +164,22 @@ _TORCH_COMPILE = {
     "selective_gathers": True, "context_bytes": 2e9, "allocator_share": 0.2,
 }  # fmt: skip
 
+_TORCH = {
+    "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.05, "product_scale": 0.97, "attention_scale": 0.87,
+    "gather_overlap": 0.96, "scatter_each": True, "slices_at_rest": True, "context_bytes": 2e9,
+}  # fmt: skip
+_RUNTIME = {"scatter_each": True, "slices_at_rest": True, "wide_loss": False, "keeps_buffers": False}
+
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
-    # autopar's own runtime: eager torch, fully_shard.
-    "": {"scatter_each": True, "slices_at_rest": True, "wide_loss": False},
-    # Eager torch and fully_shard, the default of presets.
-    "torch": {
-        "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.05, "product_scale": 0.97, "attention_scale": 0.87,
-        "gather_overlap": 0.96, "scatter_each": True, "slices_at_rest": True, "context_bytes": 2e9,
+    # autopar's own runtime (eager torch, fully_shard) where the hardware's rates have been measured through torch.
+    "": _RUNTIME,
+    # The same where they are nominal, the default of presets; and with blocks through torch.compile.
+    "autopar": _TORCH | _RUNTIME | {"fusion": 1.6, "optimizer_passes": 9.0},
+    "autopar-compile": _TORCH | _RUNTIME | {
+        "launch_s": 5e-6, "backward_launch_s": 4e-6, "fusion": 0.75, "optimizer_passes": 9.0,
     },
+    # Eager torch and fully_shard.
+    "torch": _TORCH,
     # Eager torchtitan: its rotary embedding and RMSNorm are several kernels each, with results in float32. What is
     # recomputed, and by which attention kernel, is as under torch.compile.
     "torchtitan": _TORCH_COMPILE | {"launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.6},
@@ -220,7 +230,12 @@ SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
 # Shah et al. 2024, "FlashAttention-3", figures 5 and 6: 600 to 660 and 500 to 550 of 989 TFLOP/s for long causal
 # sequences) and a cuBLAS that knows it (as `h100hbm2e`'s runs had). `_H100` was fitted on a stack that had neither.
 _HOPPER = ("h100", "h100pcie", "h800", "h200", "b200")
+# autopar's were measured on an H200 with torch 2.11 (benchmarks/records/2026-11-26-one-gpu.md): 766 TFLOP/s in a
+# model's products, 567 and 436 in cuDNN's attention over 8192 keys, forward and backward.
+_NEW_TORCH = {"matmul_share": 0.82, "attention_share": 0.77, "attention_backward_share": 0.59}
 _HOPPER_KERNELS: Mapping[str, Mapping[str, float]] = {
+    "autopar": _NEW_TORCH,
+    "autopar-compile": _NEW_TORCH,
     "megatron": {"matmul_share": 0.69, "attention_share": 0.7, "attention_backward_share": 0.55},
 }
 
@@ -231,7 +246,7 @@ FLOAT8 = "+float8"
 def constants_of(cluster: Cluster) -> Constants:
     """What holds for the cluster's kind of device and its software. ValueError for software that is not known."""
     if not cluster.device.asynchronous:
-        return replace(Constants(), **SOFTWARE[""])
+        return replace(Constants(), **SOFTWARE[""] | {"keeps_buffers": True})
     return named_constants(cluster.device.kind, cluster.software)
 
 

@@ -267,6 +267,8 @@ def _gradients_stay(stage: Stage, parameters: Iterable[_Parameter], constants: C
     """As in `StageCost`. Gradients of narrow copies are summed in buffers of their own."""
     if stage.zero:
         return False if constants.slices_at_rest else None
+    if not constants.keeps_buffers:
+        return False
     return True if any(one.used_bytes < one.wide_bytes for one in parameters) else None
 
 

@@ -3,7 +3,7 @@
 Buckets are filled in reverse order of use and reduced as soon as their last gradient arrives during the last
 microbatch's backward, as DistributedDataParallel does (Li et al., VLDB 2020, section 3.2). A gradient is copied once,
 into its bucket, when the first microbatch makes it; later microbatches accumulate in place, and what `finish` hands out
-are views of the buckets. A bucket's memory is used again only when nobody refers to those views any more. A bucket may be
+are views of the buckets. On a CPU a bucket's memory is used again, when nobody refers to those views any more. A bucket may be
 of another dtype than its leaves; then each microbatch's gradient is added to it.
 """
 
@@ -48,6 +48,8 @@ class Bucket:
         self.views: list[Tensor] | None = None
         self.flat: Tensor | None = None
         self._unused_count = 0
+        # A host's allocator gives memory back that then costs a page fault each; a device's keeps it for the next buffer.
+        self._stays = leaves[0].device.type == "cpu"
 
     def open(self) -> list[Tensor]:
         """One view per leaf, over memory that nobody else uses; the same list until `close`."""
@@ -76,6 +78,8 @@ class Bucket:
             self.work.wait()
         views, self.views, self.work, self.launched = self.views, None, None, False
         assert views is not None
+        if not self._stays:
+            self.flat = None
         return views
 
 
