@@ -10,6 +10,7 @@ import torch
 
 import autopar
 from autopar.cluster.spec import Cluster
+from autopar.simulate import simulate
 from benchmarks.rank_memory import RankMemory, rank_memory, with_stages
 from launch.model import LanguageModel, ModelConfig
 
@@ -70,3 +71,28 @@ def test_the_predicted_peak_is_within_five_percent_of_the_measured_one() -> None
     assert not wrong, "\n".join(wrong)
     # what a model measures itself, in one step of training, is what was counted from its making on
     assert all(abs(m.counted_bytes / m.measured_bytes - 1) < 0.02 for _, m in found), found
+
+
+# MiB of the allocator's peak on an H200 (benchmarks/records/2026-11-26-one-gpu.md).
+ON_A_GPU = [
+    ("float32", {"data": 8, "zero": 3}, "none", 18959.8),
+    ("float32", {"data": 8, "zero": 3}, "selective", 16015.7),
+    ("bfloat16", {"data": 64, "zero": 3}, "none", 4166.1),
+    ("bfloat16", {"data": 8, "zero": 3, "microbatches": 4}, "full", 8407.9),
+]
+
+
+@pytest.mark.parametrize(("precision", "pins", "recompute", "measured_mib"), ON_A_GPU)
+def test_what_a_gpu_measured(precision: str, pins: dict[str, int], recompute: str, measured_mib: float) -> None:
+    """Attention in float32 with grouped heads keeps its scores there."""
+    config = ModelConfig(
+        layers=4, vocabulary=128256, hidden=4096, heads=32, kv_heads=8, feed_forward=14336, rotary_base=500000.0
+    )
+    with torch.device("meta"):
+        module, tokens = LanguageModel(config), torch.empty(64, 512, dtype=torch.int64)
+    graph = autopar.capture(module, (tokens, tokens), precision=precision)
+    hardware = Cluster.preset("h200-141gb", hosts=pins["data"] // 8, devices_per_host=8, software="")
+    pins = {"tensor": 1, "pipeline": 1, "recompute": "none"} | pins
+    plan = with_stages(autopar.search(graph, hardware, progress=False, **pins), {"recompute": recompute})
+    predicted = simulate(graph, plan, hardware).peak_memory_bytes[0] / 2**20
+    assert predicted == pytest.approx(measured_mib, rel=0.02)

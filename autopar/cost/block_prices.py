@@ -119,7 +119,7 @@ class BlockPrices:
         local = pricer.local(setting.shards)
         view = BlockView(
             self.graph, block, steps, local, degrees, pricer.storages, tuple(edges[0]), tuple(edges[1]),
-            self.constants.fused_loss, self.constants.wide_loss,
+            self.constants.fused_loss, self.constants.wide_loss, self.constants.whole_scores,
         )  # fmt: skip
         rest = dict(zip(block.parameters, edges[1], strict=True))
         memory = block_memory(view, setting.accumulate)

@@ -46,6 +46,7 @@ class Constants:
     softmax_multiple, softmax_longest: of which multiple of batch x heads, and up to how many keys (0: any), the stack
         has one kernel for the masked softmax of narrow scores (Megatron-LM, fused_softmax.py, is_kernel_available).
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
+    whole_scores: whether attention in float32 with fewer key than query heads keeps its matrix of scores.
     keeps_buffers: without ZeRO, whether the buffers that gradients are summed in stay from step to step.
     slices_at_rest: with ZeRO 1 and 2, whether parameters at rest are slices too, and a step gathers what it computes with.
     pipeline_keeps: whether in a pipeline of several microbatches what ZeRO 3 gathers stays whole to the step's end and
@@ -101,6 +102,7 @@ class Constants:
     softmax_longest: int = 0
     scatter_each: bool = False
     keeps_buffers: bool = True
+    whole_scores: bool = False
     slices_at_rest: bool = False
     pipeline_keeps: bool = False
     selective_kept: float = 1.0
@@ -168,7 +170,13 @@ _TORCH = {
     "launch_s": 10e-6, "backward_launch_s": 8e-6, "fusion": 1.05, "product_scale": 0.97, "attention_scale": 0.87,
     "gather_overlap": 0.96, "scatter_each": True, "slices_at_rest": True, "context_bytes": 2e9,
 }  # fmt: skip
-_RUNTIME = {"scatter_each": True, "slices_at_rest": True, "wide_loss": False, "keeps_buffers": False}
+_RUNTIME = {
+    "scatter_each": True,
+    "slices_at_rest": True,
+    "wide_loss": False,
+    "keeps_buffers": False,
+    "whole_scores": True,
+}
 
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     # autopar's own runtime (eager torch, fully_shard) where the hardware's rates have been measured through torch.
@@ -246,7 +254,7 @@ FLOAT8 = "+float8"
 def constants_of(cluster: Cluster) -> Constants:
     """What holds for the cluster's kind of device and its software. ValueError for software that is not known."""
     if not cluster.device.asynchronous:
-        return replace(Constants(), **SOFTWARE[""] | {"keeps_buffers": True})
+        return replace(Constants(), **SOFTWARE[""] | {"keeps_buffers": True, "whole_scores": False})
     return named_constants(cluster.device.kind, cluster.software)
 
 

@@ -19,7 +19,7 @@ from ..sharding.placement import Split, conversion
 from .borders import copies_input, widening
 from .kernels import counted_in_flops
 from .local import LocalShapes
-from .scratch import is_loss, scratch_bytes
+from .scratch import attention_bytes, is_attention, is_loss, scratch_bytes
 from .storage import VIEWS, Storages, base_name
 
 
@@ -80,6 +80,7 @@ class BlockView:
     parameter_placements: tuple[Places, ...]
     fused_loss: bool = False
     wide_loss: bool = True
+    whole_scores: bool = False
 
     def size(self, tensor: str, places: Places) -> int:
         return self.local.held_bytes(tensor, places, self.degrees)
@@ -239,6 +240,7 @@ class _Walk:
                 self.saved[key] = self.sizes[key]
                 self.savers.setdefault(key, index)
         if op.outputs:
+            sizes = [self.view.size(n, p) for n, p in zip(op.inputs, in_places, strict=True)]
             out = op.outputs[0]
             mine = self.view.size(out, out_places[0])
             if op.saved_extra_bytes and not in_place:
@@ -249,8 +251,15 @@ class _Walk:
                 )
                 share = self.view.size(*largest) / max(1, self.view.graph.tensors[largest[0]].size_bytes)
                 self.extra[index] = int(op.saved_extra_bytes * share)
+            if self.view.whole_scores and is_attention(op):
+                tensors = [self.view.graph.tensors[name] for name in op.inputs[:3]]
+                scores, besides = attention_bytes(tensors, sizes[:3])
+                if besides:
+                    self.extra[index] = besides
+                    key = (op.outputs[0], "scores")
+                    self.sizes[key] = self.expensive[key] = scores
+                    self.made[key] = self.last_use[key] = index
             by_class = any(strategy.special == "vocab_cross_entropy" for strategy in step.strategies)
-            sizes = [self.view.size(n, p) for n, p in zip(op.inputs, in_places, strict=True)]
             wide = op.inputs and self.view.wide_loss
             width = self.view.local.tensors[op.inputs[0]].dtype.itemsize if wide else 4
             self.scratch[index] = (0, 0) if in_place else scratch_bytes(op, sizes, mine, width)
