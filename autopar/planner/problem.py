@@ -18,7 +18,6 @@ from ..cluster.spec import Cluster, Device
 from ..cost.types import StageCost
 from ..graph import Graph, Op
 from ..plan import Layout, Plan, Recompute
-from ..plan_validate import nearest_divisors
 from ..schedule.orders import schedule_named
 from ..sharding.batch import BatchLayout, batch_layout
 from ..sharding.strategies import strategies
@@ -27,6 +26,7 @@ from .budget import Budget
 from .conflicts import why_none
 from .constraints import SEARCHED_ZEROS, Constraints, Space
 from .pins import Pins
+from .refusals import check_pins
 
 # Share of a device's memory that plans leave free for what the cost model does not count: the CUDA context, NCCL's
 # buffers, fragmentation of the allocator. An assumption; memory_limit_bytes= overrules it.
@@ -133,9 +133,7 @@ class Problem:
     def __post_init__(self) -> None:
         # Blocks of one kind are planned as one, so kinds are parted where pins tell them apart.
         object.__setattr__(self, "graph", self.pins.graph)
-        self._check_batch()
-        self._check_degrees()
-        self._check_tensor()
+        check_pins(self)
 
     @cached_property
     def memory_limit_bytes(self) -> int:
@@ -339,69 +337,6 @@ class Problem:
         """Of these the ones that take a parameter."""
         roles = self.graph.tensors
         return tuple(op for op in self.distinct_ops if any(roles[name].role == "parameter" for name in op.inputs))
-
-    def _check_batch(self) -> None:
-        pinned, rows = self.constraints, self.graph.batch_size
-        if pinned.data and rows % pinned.data:
-            raise ValueError(
-                f"data={pinned.data} does not divide the batch of {rows} rows; data could be "
-                f"{nearest_divisors(rows, pinned.data)}, or capture with another batch"
-            )
-        if pinned.microbatches and rows % ((pinned.data or 1) * pinned.microbatches):
-            per_rank = rows // (pinned.data or 1)
-            raise ValueError(
-                f"microbatches={pinned.microbatches} does not divide the {per_rank} rows of each data rank "
-                f"({rows} rows over data={pinned.data or 1}); microbatches could be "
-                f"{nearest_divisors(per_rank, pinned.microbatches)}"
-            )
-        for name in ("data", "microbatches"):
-            if (getattr(pinned, name) or 1) == 1:
-                continue
-            conflict = self.batch_conflict if name == "data" else self.time_conflict
-            if conflict:
-                raise ValueError(
-                    f"{name}={getattr(pinned, name)}: the rows of {self.graph.name}'s batch depend on each other: "
-                    f"{conflict}; set {name}=1"
-                )
-        if pinned.zero == 3 and pinned.data == 1:
-            raise ValueError("zero=3 shards parameters over the data axis, but data=1; set zero=0, or data above 1")
-
-    def _check_degrees(self) -> None:
-        pinned, world = self.constraints, self.cluster.world_size
-        given = {name: getattr(pinned, name) for name in ("data", "tensor", "pipeline") if getattr(pinned, name)}
-        if pinned.pipeline and pinned.pipeline > len(self.graph.blocks):
-            raise ValueError(
-                f"pipeline={pinned.pipeline}, but {self.graph.name} has {len(self.graph.blocks)} blocks and each stage "
-                f"needs one; pipeline can be at most {len(self.graph.blocks)}"
-            )
-        product = 1
-        for degree in given.values():
-            product *= degree
-        words = " x ".join(f"{name}={degree}" for name, degree in given.items())
-        if len(given) > 1:
-            words += f" = {product}"
-        if len(given) == 3 and product != world:
-            raise ValueError(f"{words}, but the cluster has {world} devices; change a degree, or leave one out")
-        if self.cluster.hosts and len(given) < 3 and product <= world:
-            return  # stages may have different numbers of devices
-        if world % product:
-            raise ValueError(
-                f"{words}, which does not divide the cluster's {world} devices; the product could be "
-                f"{nearest_divisors(world, product)}"
-            )
-
-    def _check_tensor(self) -> None:
-        pinned = self.constraints
-        if (pinned.tensor or 1) == 1 or self.splits(pinned.tensor, pinned.data or 1):
-            return
-        dims = sorted({size for t in self.graph.parameters for size in t.shape if size > 1})
-        world = self.cluster.world_size
-        possible = [t for t in range(2, world + 1) if world % t == 0 and self.splits(t, 1)]
-        raise ValueError(
-            f"tensor={pinned.tensor}: no op of {self.graph.name} that uses a parameter can be split {pinned.tensor} "
-            f"ways; its parameters' dims are {', '.join(map(str, dims)) or 'none'}; tensor could be "
-            f"{' or '.join(map(str, [1, *possible]))} on {world} devices"
-        )
 
 
 def _goes_together(schedule: str, pipeline: int, microbatches: int, zero: int) -> bool:

@@ -1,0 +1,83 @@
+"""What a problem refuses before any search: pinned degrees that contradict each other, the batch, the model or the cluster."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..plan_validate import nearest_divisors
+
+if TYPE_CHECKING:
+    from .problem import Problem
+
+
+def check_pins(problem: Problem) -> None:
+    """ValueError names the first contradiction, and what could be pinned instead."""
+    _check_batch(problem)
+    _check_degrees(problem)
+    _check_tensor(problem)
+
+
+def _check_batch(problem: Problem) -> None:
+    pinned, rows = problem.constraints, problem.graph.batch_size
+    if pinned.data and rows % pinned.data:
+        raise ValueError(
+            f"data={pinned.data} does not divide the batch of {rows} rows; data could be "
+            f"{nearest_divisors(rows, pinned.data)}, or capture with another batch"
+        )
+    if pinned.microbatches and rows % ((pinned.data or 1) * pinned.microbatches):
+        per_rank = rows // (pinned.data or 1)
+        raise ValueError(
+            f"microbatches={pinned.microbatches} does not divide the {per_rank} rows of each data rank "
+            f"({rows} rows over data={pinned.data or 1}); microbatches could be "
+            f"{nearest_divisors(per_rank, pinned.microbatches)}"
+        )
+    for name in ("data", "microbatches"):
+        if (getattr(pinned, name) or 1) == 1:
+            continue
+        conflict = problem.batch_conflict if name == "data" else problem.time_conflict
+        if conflict:
+            raise ValueError(
+                f"{name}={getattr(pinned, name)}: the rows of {problem.graph.name}'s batch depend on each other: "
+                f"{conflict}; set {name}=1"
+            )
+    if pinned.zero == 3 and pinned.data == 1:
+        raise ValueError("zero=3 shards parameters over the data axis, but data=1; set zero=0, or data above 1")
+
+
+def _check_degrees(problem: Problem) -> None:
+    pinned, world = problem.constraints, problem.cluster.world_size
+    given = {name: getattr(pinned, name) for name in ("data", "tensor", "pipeline") if getattr(pinned, name)}
+    if pinned.pipeline and pinned.pipeline > len(problem.graph.blocks):
+        raise ValueError(
+            f"pipeline={pinned.pipeline}, but {problem.graph.name} has {len(problem.graph.blocks)} blocks and each stage "
+            f"needs one; pipeline can be at most {len(problem.graph.blocks)}"
+        )
+    product = 1
+    for degree in given.values():
+        product *= degree
+    words = " x ".join(f"{name}={degree}" for name, degree in given.items())
+    if len(given) > 1:
+        words += f" = {product}"
+    if len(given) == 3 and product != world:
+        raise ValueError(f"{words}, but the cluster has {world} devices; change a degree, or leave one out")
+    if problem.cluster.hosts and len(given) < 3 and product <= world:
+        return  # stages may have different numbers of devices
+    if world % product:
+        raise ValueError(
+            f"{words}, which does not divide the cluster's {world} devices; the product could be "
+            f"{nearest_divisors(world, product)}"
+        )
+
+
+def _check_tensor(problem: Problem) -> None:
+    pinned = problem.constraints
+    if (pinned.tensor or 1) == 1 or problem.splits(pinned.tensor, pinned.data or 1):
+        return
+    dims = sorted({size for t in problem.graph.parameters for size in t.shape if size > 1})
+    world = problem.cluster.world_size
+    possible = [t for t in range(2, world + 1) if world % t == 0 and problem.splits(t, 1)]
+    raise ValueError(
+        f"tensor={pinned.tensor}: no op of {problem.graph.name} that uses a parameter can be split {pinned.tensor} "
+        f"ways; its parameters' dims are {', '.join(map(str, dims)) or 'none'}; tensor could be "
+        f"{' or '.join(map(str, [1, *possible]))} on {world} devices"
+    )
