@@ -8,13 +8,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 from test_parity import one_step
 from test_stream import streamed
 
-from autopar.plan import Plan
 from autopar.runtime import build
-from autopar.runtime.groups import Groups
 from autopar.schedule.build import build_program, build_stream
 from autopar.schedule.instructions import Instruction, Program
 from autopar.schedule.orders import SCHEDULES
@@ -107,27 +104,25 @@ def test_receives_are_posted_before_their_turn() -> None:
     assert early * 3 > early + late, (early, late)
 
 
+class Cuda:
+    type = "cuda"
+
+
+def as_on_nccl() -> Any:
+    """A context in which models are built with receives posted as on NCCL."""
+    row = build._row
+    return mock.patch.object(build, "_row", lambda plan, groups, _, training: row(plan, groups, Cuda, training))
+
+
 def posted_step(plans: list[dict[str, Any]]) -> list[tuple[float, float, float]]:
-    """`one_step` with receives posted as on NCCL."""
-
-    def row(plan: Plan, groups: Groups, device: torch.device, training: bool) -> build.Row:
-        program = build.program_for(plan, training=training)
-        group = plan.groups.index(plan.stages[groups.stage].ranks)
-        return build.Row(program.actions[group], lambda instruction: postings(program, group).get(instruction, ()))
-
-    with mock.patch.object(build, "_row", row):
+    with as_on_nccl():
         return one_step("build_mlp", plans)
 
 
 def posted_stream(options: dict[str, Any]) -> tuple[float, float, float, int]:
-    """Six batches of a stream with receives posted as on NCCL."""
-    row = build._row
-    with mock.patch.object(build, "_row", lambda plan, groups, _, training: row(plan, groups, Cuda, training)):
+    """Six batches of a stream."""
+    with as_on_nccl():
         return streamed("build_mlp", options, 6, None)
-
-
-class Cuda:
-    type = "cuda"
 
 
 @pytest.mark.parametrize(("name", "microbatches"), [("pipedream", 1), ("2bw", 4)])

@@ -47,7 +47,7 @@ def postings(program: Program, group: int) -> Mapping[Instruction, tuple[Instruc
     for instruction, key in zip(row, needs[group], strict=True):
         if isinstance(instruction, RECEIVES):
             coming[bisect.bisect(order[group], sent[key])].append((sent[key], instruction))
-    return {row[place]: tuple(receive for _, receive in sorted(pairs, key=_sent)) for place, pairs in coming.items()}
+    return {row[place]: tuple(receive for _, receive in sorted(pairs)) for place, pairs in coming.items()}
 
 
 def stream_postings(num_stages: int, microbatches: int, schedule: str, stage: int) -> Postings:
@@ -79,10 +79,6 @@ def _moved(instruction: Instruction, batches: int, microbatches: int) -> Instruc
     if isinstance(instruction, StashWeights | RestoreWeights):
         moved = replace(moved, version=instruction.version + batches)
     return moved
-
-
-def _sent(pair: tuple[int, Instruction]) -> int:
-    return pair[0]
 
 
 def _order(program: Program) -> list[list[int]]:
