@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 # Kinds of instruction (schedule/instructions.py) during which a rank does not compute: it waits, or its link is busy.
@@ -39,7 +39,8 @@ class Timeline:
     """Events of one step. Times start at 0 with the step; `peak_memory_bytes` by rank, empty where not known.
 
     transfers: what was on its way beside the instructions of a measured step, from its start to when it was known to be
-    complete: sends and receives by their instruction's token, asynchronous collectives by their kind.
+    complete: sends and receives by their instruction's token, asynchronous collectives by kind and mesh axis.
+    waits: when a rank stood still in the midst of an instruction, until a collective had ended; by the same tokens.
     step_time_s runs from the first event to the end of the optimizer step.
     """
 
@@ -47,6 +48,7 @@ class Timeline:
     step_time_s: float
     peak_memory_bytes: Mapping[int, int] = field(default_factory=dict)
     transfers: tuple[Event, ...] = ()
+    waits: tuple[Event, ...] = ()
 
     def by_rank(self) -> dict[int, tuple[Event, ...]]:
         """The events of each rank that has any, ranks ascending, in order of start."""
@@ -74,12 +76,14 @@ class Timeline:
         return {rank: self.step_time_s - busy for rank, busy in self.busy_s().items()}
 
     def hidden_s(self) -> dict[int, float]:
-        """Per rank with transfers: the time of their way during which the rank computed, overlaps counted once."""
+        """Per rank with transfers: the time of their way during which the rank computed and did not wait for one of them,
+        overlaps counted once."""
         events, found = self.by_rank(), {}
         for rank in sorted({transfer.rank for transfer in self.transfers}):
             mine = [t for t in self.transfers if t.rank == rank]
             busy = [e for e in events.get(rank, ()) if e.kind not in TRANSFER_KINDS]
-            found[rank] = _covered_s(mine) + _covered_s(busy) - _covered_s([*mine, *busy])
+            waits = [w for w in self.waits if w.rank == rank]
+            found[rank] = _common_s(mine, busy) - _common_s(waits, busy)
         return found
 
     def bubble_fraction(self) -> float:
@@ -98,6 +102,7 @@ class Timeline:
                 "peak_memory_bytes": {str(rank): size for rank, size in self.peak_memory_bytes.items()},
                 "events": [_plain(e) for e in self.events],
                 "transfers": [_plain(e) for e in self.transfers],
+                "waits": [_plain(e) for e in self.waits],
             }
         )
 
@@ -111,9 +116,21 @@ class Timeline:
                 float(data["step_time_s"]),
                 {int(rank): int(size) for rank, size in data["peak_memory_bytes"].items()},
                 _events(data.get("transfers", ())),
+                _events(data.get("waits", ())),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a timeline ({error!r}); expected what Timeline.to_json wrote") from error
+
+
+def joined(lines: Sequence[Timeline]) -> Timeline:
+    """What several ranks have measured of one step, as one; the step is as long as the slowest's."""
+    return Timeline(
+        events=tuple(event for line in lines for event in line.events),
+        step_time_s=max(line.step_time_s for line in lines),
+        peak_memory_bytes={rank: size for line in lines for rank, size in line.peak_memory_bytes.items()},
+        transfers=tuple(transfer for line in lines for transfer in line.transfers),
+        waits=tuple(wait for line in lines for wait in line.waits),
+    )
 
 
 def _plain(event: Event) -> list[int | str | float]:
@@ -122,6 +139,11 @@ def _plain(event: Event) -> list[int | str | float]:
 
 def _events(rows) -> tuple[Event, ...]:
     return tuple(Event(int(r), str(t), float(s), float(e), int(b)) for r, t, s, e, b in rows)
+
+
+def _common_s(some: Sequence[Event], others: Sequence[Event]) -> float:
+    """Length of what the unions of both sides' intervals have in common."""
+    return _covered_s(some) + _covered_s(others) - _covered_s([*some, *others])
 
 
 def _covered_s(events) -> float:

@@ -72,21 +72,23 @@ class _Sent:
 
 
 @dataclass(eq=False)
-class _Reduction:
-    """What an asynchronous all_reduce returns: done by wait()."""
+class _Collective:
+    """What an asynchronous collective returns: done by wait(), which puts in place what every rank brought."""
 
-    tensor: Tensor
-    op: Any
+    put: Callable[[list[Any], int], None]
     others: Callable[[], tuple[list[Any], int]]
     callbacks: list[Callable[[Any], None]] = field(default_factory=list)
 
+    def begun(self, later: bool) -> _Collective | None:
+        """later: whether the caller will wait; else it is done at once."""
+        return self if later else self.wait()
+
     def wait(self) -> None:
-        stacked = torch.stack(self.others()[0])
-        self.tensor.detach().copy_(stacked.amax(0) if self.op == dist.ReduceOp.MAX else _sum(stacked, self.op))
+        self.put(*self.others())
         for callback in self.callbacks:
             callback(None)
 
-    def get_future(self) -> _Reduction:
+    def get_future(self) -> _Collective:
         return self
 
     def add_done_callback(self, callback: Callable[[Any], None]) -> None:
@@ -248,21 +250,33 @@ class Loopback:
 
     def all_reduce(
         self, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Group | None = None, async_op: bool = False
-    ) -> _Reduction | None:
-        reduction = _Reduction(tensor, op, self._enter(f"all_reduce {op}", tensor.detach().clone(), group))
-        if async_op:
-            return reduction
-        return reduction.wait()
+    ) -> _Collective | None:
+        def reduce(values: list[Tensor], place: int) -> None:
+            stacked = torch.stack(values)
+            tensor.detach().copy_(stacked.amax(0) if op == dist.ReduceOp.MAX else _sum(stacked, op))
 
-    def all_gather_into_tensor(self, out: Tensor, tensor: Tensor, group: Group | None = None) -> None:
-        values, _ = self._meet("all_gather", tensor.detach().clone(), group)
-        out.view(-1).copy_(torch.cat([value.reshape(-1) for value in values]))
+        return _Collective(reduce, self._enter(f"all_reduce {op}", tensor.detach().clone(), group)).begun(async_op)
+
+    def all_gather_into_tensor(
+        self, out: Tensor, tensor: Tensor, group: Group | None = None, async_op: bool = False
+    ) -> _Collective | None:
+        def gather(values: list[Tensor], place: int) -> None:
+            out.view(-1).copy_(torch.cat([value.reshape(-1) for value in values]))
+
+        return _Collective(gather, self._enter("all_gather", tensor.detach().clone(), group)).begun(async_op)
 
     def reduce_scatter_tensor(
-        self, out: Tensor, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Group | None = None
-    ) -> None:
-        values, place = self._meet(f"reduce_scatter {op}", tensor.detach().clone(), group)
-        out.view(-1).copy_(_sum(torch.stack([value.reshape(len(values), -1)[place] for value in values]), op))
+        self,
+        out: Tensor,
+        tensor: Tensor,
+        op: Any = dist.ReduceOp.SUM,
+        group: Group | None = None,
+        async_op: bool = False,
+    ) -> _Collective | None:
+        def scatter(values: list[Tensor], place: int) -> None:
+            out.view(-1).copy_(_sum(torch.stack([value.reshape(len(values), -1)[place] for value in values]), op))
+
+        return _Collective(scatter, self._enter(f"reduce_scatter {op}", tensor.detach().clone(), group)).begun(async_op)
 
     def P2POp(self, op: Callable[..., Any], tensor: Tensor, peer: int, group: Group | None = None) -> Any:
         return partial(op, tensor, peer, group)
@@ -284,12 +298,16 @@ class Loopback:
         output_split_sizes: list[int] | None = None,
         input_split_sizes: list[int] | None = None,
         group: Group | None = None,
-    ) -> None:
-        values, place = self._meet("all_to_all", (tensor.detach().clone(), input_split_sizes), group)
-        parts = [value.split(sizes) if sizes else value.chunk(len(values)) for value, sizes in values]
-        if output_split_sizes:
-            assert [len(part[place]) for part in parts] == output_split_sizes
-        out.view(-1).copy_(torch.cat([part[place].reshape(-1) for part in parts]))
+        async_op: bool = False,
+    ) -> _Collective | None:
+        def exchange(values: list[Any], place: int) -> None:
+            parts = [value.split(sizes) if sizes else value.chunk(len(values)) for value, sizes in values]
+            if output_split_sizes:
+                assert [len(part[place]) for part in parts] == output_split_sizes
+            out.view(-1).copy_(torch.cat([part[place].reshape(-1) for part in parts]))
+
+        entered = self._enter("all_to_all", (tensor.detach().clone(), input_split_sizes), group)
+        return _Collective(exchange, entered).begun(async_op)
 
     def broadcast(self, tensor: Tensor, src: int, group: Group | None = None) -> None:
         values, _ = self._meet(f"broadcast from {src}", tensor.detach().clone(), group)

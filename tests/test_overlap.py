@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 
 import pytest
@@ -15,11 +17,35 @@ from autopar.timeline import TRANSFER_KINDS, Event, Timeline
 WIDTH, ROWS, LAYERS = 512, 512, 4
 
 
-def measured(**pins) -> tuple[Timeline, list[float]]:
+class Branches(nn.Module):
+    """Two branches of one input, as attention and the feed-forward layer of some transformers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
+        self.up = nn.ModuleList(nn.Linear(WIDTH, 2 * WIDTH) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(2 * WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = (
+            down(nn.functional.silu(up(norm(x)))) for norm, up, down in zip(self.norms, self.up, self.down, strict=True)
+        )
+        return x + first + second
+
+
+def layers() -> nn.Sequential:
+    parts = [part for _ in range(LAYERS) for part in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    return nn.Sequential(*parts, nn.Linear(WIDTH, 8))
+
+
+def branches() -> nn.Sequential:
+    return nn.Sequential(*(Branches() for _ in range(LAYERS)), nn.Linear(WIDTH, 8))
+
+
+def measured(build: Callable[[], nn.Module] = layers, **pins) -> tuple[Timeline, list[float]]:
     """The joined timeline of a step, and the last losses."""
     torch.manual_seed(0)
-    layers = [part for _ in range(LAYERS) for part in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
-    module = nn.Sequential(*layers, nn.Linear(WIDTH, 8))
+    module = build()
     batch = (torch.randn(ROWS, WIDTH), torch.randint(0, 8, (ROWS,)))
     cluster = Cluster.preset("cpu", hosts=1, devices_per_host=2)
     degrees = {"data": 1, "tensor": 1, "pipeline": 1, "zero": 0, "recompute": "none"}
@@ -48,12 +74,42 @@ def test_gradients_are_reduced_while_the_backward_runs(pool) -> None:
     """All buckets but the last set out in the midst of the backward, and no rank waits for more than what is left."""
     for line, _ in pool.run(measured, data=2, microbatches=2):
         for rank in (0, 1):
-            reductions = [t for t in line.transfers if t.rank == rank and t.token == "all_reduce"]
+            reductions = [t for t in line.transfers if t.rank == rank and t.token == "all_reduce data"]
             backward = [e for e in line.events if e.rank == rank and e.kind == "B"][-1]
             assert len(reductions) > 1 and sum(t.bytes for t in reductions) > 4 * LAYERS * WIDTH**2
             early = [t for t in reductions if backward.start_s < t.start_s < backward.end_s]
             assert len(early) >= len(reductions) - 1, (backward, reductions)
             assert all(meets(t, [backward]) for t in early)
+            assert line.hidden_s()[rank] > 0
+
+
+def head_starts_s(line: Timeline, rank: int, axis: str) -> list[float]:
+    """For each asynchronous collective of a rank on an axis, in order, how long it was on its way before the rank waited."""
+    ways, waits = (
+        sorted(e.start_s for e in events if e.rank == rank and e.token.endswith(f" {axis}"))
+        for events in (line.transfers, line.waits)
+    )
+    return [wait - way for way, wait in zip(ways, waits, strict=True)]
+
+
+def test_parameters_are_gathered_ahead(pool) -> None:
+    """While one block computes the next one's parameters come, in forwards and in backwards."""
+    for line, _ in pool.run(measured, data=2, microbatches=2, zero=3):
+        for rank in (0, 1):
+            early = [start_s for start_s in head_starts_s(line, rank, "data") if start_s > 5e-4]
+            # All but the first of each forward, and of each backward what stands in front of another block.
+            blocks = LAYERS + 1
+            assert len(early) >= 2 * 2 * (blocks - 2), (len(early), blocks)
+            assert line.hidden_s()[rank] > 0
+
+
+def test_gradients_of_weights_hide_what_a_tensor_axis_sums(pool) -> None:
+    """The gradient of a split product's input travels while that of its weight is computed, and the other branch's."""
+    layout = {"*.up.*": "column", "*.down.*": "row"}
+    for line, _ in pool.run(measured, branches, tensor=2, microbatches=1, layout=layout):
+        for rank in (0, 1):
+            starts = head_starts_s(line, rank, "tensor")
+            assert len(starts) >= LAYERS and median(starts) > 1e-3, starts
             assert line.hidden_s()[rank] > 0
 
 
@@ -77,7 +133,10 @@ def test_messages_travel_while_stages_compute(pool, schedule: str) -> None:
 def test_transfers_are_kept_with_a_timeline() -> None:
     events = (Event(0, "0F0", 0.0, 2.0), Event(0, "0B0", 3.0, 5.0), Event(0, "0RG0<1", 2.0, 3.0))
     line = Timeline(events, 5.0, {}, (Event(0, "0RG0<1", 1.0, 4.0, 8), Event(0, "all_reduce", 1.5, 6.0, 4)))
-    assert Timeline.from_json(line.to_json()) == line
     # of the way from 1 to 6, forward covers 1 to 2 and backward 3 to 5
     assert line.hidden_s() == {0: 3.0}
     assert line.busy_s() == {0: 4.0}
+    # of which it stood still from 4.5 to 5
+    waiting = replace(line, waits=(Event(0, "all_reduce", 4.5, 6.0),))
+    assert Timeline.from_json(waiting.to_json()) == waiting
+    assert waiting.hidden_s() == {0: 2.5}

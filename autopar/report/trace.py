@@ -83,6 +83,10 @@ def _process(pid: int, name: str, line: Timeline) -> Iterator[dict[str, Any]]:
         common = {"name": transfer.token, "cat": "transfer", "id": number, "pid": pid, "tid": _thread(transfer)}
         yield {**common, "ph": "b", "ts": transfer.start_s * 1e6, "args": {"bytes": transfer.bytes}}
         yield {**common, "ph": "e", "ts": transfer.end_s * 1e6}
+    for wait in line.waits:
+        # Inside of the event of the instruction that waits.
+        common = {"name": f"wait: {wait.token}", "cat": "wait", "pid": pid, "tid": len(_LANES) * wait.rank}
+        yield {**common, "ph": "X", "ts": wait.start_s * 1e6, "dur": wait.duration_s * 1e6}
     for rank, size_bytes in line.peak_memory_bytes.items():
         if rank in {event.rank for event in line.events}:
             yield {

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 Transfer = Callable[[str, int], Callable[[], None]]
 """(kind, bytes) of something that begins to travel -> what to call when it has arrived"""
+Arrive = Callable[[], Tensor]
+"""What waits for a collective that has been started, and gives its result."""
 Record = Callable[[str, tuple[int, ...], int, float], None]
 """(kind, global ranks, bytes of the whole tensor as cost/collectives.py counts them, seconds)"""
 
@@ -32,7 +35,11 @@ class Axis:
 
     on_collective, when set, hears of every collective (for refinement). Setting it makes collectives synchronise with
     the device, so the runtime sets it for measured steps only.
-    on_transfer, when set, hears of asynchronous collectives as they begin.
+    on_transfer and on_wait, when set, hear of asynchronous collectives: as they begin, and as this rank begins to wait for
+    their end. What they hear is as "all_gather tensor" for the axis "tensor".
+
+    `start_<collective>` starts one and returns what waits for it; with `ahead` it runs beside what this rank does
+    meanwhile, else it has ended by then, and so it has where collectives are measured.
     """
 
     name: str
@@ -42,61 +49,72 @@ class Axis:
     group: dist.ProcessGroup | None
     on_collective: Record | None = field(default=None, repr=False)
     on_transfer: Transfer | None = field(default=None, repr=False)
+    on_wait: Callable[[str], Callable[[], None]] | None = field(default=None, repr=False)
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
         """Reduce in place where `tensor` is contiguous; returns the reduced tensor."""
+        return self.start_all_reduce(tensor, op)()
+
+    def start_all_reduce(self, tensor: Tensor, op: str = "sum", ahead: bool = False) -> Arrive:
         tensor = tensor.contiguous()
-        self._timed("all_reduce", tensor, lambda: dist.all_reduce(tensor, _REDUCTIONS[op], group=self.group))
-        return tensor
+
+        def call(later: bool) -> Any:
+            return dist.all_reduce(tensor, _REDUCTIONS[op], group=self.group, async_op=later)
+
+        return self._started("all_reduce", tensor, call, lambda: tensor, ahead)
 
     def begin_all_reduce(self, tensor: Tensor) -> dist.Work:
-        """Start to sum a contiguous tensor in place; the result waits for it."""
-        arrived = self.on_transfer and self.on_transfer("all_reduce", tensor.numel() * tensor.element_size())
-        work = dist.all_reduce(tensor, group=self.group, async_op=True)
-        if arrived is not None:
-            work.get_future().add_done_callback(lambda _: arrived())
-        return work
+        """Start to sum a contiguous tensor in place, measured or not; the result waits for it."""
+        return self.under_way("all_reduce", tensor, dist.all_reduce(tensor, group=self.group, async_op=True))
 
     def all_gather(self, tensor: Tensor, dim: int, blocks: int = 1) -> Tensor:
         """Join the slices of all ranks along `dim`."""
+        return self.start_all_gather(tensor, dim, blocks)()
+
+    def start_all_gather(self, tensor: Tensor, dim: int, blocks: int = 1, ahead: bool = False) -> Arrive:
         tensor = tensor.contiguous()
         gathered = tensor.new_empty((self.size, *tensor.shape))
-        self._timed(
-            "all_gather",
-            gathered,
-            lambda: all_gather_single(gathered.view(-1), tensor.view(-1), self.group),
-        )
-        return _join(gathered, dim, blocks)
+
+        def call(later: bool) -> Any:
+            return all_gather_single(gathered.view(-1), tensor.view(-1), self.group, later)
+
+        return self._started("all_gather", gathered, call, lambda: _join(gathered, dim, blocks), ahead)
 
     def reduce_scatter(self, tensor: Tensor, dim: int, blocks: int = 1) -> Tensor:
         """Sum over the ranks, and keep this rank's slice along `dim`."""
+        return self.start_reduce_scatter(tensor, dim, blocks)()
+
+    def start_reduce_scatter(self, tensor: Tensor, dim: int, blocks: int = 1, ahead: bool = False) -> Arrive:
         pieces = _cut(tensor, dim, blocks, self.size)
         out = pieces.new_empty(pieces.shape[1:])
-        self._timed(
-            "reduce_scatter",
-            pieces,
-            lambda: reduce_scatter_single(out.view(-1), pieces.view(-1), self.group),
-        )
-        return out
+
+        def call(later: bool) -> Any:
+            return reduce_scatter_single(out.view(-1), pieces.view(-1), self.group, later)
+
+        return self._started("reduce_scatter", pieces, call, lambda: out, ahead)
 
     def all_to_all(self, tensor: Tensor, dim: int, blocks: int, to_dim: int, to_blocks: int) -> Tensor:
         """From slices along `dim` to slices along `to_dim`; the two may be one dim, split with other blocks."""
+        return self.start_all_to_all(tensor, dim, blocks, to_dim, to_blocks)()
+
+    def start_all_to_all(
+        self, tensor: Tensor, dim: int, blocks: int, to_dim: int, to_blocks: int, ahead: bool = False
+    ) -> Arrive:
         if dim == to_dim:
             if to_blocks % (blocks * self.size) == 0:
                 to_blocks //= self.size  # the finer split lies inside this rank's slice of the coarser one
             elif blocks % (to_blocks * self.size) == 0:
                 blocks //= self.size
             else:
-                return self.slice(self.all_gather(tensor, dim, blocks), dim, to_blocks)
+                whole = self.start_all_gather(tensor, dim, blocks, ahead)
+                return lambda: self.slice(whole(), dim, to_blocks)
         pieces = _cut(tensor, to_dim, to_blocks, self.size)
         received = torch.empty_like(pieces)
-        self._timed(
-            "all_to_all",
-            pieces,
-            lambda: dist.all_to_all_single(received.view(-1), pieces.view(-1), group=self.group),
-            parts=self.size,
-        )
-        return _join(received, dim, blocks)
+
+        def call(later: bool) -> Any:
+            return dist.all_to_all_single(received.view(-1), pieces.view(-1), group=self.group, async_op=later)
+
+        return self._started("all_to_all", pieces, call, lambda: _join(received, dim, blocks), ahead, self.size)
 
     def pass_on(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         """Start sending to the next rank what the one before sends here alike; the result waits for that.
@@ -181,6 +199,41 @@ class Axis:
             return None
         synchronize(device)
         return time.perf_counter()
+
+    def _started(
+        self,
+        kind: str,
+        whole: Tensor,
+        call: Callable[[bool], Any],
+        result: Callable[[], Tensor],
+        ahead: bool,
+        parts: int = 1,
+    ) -> Arrive:
+        """call(whether it returns before the collective has ended); result(), once it has."""
+        if not ahead or self.on_collective is not None:
+            self._timed(kind, whole, lambda: call(False), parts)
+            return result
+        work = self.under_way(kind, whole, call(True), parts)
+
+        def arrive() -> Tensor:
+            self.wait_for(kind, work)
+            return result()
+
+        return arrive
+
+    def under_way(self, kind: str, whole: Tensor, work: dist.Work, parts: int = 1) -> dist.Work:
+        """`work`, which has begun on `parts` tensors like `whole`; `on_transfer` hears of it."""
+        if self.on_transfer is not None:
+            arrived = self.on_transfer(f"{kind} {self.name}", whole.numel() * whole.element_size() * parts)
+            work.get_future().add_done_callback(lambda _: arrived())
+        return work
+
+    def wait_for(self, kind: str, work: dist.Work) -> None:
+        """Wait for the end of a collective, on CUDA the current stream alone; `on_wait` hears of it."""
+        ended = self.on_wait and self.on_wait(f"{kind} {self.name}")
+        work.wait()
+        if ended is not None:
+            ended()
 
     def _timed(self, kind: str, whole: Tensor, call: Callable[[], object], parts: int = 1) -> None:
         """parts: of how many such tensors the collective's whole consists."""

@@ -74,8 +74,8 @@ class Bucket:
 
     def close(self) -> list[Tensor]:
         """Wait for the sum, and give the views away."""
-        if self.work is not None:
-            self.work.wait()
+        if self.work is not None and self.axis is not None:
+            self.axis.wait_for("all_reduce", self.work)
         views, self.views, self.work, self.launched = self.views, None, None, False
         assert views is not None
         if not self._stays:

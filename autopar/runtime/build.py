@@ -151,7 +151,9 @@ def build_runtime(
     functions: Functions = {}
     specs: dict[int, tuple[ParameterSpec, ...]] = {}
     for s, mesh in groups.meshes.items():
-        compiled[s] = compile_stage(graph, plan, s, mesh.data.rank, mesh.model, device, wanted)
+        compiled[s] = compile_stage(
+            graph, plan, s, mesh.data.rank, mesh.model, device, wanted, compile_with is not None
+        )
         if compile_with is not None:
             compiled[s] = replace(compiled[s], blocks=compile_blocks(compiled[s].blocks, compile_with, functions))
         specs[s] = _with_reductions(graph, compiled[s], by_stage[s], rank)
@@ -185,7 +187,7 @@ def build_runtime(
     recorder = Recorder(rank, device)
     for mesh in groups.meshes.values():
         for axis in (*mesh.lines.values(), *(mesh.hybrid or ())):
-            axis.on_transfer = recorder.transfer
+            axis.on_transfer, axis.on_wait = recorder.transfer, recorder.wait
     executor = Executor(
         graph=graph,
         parts={s: StagePart(compiled[s], mesh, storage.stages[s]) for s, mesh in groups.meshes.items()},

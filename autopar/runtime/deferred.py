@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -167,38 +167,57 @@ def put_off(calls: Sequence[Call], parameters: Collection[str]) -> list[Call]:
     return [lowered(call) for call in calls]
 
 
-def _weights(call: Call) -> list[str]:
-    """The values that a call uses as weight and bias, if it has a form."""
+def form_of(call: Call) -> tuple[Form, list[str]] | None:
+    """The form of a call that is a product, and the values that it uses as weight and bias."""
     try:
         form = FORMS.get(call.function)
     except TypeError:  # not hashable
-        return []
+        return None
     if form is None or call.kwargs or any(isinstance(arg, str) for arg in call.args):
-        return []
+        return None
     places = [p for p in (form.weight, form.bias) if p is not None and p < len(call.args)]
     names = [call.args[p].name for p in places if isinstance(call.args[p], Ref)]
     others = [arg.name for i, arg in enumerate(call.args) if i not in places and isinstance(arg, Ref)]
-    return [] if set(names) & set(others) else names
+    return None if set(names) & set(others) else (form, names)
+
+
+def _weights(call: Call) -> list[str]:
+    found = form_of(call)
+    return [] if found is None else found[1]
 
 
 def product(chunk: Any, form: Form, which: tuple[bool, ...], *args: Any) -> Tensor:
     """A product of `form`; which: the arguments whose gradients are put off where the chunk keeps notes."""
     if chunk.owed is None or not torch.is_grad_enabled():
         return form.function(*args)
-    # Autograd must not see these tensors: it would tell their hooks of a gradient in the input half already.
+    return noted(chunk.owed, chunk.owed.anchor, form, which, args)
+
+
+class Notes(Protocol):
+    """Who is told of gradients to compute later."""
+
+    def note(self, weight: Tensor, compute: Callable[[], Tensor]) -> None: ...
+
+
+def noted(notes: Notes, anchor: Tensor | None, form: Form, which: Sequence[bool], args: Sequence[Any]) -> Tensor:
+    """A product whose backward tells `notes` how to compute the gradients of the arguments `which`.
+
+    anchor: what makes the result part of the graph where only these arguments need a gradient.
+    """
+    # Autograd must not see these tensors: it would tell their hooks of a gradient at once.
     hidden = tuple(arg if late else None for arg, late in zip(args, which, strict=True))
     shown = tuple(None if late else arg for arg, late in zip(args, which, strict=True))
     trained = any(arg is not None and arg.requires_grad for arg in hidden)
-    return _Product.apply(chunk.owed, form, chunk.owed.anchor if trained else None, hidden, *shown)
+    return _Product.apply(notes, form, anchor if trained else None, hidden, *shown)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, owed: Owed, form: Form, anchor: Tensor | None, hidden: tuple[Tensor | None, ...], *shown: Any
+        ctx: Any, notes: Notes, form: Form, anchor: Tensor | None, hidden: tuple[Tensor | None, ...], *shown: Any
     ) -> Tensor:
         args = tuple(s if h is None else h for h, s in zip(hidden, shown, strict=True))
-        ctx.owed, ctx.form, ctx.hidden = owed, form, hidden
+        ctx.notes, ctx.form, ctx.hidden = notes, form, hidden
         # Weights stay as they are from forward to backward, and the note must name the very tensor that gets a gradient.
         ctx.args = tuple(None if i == form.x else arg for i, arg in enumerate(args))
         ctx.save_for_backward(args[form.x])
@@ -206,7 +225,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        owed, form, args, (x,) = ctx.owed, ctx.form, ctx.args, ctx.saved_tensors
+        notes, form, args, (x,) = ctx.notes, ctx.form, ctx.args, ctx.saved_tensors
         needs = ctx.needs_input_grad[4:]
         places = {form.x, form.weight, *(() if form.bias is None else (form.bias,))}
         weight, rest = args[form.weight], [arg for i, arg in enumerate(args) if i not in places]
@@ -222,7 +241,7 @@ class _Product(torch.autograd.Function):
         for place, compute in computed:
             late = ctx.hidden[place]
             if late is not None and late.requires_grad:
-                owed.note(late, compute)
+                notes.note(late, compute)
             elif needs[place]:
                 gradients[place] = compute()
         return None, None, None, None, *gradients

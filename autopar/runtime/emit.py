@@ -17,7 +17,7 @@ from ..graph import iterate_refs, map_refs
 class Call:
     """`outputs = function(*args, **kwargs)`; args hold `Ref`s to values by name, anything else is a constant.
 
-    keep: "op" or "conversion" where selective recomputation keeps the results.
+    keep: "op" or "conversion" where selective recomputation keeps the results, "begin" what starts such a conversion.
     """
 
     function: Callable[..., Any]
@@ -25,7 +25,12 @@ class Call:
     kwargs: tuple[tuple[str, Any], ...]
     outputs: tuple[str, ...]
     returns_sequence: bool = False
-    keep: Literal["", "op", "conversion"] = ""
+    keep: Literal["", "op", "conversion", "begin"] = ""
+
+    @property
+    def is_expensive(self) -> bool:
+        """Whether it takes long enough to hide something behind it."""
+        return self.keep == "op"
 
 
 def compile_calls(
@@ -39,7 +44,8 @@ def compile_calls(
 
     arguments: per parameter of the function its name and the names of the values in the sequence passed for it.
     A list of one name prefixed "=" is a value passed by itself.
-    keeper: the value passed by itself through whose `keep_op` and `keep_conversion` the calls to keep go; "" for none.
+    keeper: the value passed by itself through whose `keep_op`, `keep_conversion` and `keep_begin` the calls to keep go; ""
+    for none.
     """
     variables: dict[str, str] = {}
     lines: list[str] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..schedule.instructions import OptimizerStep
-from ..timeline import Event, Timeline
+from ..timeline import Event, Timeline, joined
 from .build import Runtime
 from .detail import detailed
 from .profile import OpSeconds
@@ -113,17 +113,14 @@ class Measurement:
         return sum({s.data_ptr(): s.nbytes() for s in memory}.values())
 
     def _join(self, events: tuple[Event, ...]) -> None:
-        mine = (events, self._laps[-1](), self.peak_memory_bytes, tuple(self.runtime.recorder.transfers))
+        recorder, peak_bytes = self.runtime.recorder, self.peak_memory_bytes
+        peaks = {} if peak_bytes is None else {recorder.rank: peak_bytes}
+        mine = Timeline(events, self._laps[-1](), peaks, tuple(recorder.transfers), tuple(recorder.waits))
         everyone: list[Any] = [mine]
         if dist.get_world_size() > 1:
             everyone = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, mine)
-        self.timeline = Timeline(
-            events=tuple(e for events, *_ in everyone for e in events),
-            step_time_s=max(time_s for _, time_s, *_ in everyone),
-            peak_memory_bytes={r: peak for r, (_, _, peak, _) in enumerate(everyone) if peak is not None},
-            transfers=tuple(t for *_, transfers in everyone for t in transfers),
-        )
+        self.timeline = joined(everyone)
 
     _optimizer: Any = staticmethod(lambda: None)
 

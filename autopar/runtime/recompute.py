@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from .overlap import begun
+
 if TYPE_CHECKING:
     from .rewrite import Chunk
     from .stage import CompiledBlock
@@ -92,6 +94,10 @@ class Kept:
             self._results.append(result.detach())
             return result
         return self._results.pop().requires_grad_(any(isinstance(a, Tensor) and a.requires_grad for a in args))
+
+    def begin(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """What starts a conversion, see runtime/overlap.py: the second time its result is there already."""
+        return begun(*args) if self._again else function(*args)
 
     def kernel(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._again:

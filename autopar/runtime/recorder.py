@@ -35,13 +35,14 @@ class Recorder:
     events: list[Event] = field(default_factory=list)
     samples: list[CollectiveSample] = field(default_factory=list)
     transfers: list[Event] = field(default_factory=list)
+    waits: list[Event] = field(default_factory=list)
     _origin: float = 0.0
     _pending: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     _cuda_origin: torch.cuda.Event | None = None
 
     def begin(self) -> None:
         # New lists: what was started in the step before may still report its end.
-        self.events, self.samples, self.transfers, self._pending = [], [], [], []
+        self.events, self.samples, self.transfers, self.waits, self._pending = [], [], [], [], []
         self._origin = time.perf_counter()
         if self.device.type == "cuda":
             self._cuda_origin = _mark()
@@ -62,13 +63,20 @@ class Recorder:
     def transfer(self, token: str, size_bytes: int) -> Callable[[], None]:
         """Something begins to travel beside the instructions, as the host sees it; call the result when it has arrived, from
         any thread."""
-        transfers, origin = self.transfers, self._origin
+        return self._beside(self.transfers, token, size_bytes)
+
+    def wait(self, token: str) -> Callable[[], None]:
+        """The host begins to wait for a transfer; call the result when it goes on."""
+        return self._beside(self.waits, token, 0)
+
+    def _beside(self, found: list[Event], token: str, size_bytes: int) -> Callable[[], None]:
+        origin = self._origin
         start_s = time.perf_counter() - origin
 
-        def arrived() -> None:
-            transfers.append(Event(self.rank, token, start_s, time.perf_counter() - origin, size_bytes))
+        def ended() -> None:
+            found.append(Event(self.rank, token, start_s, time.perf_counter() - origin, size_bytes))
 
-        return arrived
+        return ended
 
     def collective(self, kind: str, ranks: tuple[int, ...], size_bytes: int, seconds: float) -> None:
         self.samples.append(CollectiveSample(kind, ranks, size_bytes, seconds))

@@ -27,6 +27,7 @@ from .axis import Axis
 from .collectives import COLLECTIVES, convert
 from .deferred import Owed, put_off
 from .emit import Call, compile_calls
+from .overlap import overlapped
 from .recompute import EXPENSIVE_OPS, Kept
 
 # Ops whose output is fresh memory that neither they nor their backward read again, so that a pending sum in it may be
@@ -72,6 +73,10 @@ class Chunk:
         return function(*args) if self.kept is None else self.kept.conversion(function, args)
 
     @torch.compiler.disable
+    def keep_begin(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args) if self.kept is None else self.kept.begin(function, args)
+
+    @torch.compiler.disable
     def draw(self, key: str, split_by_batch: bool, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.random(f"{key}/{self.rank}" if split_by_batch else key):
             return function(*args, **kwargs)
@@ -107,6 +112,8 @@ class Rewriter:
     training: whether random ops draw and norms use batch statistics.
     deferrable: parameters that no other block of the stage uses, where backwards are split (see runtime/deferred.py).
     wanted: outputs of the module that blocks give to their chunk, whole on the model axes.
+    compiled: whether torch.compile gets the functions: products then stay whole, because what notes gradients for later
+    would cut its graphs.
     """
 
     graph: Graph
@@ -118,6 +125,7 @@ class Rewriter:
     training: bool = True
     deferrable: frozenset[str] = frozenset()
     wanted: frozenset[str] = frozenset()
+    compiled: bool = False
 
     def sides(
         self, name: str, ops: Sequence[Op], batch: Sequence[str], whole: Sequence[str], outputs: Sequence[str]
@@ -152,8 +160,8 @@ class Rewriter:
         """function(chunk, parameters, activations, sides) -> outputs.
 
         parameters, inputs: tensor names with their placement on each model axis as passed; sides are whole; outputs:
-        names with the placements wanted. keeps: whether expensive calls go through `Chunk.keep_op` and
-        `Chunk.keep_conversion`.
+        names with the placements wanted. keeps: whether expensive calls go through `Chunk.keep_op`,
+        `Chunk.keep_conversion` and `Chunk.keep_begin`.
         """
         emitter = _Emitter(self)
         given = {t: emitter.given(t, places) for t, places in parameters}
@@ -172,6 +180,12 @@ class Rewriter:
             emitter.calls.append(Call(Chunk.give, (Ref("chunk"), output, value), (), ()))
         deferrable = [value for t, value in given.items() if t in self.deferrable]
         calls = put_off(emitter.calls, deferrable) if deferrable else emitter.calls
+        calls = overlapped(
+            calls,
+            frozenset(given.values()),
+            reorders=not any(call.function is Chunk.update for call in calls),
+            attaches=not (self.deferrable or self.compiled),
+        )
         return compile_calls(name, calls, arguments, results, "chunk" if keeps else "")
 
     @property

@@ -27,6 +27,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -38,7 +39,37 @@ from .axis import Axis
 from .buckets import BUCKET_BYTES
 from .leaves import Leaves, to_host
 from .storage import BlockFunction, ParameterSpec, StageAxes, at_rest, data_mesh
-from .torch_private import end_backward, forget_step, local_tensor
+from .torch_private import all_gather_single, end_backward, forget_gathers, forget_step, local_tensor
+
+
+class _Gathering(dist.Work):
+    """A gather under way; waiting for it is noted."""
+
+    def __init__(self, axis: Axis, work: dist.Work):
+        super().__init__()
+        self._axis, self._work = axis, work
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        self._axis.wait_for("all_gather", self._work)
+        return True
+
+
+class _GatherAhead:
+    """fully_shard's all-gather on hosts, where the one it has would wait for the end: this one runs while blocks compute,
+    and fully_shard waits for it before it copies out what has come."""
+
+    def __init__(self, axis: Axis):
+        self._axis = axis
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work:
+        work = all_gather_single(output_tensor, input_tensor, group, async_op=True)
+        assert work is not None
+        return _Gathering(self._axis, self._axis.under_way("all_gather", output_tensor, work))
 
 
 class _Context:
@@ -125,6 +156,11 @@ class Shards:
         for module in modules:
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+        if axes.device.type == "cpu":
+            gather = _GatherAhead(axes.hybrid[1] if axes.hybrid else axes.data)
+            for module in modules:
+                module.set_custom_all_gather(gather)
+            self._gather_ahead()
         self._chain_prefetches()
         self._stage.to_empty(device="cpu" if offload else axes.device)
 
@@ -147,6 +183,12 @@ class Shards:
         self._leaves = Leaves(whole, self.parameters, axes, bucket_bytes, reduction, offload)
         self._blocks = {index: tuple(fqns) for index, fqns in blocks.items()}
         self._calls: dict[int, Callable[..., Any]] = {}
+
+    def _gather_ahead(self) -> None:
+        """Each unit of a forward gathers the next one ahead. On devices fully_shard does so by itself, by streams."""
+        order = [self._stage, *(unit for layers in self._layers.values() for unit in layers)]
+        for unit, following in zip(order, order[1:], strict=False):
+            unit.set_modules_to_forward_prefetch([following])
 
     def _chain_prefetches(self) -> None:
         """Each unit of a backward gathers the next one ahead, and the last one none.
@@ -262,6 +304,8 @@ class Shards:
         if self._open:
             # What was under way has failed: fully_shard still stands in the midst of it.
             forget_step(self._stage)
+        # A block that did not run after all has left its parameters on their way, as they were then.
+        forget_gathers(self._stage)
         self._open = what
 
     def finish(self) -> dict[str, Tensor]:

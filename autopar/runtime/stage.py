@@ -78,9 +78,10 @@ def compile_stage(
     axes: Mapping[tuple[int, ...], Axis],
     device: torch.device,
     wanted: frozenset[str] = frozenset(),
+    compiled: bool = False,
 ) -> CompiledStage:
     """Rewrite the blocks of stage `index` for one rank. axes: its model axes by number, alone and several as one.
-    wanted: outputs of the module to give out."""
+    wanted: outputs of the module to give out. compiled: whether torch.compile gets the blocks."""
     stage = plan.stages[index]
     rows = rows_of(plan, stage, data_rank)
     shards = rows.units
@@ -90,8 +91,8 @@ def compile_stage(
     if schedule_named(plan.schedule).splits_backward:
         uses = Counter(name for block in members for name in block.parameters)
         deferrable = frozenset(name for name, count in uses.items() if count == 1)
-    rewriter = Rewriter(graph, batch, rows, stage.axes, axes, device, deferrable=deferrable, wanted=wanted)
-    evaluation = Rewriter(graph, batch, rows, stage.axes, axes, device, training=False, wanted=wanted)
+    rewriter = Rewriter(graph, batch, rows, stage.axes, axes, device, True, deferrable, wanted, compiled)
+    evaluation = Rewriter(graph, batch, rows, stage.axes, axes, device, False, wanted=wanted, compiled=compiled)
     layouts = plan.layouts_of(stage)
     # A replicated parameter used by a split op gets one summand of its gradient per rank. The reduction is linear in
     # the uses, so such a parameter enters every block as SHARED, which defers it to the end of the step.

@@ -16,14 +16,20 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 
-def all_gather_single(output: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+def all_gather_single(
+    output: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup | None, async_op: bool = False
+) -> dist.Work | None:
     """Join equal parts of all ranks in `output`; torch 2.13 renamed the function."""
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(output, part, group=group)
+    call = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    return call(output, part, group=group, async_op=async_op)
 
 
-def reduce_scatter_single(output: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+def reduce_scatter_single(
+    output: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup | None, async_op: bool = False
+) -> dist.Work | None:
     """Sum `whole` over the ranks and keep this rank's part; torch 2.13 renamed the function."""
-    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(output, whole, group=group)
+    call = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    return call(output, whole, group=group, async_op=async_op)
 
 
 def _parameter_groups(states: Iterable[Any]) -> list[Any]:
@@ -35,6 +41,14 @@ def _parameter_groups(states: Iterable[Any]) -> list[Any]:
         elif member._fsdp_param_group is not None:
             found.append(member._fsdp_param_group)
     return found
+
+
+def forget_gathers(root: FSDPModule) -> None:
+    """Let go of what a `fully_shard`ed module has gathered ahead and nothing has used: it would be taken for fresh."""
+    for group in _parameter_groups(root._get_fsdp_state()._state_ctx.all_states):
+        pending, group._all_gather_result = group._all_gather_result, None
+        if pending is not None and pending.all_gather_work is not None:
+            pending.all_gather_work.wait()
 
 
 def forget_step(root: FSDPModule) -> None:
