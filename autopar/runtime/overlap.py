@@ -33,14 +33,15 @@ from .collectives import COLLECTIVES, Conversion, convert, start
 from .deferred import Form, form_of, noted
 from .emit import Call
 
-aten = torch.ops.aten
-
-# What products may see a converted tensor through: views, and cheap ops that hand a gradient to each of their operands, so
-# that the products' backward is over when the conversion's begins.
+# What products may see a converted tensor through: views, and cheap ops that hand a gradient to each tensor that they
+# read, so that the products' backward is over when the conversion's begins.
 _THROUGH = frozenset(
-    """view reshape _unsafe_view unsqueeze squeeze permute transpose t flatten contiguous expand clone
-    to _to_copy type_as add sub mul div neg pow rsqrt sqrt mean layer_norm rms_norm dropout""".split()
-)
+    (
+        "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "permute", "transpose", "t", "flatten", "contiguous",
+        "expand", "clone", "to", "_to_copy", "add", "sub", "mul", "div", "neg", "pow", "rsqrt", "sqrt", "mean",
+        "layer_norm", "rms_norm",
+    )
+)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -48,13 +49,13 @@ class Travel:
     """A conversion on its way.
 
     differentiable: whether its backward is wanted. Else products compute as if it were not there.
+    arrive, returns: what waits for its value, and for the gradient on the way back, while these travel.
     """
 
     conversion: Conversion
     differentiable: bool
     arrive: Arrive | None = None
-    _returns: Arrive | None = None
-    _weights: tuple[Tensor, ...] = ()
+    returns: Arrive | None = None
     _notes: dict[int, list[Callable[[], Tensor]]] = field(default_factory=dict)
 
     def note(self, weight: Tensor, compute: Callable[[], Tensor]) -> None:
@@ -137,7 +138,7 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.travel.settle(ctx.weights)
-        returns, ctx.travel._returns = ctx.travel._returns, None
+        returns, ctx.travel.returns = ctx.travel.returns, None
         return None, returns(), *gradients
 
 
@@ -151,7 +152,7 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         travel = ctx.travel
-        travel._returns = start(travel.conversion.dual, gradient)
+        travel.returns = start(travel.conversion.dual, gradient)
         return None, gradient.new_empty(0)
 
 
@@ -228,7 +229,8 @@ def _attached(
         if call.outputs and call.outputs[0] in pairs and _travels(call)[1]:
             source[call.outputs[0]] = call.outputs[0]
         elif _name(call) in _THROUGH:
-            source |= {call.outputs[0]: source[name] for name in _read(call) if name in source}
+            ways = [source[name] for name in _read(call) if name in source]
+            source |= dict.fromkeys(call.outputs, ways[-1]) if ways else {}
         product = form_of(call)
         x = call.args[product[0].x] if product else None
         if product and isinstance(x, Ref) and x.name in source and product[1][:1] and product[1][0] in parameters:
@@ -243,10 +245,11 @@ def _attached(
 
 
 def _name(call: Call) -> str:
-    """The op's name between "aten." and the overload; "" where something else is called."""
+    """The op's name between "aten." and the overload; "" where something else is called, or a tensor read for its type."""
     function = call.function
-    is_aten = isinstance(function, torch._ops.OpOverload) and function.namespace == "aten"
-    return function._opname if is_aten else ""
+    if not isinstance(function, torch._ops.OpOverload) or function._overloadname == "other":
+        return ""
+    return function._opname if function.namespace == "aten" else ""
 
 
 def _scheduled(calls: Sequence[Call]) -> list[Call]:
