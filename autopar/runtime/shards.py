@@ -157,10 +157,7 @@ class Shards:
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
         if axes.device.type == "cpu":
-            gather = _GatherAhead(axes.hybrid[1] if axes.hybrid else axes.data)
-            for module in modules:
-                module.set_custom_all_gather(gather)
-            self._gather_ahead()
+            self._gather_ahead(modules)
         self._chain_prefetches()
         self._stage.to_empty(device="cpu" if offload else axes.device)
 
@@ -184,8 +181,11 @@ class Shards:
         self._blocks = {index: tuple(fqns) for index, fqns in blocks.items()}
         self._calls: dict[int, Callable[..., Any]] = {}
 
-    def _gather_ahead(self) -> None:
+    def _gather_ahead(self, modules: Sequence[FSDPModule]) -> None:
         """Each unit of a forward gathers the next one ahead. On devices fully_shard does so by itself, by streams."""
+        gather = _GatherAhead(self._axes.hybrid[1] if self._axes.hybrid else self._axes.data)
+        for module in modules:
+            module.set_custom_all_gather(gather)
         order = [self._stage, *(unit for layers in self._layers.values() for unit in layers)]
         for unit, following in zip(order, order[1:], strict=False):
             unit.set_modules_to_forward_prefetch([following])
