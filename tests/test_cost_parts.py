@@ -107,10 +107,12 @@ def test_kernels_written_for_hopper_are_those_of_its_stacks() -> None:
 
 
 def test_constants_leave_cpus_and_their_measured_rates_alone() -> None:
-    """Whatever the software is called, a device that does not compute asynchronously has no constants of its own; what
-    autopar's runtime does there is what it does everywhere."""
+    """Whatever the software is called, a device that does not compute asynchronously has no constants of its own, but what
+    autopar's runtime does there."""
     constants = constants_of(replace(CPU, software="megatron-deepspeed"))
-    assert constants == Constants(wide_loss=False, scatter_each=True, slices_at_rest=True)
+    assert constants == Constants(
+        wide_loss=False, scatter_each=True, slices_at_rest=True, gathers_ahead=True, scatter_hides=False
+    )
     graph = llama()
     plain, named = cost(graph, CPU), cost(graph, replace(CPU, software="megatron-deepspeed"))
     assert plain == named
@@ -182,7 +184,7 @@ def test_traffic_of_each_zero_level_by_hand() -> None:
         return weights[kind] * size * len(ranks) if len(ranks) > 1 else 0.0
 
     loads = [BlockLoad(10.0, 5.0, 100.0, 200.0)] * 3
-    constants = constants_of(CPU)
+    constants = replace(constants_of(CPU), scatter_hides=True)
     stage = Stage(0, 3, tuple(range(4)), 4)
 
     def traffic(overlap: float, **changes):
@@ -199,7 +201,15 @@ def test_traffic_of_each_zero_level_by_hand() -> None:
     # All but the first block's gathers and scatters hide behind the block before.
     hidden = traffic(1.0, zero=3)
     assert (hidden.forward_s, hidden.backward_s, hidden.reduce_s) == (10 * 4, 15 * 4, 0.0)
+    # On hosts a rank waits for what it scatters.
+    constants = constants_of(CPU)
+    hidden = traffic(1.0, zero=3)
+    assert (hidden.forward_s, hidden.backward_s, hidden.reduce_s) == (10 * 4, 10 * 4 + 15 * 4, 0.0)
+    large = [BlockLoad(2.0**27, 2.0**27, 1e9, 1e9)] * 3
+    reductions = [data_traffic(replace(stage, zero=level), large, 1.0, constants, seconds) for level in (0, 1)]
+    assert reductions[0].reduce_overlap_s > 0 and reductions[1].reduce_overlap_s == 0
     # Other stacks scatter once per step.
+    constants = replace(constants, scatter_hides=True)
     constants = replace(constants, scatter_each=False)
     zero3 = traffic(0.0, zero=3)
     assert (zero3.forward_s, zero3.backward_s, zero3.reduce_s) == (30 * 4, 30 * 4, 15 * 4)

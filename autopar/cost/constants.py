@@ -45,6 +45,9 @@ class Constants:
     loss_metrics: how often the training loop computes the loss once more of the logits, in float32, for its metrics.
     softmax_multiple, softmax_longest: of which multiple of batch x heads, and up to how many keys (0: any), the stack
         has one kernel for the masked softmax of narrow scores (Megatron-LM, fused_softmax.py, is_kernel_available).
+    gathers_ahead: whether in a forward the next block's parameters set out when this block's have come, as on hosts in
+        autopar's runtime, or when its turn comes, beside what is still computed.
+    scatter_hides: whether ZeRO's scatter of gradients runs beside compute; on hosts fully_shard waits for it.
     scatter_each: with ZeRO 3, whether gradients are scattered after each microbatch, or after the last alone.
     whole_scores: whether attention in float32 with fewer key than query heads keeps its matrix of scores.
     keeps_buffers: without ZeRO, whether the buffers that gradients are summed in stay from step to step.
@@ -100,6 +103,8 @@ class Constants:
     loss_metrics: int = 0
     softmax_multiple: int = 1
     softmax_longest: int = 0
+    gathers_ahead: bool = False
+    scatter_hides: bool = True
     scatter_each: bool = False
     keeps_buffers: bool = True
     whole_scores: bool = False
@@ -177,6 +182,8 @@ _RUNTIME = {
     "keeps_buffers": False,
     "whole_scores": True,
 }
+# The same on hosts, over gloo.
+_HOST = {"keeps_buffers": True, "whole_scores": False, "gathers_ahead": True, "scatter_hides": False}
 
 SOFTWARE: Mapping[str, Mapping[str, float | bool | str]] = {
     # autopar's own runtime (eager torch, fully_shard) where the hardware's rates have been measured through torch.
@@ -254,7 +261,7 @@ FLOAT8 = "+float8"
 def constants_of(cluster: Cluster) -> Constants:
     """What holds for the cluster's kind of device and its software. ValueError for software that is not known."""
     if not cluster.device.asynchronous:
-        return replace(Constants(), **SOFTWARE[""] | {"keeps_buffers": True, "whole_scores": False})
+        return replace(Constants(), **SOFTWARE[""] | _HOST)
     return named_constants(cluster.device.kind, cluster.software)
 
 

@@ -76,7 +76,7 @@ def data_traffic(
     one_s = collective_s(kind, gradient / buckets, ranks)
     reduce_s = buckets * one_s + over_copies_s
     # The last bucket is full only when the backward has ended, so nothing hides it.
-    hidden_s = overlap * min(reduce_s - one_s, backward_s)
+    hidden_s = overlap * min(reduce_s - one_s, backward_s) if constants.scatter_hides or not stage.zero else 0.0
     after_s = 0.0
     if stage.zero:
         parameters = sum(load.parameter_bytes * load.count for load in loads)
@@ -111,7 +111,9 @@ def _sharded(
         for beside, times in ((before, 1), (load, load.count - 1)):
             computing = (beside.forward_s, beside.backward_s) if beside is not None else (0.0, 0.0)
             forward_s += times * (gather_s - overlap * min(gather_s, computing[0]))
-            if constants.scatter_each:
+            if not constants.scatter_hides:
+                backward_s += times * (gather_s - overlap * min(gather_s, computing[1]) + scatter_s)
+            elif constants.scatter_each:
                 both_s = gather_s + scatter_s
                 backward_s += times * (both_s - overlap * min(both_s, computing[1]))
             else:

@@ -13,6 +13,8 @@ where r_(i+1) of the last block is the buffer that the microbatch before scatter
 forward too. The parameters of levels 1 and 2 lie whole from first use to last and count as at rest. Parameters that
 several blocks use are gathered once for all, and their gradients stay whole to the last backward's end. Stacks that do
 not keep slices at rest under levels 1 and 2 are taken to need the gradients of a block, and the buffer to scatter them in.
+On hosts a block's buffer goes when it has been copied out, and then the next block's parameters set out (`gathers_ahead`):
+the second o_i of a forward is o_(i+1).
 
 Ignored: parts of the hybrid's copies, and the cast slices that a gather in a narrower dtype starts from.
 """
@@ -73,20 +75,23 @@ def gathered(
     left = (common[2] or shown[0][2][2]) if each and microbatches > 1 else 0
     later = sum(count * o for count, (o, _, _) in runs)
     for i, (number, count, (o, g, r)) in enumerate(shown):
+        following = o if number < min(count, 3) - 1 else shown[i + 1][2][0] if i + 1 < len(shown) else 0
+        buffer = following if constants.gathers_ahead else o
         before = o if number else shown[i - 1][2][0] if i else 0
         after = (shown[i + 1][2][2] if i + 1 < len(shown) else left) if each else 0
         end = common[1] + g + r if each else r
         after += common[1] if each else 0
         if stage.zero == 3:
-            ahead = left + before + o
-            blocks.append(Whole(left + 2 * o, ahead, o + before + after, 2 * o + after, end + before))
+            ahead = left + (o if constants.gathers_ahead else before) + o
+            blocks.append(Whole(left + o + buffer, ahead, o + before + after, 2 * o + after, end + before))
             continue
         later -= (count - 2) * o if number == 1 and count > 2 else o
         if microbatches > 1:
             blocks.append(Whole(left, left, after, after, end if each else 0))
             continue
         # What counts as at rest comes with the forward of the only microbatch and goes with its backward.
-        blocks.append(Whole(o - later, before - later, after - later, after - later, end - later))
+        arriving = o if constants.gathers_ahead else before
+        blocks.append(Whole(buffer - later, arriving - later, after - later, after - later, end - later))
     if stage.zero < 3:
         return Gathered(0, blocks, each or common[1] != common[2] or any(g != r for _, (_, g, r) in runs))
     summed = 0 if each else common[1] + sum(count * g for count, (_, g, _) in runs)
