@@ -148,8 +148,13 @@ class CostModel:
         pricer = self._blocks.pricer(precision)
         forward, backward = pricer.conversion_actions(tensor, have, want)
         size = pricer.local(shards).size_bytes(tensor)
-        forward_s = sum(pricer.action_seconds(*forward, size, ranks, False))
-        return forward_s, sum(pricer.action_seconds(*backward, size, ranks, True)) if backward else 0.0
+        seen = 1 - self.constants.tensor_overlap
+        wires = [
+            pricer.action_seconds(*way, size, ranks, way is backward) if way else (0.0, 0.0)
+            for way in (forward, backward)
+        ]
+        forward_s, backward_s = (seen * wire_s + copy_s for wire_s, copy_s in wires)
+        return forward_s, backward_s
 
     # -- stages
 
