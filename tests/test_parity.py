@@ -150,7 +150,7 @@ def test_zero_levels(pool, name: str) -> None:
 
 
 # Every schedule beside 1F1B and GPipe, with one, few and many microbatches.
-SCHEDULES = [("interleaved", 2), ("interleaved", 4), ("zb-h1", 1), ("zb-h1", 4), ("zb-v", 2), ("zb-v", 8)]
+SCHEDULES = [("interleaved", 2), ("interleaved", 4), ("zb-h1", 1), ("zb-h1", 4), ("zb-h2", 4), ("zb-v", 2), ("zb-v", 8)]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def zero_step(name: str, plans: list[dict[str, Any]]) -> list[tuple[float, float
     return found
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-h1", "zb-v"])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"])
 @pytest.mark.parametrize("name", ["build_tied_lm", pytest.param("build_conv_net", marks=pytest.mark.slow)])
 def test_zero_under_every_schedule(pool, name: str, schedule: str) -> None:
     """Exact at every level, and no collective more often than the level needs (the table in runtime/shards.py)."""

@@ -63,7 +63,7 @@ class Axis:
 
         return self._started("all_reduce", tensor, call, lambda: tensor, ahead)
 
-    def begin_all_reduce(self, tensor: Tensor) -> dist.Work:
+    def begin_all_reduce(self, tensor: Tensor) -> Callable[[], None]:
         """Start to sum a contiguous tensor in place, measured or not; the result waits for it."""
         return self.under_way("all_reduce", tensor, dist.all_reduce(tensor, group=self.group, async_op=True))
 
@@ -213,27 +213,33 @@ class Axis:
         if not ahead or self.on_collective is not None:
             self._timed(kind, whole, lambda: call(False), parts)
             return result
-        work = self.under_way(kind, whole, call(True), parts)
+        wait = self.under_way(kind, whole, call(True), parts)
 
         def arrive() -> Tensor:
-            self.wait_for(kind, work)
+            wait()
             return result()
 
         return arrive
 
-    def under_way(self, kind: str, whole: Tensor, work: dist.Work, parts: int = 1) -> dist.Work:
-        """`work`, which has begun on `parts` tensors like `whole`; `on_transfer` hears of it."""
+    def under_way(self, kind: str, whole: Tensor, work: dist.Work, parts: int = 1) -> Callable[[], None]:
+        """What waits for `work`, which has begun on `parts` tensors like `whole`; on CUDA the current stream alone does."""
+        arrived = None
         if self.on_transfer is not None:
             arrived = self.on_transfer(f"{kind} {self.name}", whole.numel() * whole.element_size() * parts)
-            work.get_future().add_done_callback(lambda _: arrived())
-        return work
+            try:
+                work.get_future().add_done_callback(lambda _, done=arrived: done())
+                arrived = None
+            except RuntimeError:
+                pass  # gloo's reduce-scatter has no future: that it is complete is known when it has been waited for
 
-    def wait_for(self, kind: str, work: dist.Work) -> None:
-        """Wait for the end of a collective, on CUDA the current stream alone; `on_wait` hears of it."""
-        ended = self.on_wait and self.on_wait(f"{kind} {self.name}")
-        work.wait()
-        if ended is not None:
-            ended()
+        def wait() -> None:
+            ended = self.on_wait and self.on_wait(f"{kind} {self.name}")
+            work.wait()
+            for heard in (ended, arrived):
+                if heard is not None:
+                    heard()
+
+        return wait
 
     def _timed(self, kind: str, whole: Tensor, call: Callable[[], object], parts: int = 1) -> None:
         """parts: of how many such tensors the collective's whole consists."""

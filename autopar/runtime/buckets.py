@@ -9,13 +9,12 @@ of another dtype than its leaves; then each microbatch's gradient is added to it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 from weakref import ref
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..torch_private import storage_use_count
@@ -43,7 +42,7 @@ class Bucket:
         self.leaves = leaves = tuple(member.leaf for member in members)
         self.sizes = [leaf.numel() for leaf in leaves]
         self.pending = 0
-        self.work: dist.Work | None = None
+        self.wait: Callable[[], None] | None = None
         self.launched = False
         self.views: list[Tensor] | None = None
         self.flat: Tensor | None = None
@@ -65,18 +64,18 @@ class Bucket:
         assert self.flat is not None and not self.launched
         self.launched = True
         if self.axis is not None:
-            self.work = self.axis.begin_all_reduce(self.flat)
+            self.wait = self.axis.begin_all_reduce(self.flat)
 
     def reset(self) -> None:
         """Forget a step that was broken off; its memory may still be on the wire, so it is not used again."""
         if self.views is not None:
-            self.views, self.work, self.launched, self.flat = None, None, False, None
+            self.views, self.wait, self.launched, self.flat = None, None, False, None
 
     def close(self) -> list[Tensor]:
         """Wait for the sum, and give the views away."""
-        if self.work is not None and self.axis is not None:
-            self.axis.wait_for("all_reduce", self.work)
-        views, self.views, self.work, self.launched = self.views, None, None, False
+        if self.wait is not None:
+            self.wait()
+        views, self.views, self.wait, self.launched = self.views, None, None, False
         assert views is not None
         if not self._stays:
             self.flat = None

@@ -45,12 +45,12 @@ from .torch_private import all_gather_single, end_backward, forget_gathers, forg
 class _Gathering(dist.Work):
     """A gather under way; waiting for it is noted."""
 
-    def __init__(self, axis: Axis, work: dist.Work):
+    def __init__(self, wait: Callable[[], None]):
         super().__init__()
-        self._axis, self._work = axis, work
+        self._wait = wait
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        self._axis.wait_for("all_gather", self._work)
+        self._wait()
         return True
 
 
@@ -69,7 +69,7 @@ class _GatherAhead:
     ) -> dist.Work:
         work = all_gather_single(output_tensor, input_tensor, group, async_op=True)
         assert work is not None
-        return _Gathering(self._axis, self._axis.under_way("all_gather", output_tensor, work))
+        return _Gathering(self._axis.under_way("all_gather", output_tensor, work))
 
 
 class _Context:
