@@ -24,7 +24,8 @@ from autopar.cost.collectives import collective_s
 from autopar.cost.model import CostModel
 from autopar.graph import Graph, Op
 from autopar.plan import Plan, Stage
-from autopar.planner.chains import AxisPrices, LayoutChains
+from autopar.planner.axis_prices import AxisPrices
+from autopar.planner.chains import LayoutChains
 from autopar.planner.layout_chain import ChainSolution, chain_layouts
 from autopar.planner.layout_options import layout_options
 from autopar.planner.problem import Chain, Constraints, Problem, Shape

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from method_cases import captured_problem
 
-from autopar.planner.chains import AxisPrices
+from autopar.planner.axis_prices import AxisPrices
 from autopar.planner.methods.tofu import BytePrices, _least_bytes, tofu
 from autopar.planner.methods.tofu_recursion import Described, halved, moved_bytes, split_two, tofu_recursion, ways
 from autopar.planner.problem import Shape

@@ -21,7 +21,7 @@ from ..sharding.flow import find_strategies
 from ..sharding.placement import Placement, Split, parse_placement
 from ..sharding.strategies import strategies
 from ..sharding.strategy import Strategy
-from .chains import AxisPrices
+from .axis_prices import AxisPrices
 from .layout_chain import chain_layouts
 from .layout_costs import Seconds2
 from .layout_options import LayoutOptions

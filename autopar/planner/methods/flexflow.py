@@ -26,7 +26,7 @@ from ...plan import Plan
 from ...sharding.placement import REPLICATED, Placement
 from ...sharding.strategies import strategies
 from ...sharding.strategy import Strategy
-from ..chains import AxisPrices
+from ..axis_prices import AxisPrices
 from ..pricing import Piece, assemble
 from ..problem import Problem, Shape
 from .bench import Bench

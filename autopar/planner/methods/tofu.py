@@ -15,7 +15,7 @@ from ...plan import Plan
 from ...sharding.placement import REPLICATED, Placement, conversion
 from ...sharding.strategies import strategies
 from ...sharding.strategy import Strategy
-from ..chains import AxisPrices
+from ..axis_prices import AxisPrices
 from ..layout_chain import chain_layouts
 from ..layout_options import layout_options
 from ..pricing import Piece, assemble

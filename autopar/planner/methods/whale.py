@@ -28,7 +28,7 @@ from ...schedule.orders import schedule_named
 from ...sharding.strategies import strategies
 from ...sharding.strategy import Strategy
 from ...simulate import at_rest_bytes
-from ..chains import AxisPrices
+from ..axis_prices import AxisPrices
 from ..layout_chain import chain_layouts
 from ..layout_options import layout_options
 from ..pricing import Piece, assemble
