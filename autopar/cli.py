@@ -100,7 +100,7 @@ def _add_task(parser: argparse.ArgumentParser) -> None:
 
 def _add_constraints(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("constraints", "what is not given is searched")
-    for name in ("data", "tensor", "pipeline", "microbatches"):
+    for name in ("data", "tensor", "context", "expert", "pipeline", "microbatches"):
         group.add_argument(f"--{name}", type=_count, metavar="N")
     group.add_argument("--schedule", help=f"one of {', '.join(SCHEDULES)}")
     group.add_argument("--zero", type=int, metavar="LEVEL", help="0, 1, 2 or 3")
@@ -157,7 +157,7 @@ def _stages(pairs: Sequence[tuple[str, str]]) -> dict[str, int]:
 
 def _constraints(arguments: argparse.Namespace) -> dict[str, Any]:
     """The given constraints, each checked by itself before anything slow begins."""
-    names = ("data", "tensor", "pipeline", "microbatches", "schedule", "zero", "recompute")
+    names = ("data", "tensor", "context", "expert", "pipeline", "microbatches", "schedule", "zero", "recompute")
     found = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     limit_gib = arguments.memory_limit_gib
     if limit_gib is not None:

@@ -92,8 +92,8 @@ IMPOSSIBLE = {
     "degree": ({"data": 0}, "data=0: expected a positive integer"),
     "type": ({"tensor": "2"}, "tensor='2': expected a positive integer"),
     "bool": ({"pipeline": True}, "pipeline=True: expected a positive integer"),
-    "context": ({"context": 2}, "context=2: only 1 is supported"),
-    "expert": ({"expert": 4}, "expert=4: only 1 is supported"),
+    "context": ({"context": 2}, "context=2: Chain has no sequence to split"),
+    "expert": ({"expert": 4}, "expert=4: Chain has no experts"),
     "name": ({"tensr": 2}, "unknown constraint tensr=.*did you mean tensor"),
     "memory": ({"memory_limit_bytes": 10}, "fits in 10 bytes .* the smallest found .* needs .* too many"),
 }

@@ -41,12 +41,16 @@ class Answers:
 
 @dataclass(frozen=True)
 class AxisPrices:
-    """`LayoutCosts` of the tensor axis of one shape, by the problem's cost model; bytes per microbatch in flight."""
+    """`LayoutCosts` of the tensor axis of one shape, by the problem's cost model; bytes per microbatch in flight.
+
+    role: of the axis (planner/roles.py); answers are for one.
+    """
 
     problem: Problem
     shape: Shape
     recompute: bool
     answers: Answers = field(default_factory=Answers)
+    role: str = ""
 
     def strategies(self, op: Op) -> tuple[Strategy, ...]:
         """Those that do not cut the batch: that is the data axis's part, and a shape says how much of it there is."""
@@ -54,9 +58,12 @@ class AxisPrices:
         # Ops at one position of isomorphic blocks have one tuple of strategies, which the graph's analysis keeps.
         kept, key = self.answers.strategies, (id(found), self.problem.pins.words.get(op.name))
         if key not in kept:
-            allowed = self.problem.allowed_strategies(op, found)
-            kept[key] = tuple(strategy for strategy in allowed if not self._cuts_batch(op, strategy))
+            kept[key] = self.problem.allowed_strategies(op, self._uncut(op), self.role)
         return kept[key]
+
+    def _uncut(self, op: Op) -> tuple[Strategy, ...]:
+        found = strategies(self.problem.graph, op, self.shape.tensor, self.shape.shards)
+        return tuple(strategy for strategy in found if not self._cuts_batch(op, strategy))
 
     def _cuts_batch(self, op: Op, strategy: Strategy) -> bool:
         placed = zip((*op.inputs, *op.outputs), (*strategy.inputs, *strategy.outputs), strict=True)

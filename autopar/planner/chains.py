@@ -7,6 +7,7 @@ and share of the batch differ in their parameters' prices alone, and have the re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 
 from ..plan import Layout
@@ -15,6 +16,8 @@ from .layout_chain import ChainSolution, chain_frontier, chain_layouts, smallest
 from .layout_elimination import Order
 from .layout_options import LayoutOptions, layout_options
 from .problem import Chain, Problem, Shape
+from .roles import ModelAxis
+from .two_axes import AxisPairs
 
 # Chains per shape and recompute choice, from the fastest to the smallest.
 MAX_CHAINS = 3
@@ -28,10 +31,11 @@ class LayoutChains:
         self._basis: dict[tuple, LayoutOptions] = {}
         self._fastest: dict[tuple, tuple[ChainSolution, LayoutOptions]] = {}
         self._frontiers: dict[int, tuple[ChainSolution, ...]] = {}
-        self._made: dict[tuple[Layout, ...], Chain] = {}
+        self._made: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], Chain] = {}
         self._serving: dict[tuple[int, int, int], bool] = {}
         self._orders: dict[Hashable, Order] = {}
         self._answers: dict[tuple[int, int], Answers] = {}
+        self._pairs: AxisPairs | None = None
 
     def of(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
         """Distinct chains for `shape`, the fastest first; the empty chain where there is no tensor axis."""
@@ -48,13 +52,17 @@ class LayoutChains:
         if tensor == 1 or shards == others:
             return True
         key = (tensor, shards, others)
+        axes = problem.model_axes(tensor)
+        if key not in self._serving and len(axes) > 1:
+            self._serving[key] = self._pairs_of(problem).serve(axes, shards, others)
         if key not in self._serving:
             there, here = (
                 AxisPrices(
-                    problem, Shape(1, 1, tensor, n, "1f1b", 0), False, self._answers.setdefault((tensor, n), Answers())
+                    problem, Shape(1, 1, tensor, n, "1f1b", 0), False, self._answers.setdefault((tensor, n), Answers()),
+                    _role(problem, tensor),
                 )
                 for n in (shards, others)
-            )
+            )  # fmt: skip
             self._serving[key] = all(
                 mine is theirs or set(map(id, theirs)) <= set(map(id, mine))
                 for op in problem.distinct_ops
@@ -66,17 +74,31 @@ class LayoutChains:
         if shape.tensor == 1:
             yield Chain()
             return
+        if len(problem.model_axes(shape.tensor)) > 1:
+            for recompute, lean in (*((c, False) for c in dict.fromkeys(choices)), (choices[-1], True)):
+                yield self._pair(problem, shape, recompute, lean)
+            return
         seen: set[tuple[Layout, ...]] = set()
         for solution in self._solutions(problem, shape, choices):
             if solution.layouts not in seen:
                 seen.add(solution.layouts)
-                yield self._chain(solution)
+                yield self._chain(solution.layouts)
 
-    def _chain(self, solution: ChainSolution) -> Chain:
+    def _chain(self, layouts: tuple[Layout, ...], inner: tuple[Layout, ...] = ()) -> Chain:
         """The same object for the same layouts, so that what is priced for one shape serves others."""
-        if solution.layouts not in self._made:
-            self._made[solution.layouts] = Chain.of(solution.layouts)
-        return self._made[solution.layouts]
+        if (layouts, inner) not in self._made:
+            self._made[layouts, inner] = Chain.of(layouts, inner)
+        return self._made[layouts, inner]
+
+    def _pair(self, problem: Problem, shape: Shape, recompute: str, lean: bool) -> Chain:
+        """On the two axes that the shape has, the fastest or those that keep least."""
+        axes = problem.model_axes(shape.tensor)
+        return self._chain(*self._pairs_of(problem).in_roles(shape, axes, recompute == "full", lean))
+
+    def _pairs_of(self, problem: Problem) -> AxisPairs:
+        if self._pairs is None:
+            self._pairs = AxisPairs(problem)
+        return self._pairs
 
     def _solutions(self, problem: Problem, shape: Shape, choices: Sequence[str]) -> Iterator[ChainSolution]:
         """The fastest chain, and, if more are asked for, the frontiers of these recompute choices."""
@@ -103,27 +125,32 @@ class LayoutChains:
         """The chain that keeps least, with the most recomputation."""
         if shape.tensor == 1:
             return Chain()
+        if len(problem.model_axes(shape.tensor)) > 1:
+            return self._pair(problem, shape, problem.recompute_choices[-1], lean=True)
         options = self._options_of(problem, shape, problem.recompute_choices[-1])
-        return self._chain(smallest_chain(options, 0, len(problem.graph.blocks)))
+        return self._chain(smallest_chain(options, 0, len(problem.graph.blocks)).layouts)
 
     def pass_s(self, problem: Problem, tensor: int, shards: int) -> list[float]:
         """Per block, forward and backward on `tensor` ranks of one of `shards` shares of the batch.
 
-        No layout is faster; what happens once per step apart.
+        No layout is faster; what happens once per step apart. Of two axes the inner one is taken to share all out.
         """
-        return self._basis_of(problem, tensor, shards, "none").least_s()
+        outer, *inner = problem.model_axes(tensor) if tensor > 1 else (ModelAxis(1),)
+        least_s = self._basis_of(problem, outer.degree, shards, "none").least_s()
+        return [one_s / math.prod(axis.degree for axis in inner) for one_s in least_s]
 
     def _basis_of(self, problem: Problem, tensor: int, shards: int, recompute: str) -> LayoutOptions:
         """The programs without what happens once per step."""
         key = (tensor, shards, recompute)
         if key not in self._basis:
             shape = Shape(1, 1, tensor, shards, "1f1b", 0)
-            prices = PassPrices(problem, shape, recompute == "full", self._answers_of(shape))
+            prices = PassPrices(problem, shape, recompute == "full", self._answers_of(shape), _role(problem, tensor))
             self._basis[key] = layout_options(problem.graph, tensor, prices, self._orders)
         return self._basis[key]
 
     def _options_of(self, problem: Problem, shape: Shape, recompute: str) -> LayoutOptions:
-        prices = AxisPrices(problem, shape, recompute == "full", self._answers_of(shape))
+        role = _role(problem, shape.tensor)
+        prices = AxisPrices(problem, shape, recompute == "full", self._answers_of(shape), role)
         key = (shape.data, shape.tensor, shape.microbatches, shape.zero, recompute, prices.in_flight)
         if key not in self._options:
             basis = self._basis_of(problem, shape.tensor, shape.shards, recompute)
@@ -132,3 +159,8 @@ class LayoutChains:
 
     def _answers_of(self, shape: Shape) -> Answers:
         return self._answers.setdefault((shape.tensor, shape.shards), Answers())
+
+
+def _role(problem: Problem, tensor: int) -> str:
+    """Of an axis that is all of a shape's `tensor` ranks, or the outer one where there are two."""
+    return next((name for name, degree in problem.constraints.roles[:1] if degree == tensor), "")

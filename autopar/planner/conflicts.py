@@ -7,6 +7,7 @@ constraints kept, and the values that the problem would then allow are held agai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from .problem import Problem, Shape
 
 # Of these a pinned one may be what makes every shape impossible.
-_PINS = ("data", "tensor", "pipeline", "microbatches", "schedule", "zero", "layout", "stage")
+_PINS = ("data", "tensor", "context", "expert", "pipeline", "microbatches", "schedule", "zero", "layout", "stage")
 _OF_SHAPE = ("data", "tensor", "pipeline", "microbatches", "schedule", "zero")
+_ROLES = ("context", "expert")
 
 Item = tuple[str, Any]
 Shapes = Callable[["Constraints"], "list[Shape] | tuple[Shape, ...]"]
@@ -66,12 +68,23 @@ def in_words(item: Item) -> str:
 def way_out(constraints: Constraints, item: Item, shapes: Shapes) -> str:
     """What the item would have to be for the others to hold, "" where more than this one stands in the way."""
     name, value = item
-    found = shapes(only(constraints, [other for other in items(constraints) if other != item]))
+    rest = [other for other in items(constraints) if other != item]
+    if name in _ROLES:
+        values = {degree for degree in range(1, 2 * value + 1) if shapes(only(constraints, [*rest, (name, degree)]))}
+        return _could_be(name, value, values) if values else ""
+    found = shapes(only(constraints, rest))
     if not found:
         return ""
     if name not in _OF_SHAPE:
         return f"leave {in_words(item)} out"
     values = {getattr(shape, name) for shape in found}
+    if name == "tensor":
+        besides = math.prod(degree for _, degree in constraints.roles)
+        values = {width // besides for width in values}
+    return _could_be(name, value, values)
+
+
+def _could_be(name: str, value: Any, values: set) -> str:
     if isinstance(value, int):
         near = sorted(values, key=lambda other: (abs(other - value), other))[:2]
         return f"{name} could be {' or '.join(map(str, sorted(near)))}"

@@ -24,12 +24,15 @@ class Space:
     schedules: tuple[str, ...] = SEARCHED_SCHEDULES
     zeros: tuple[int, ...] = (0, 1, 2, 3)
     recompute: tuple[str, ...] = ("none", "selective", "full")
+    roles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
     """What the user pins; None leaves it to the search. ValueError for values that no problem allows.
 
+    context, expert: the degree of a model axis of that role (planner/roles.py), beside which tensor is the degree of one
+    more; 1 asks for no such axis, and leaves an axis of tensor= as free as it is without.
     memory_limit_bytes: what a plan may use of each device; or memory_reserve: what it must leave free, a share (a float
     below 1) or bytes (a whole number). layout, stage: by pattern of modules' names, see planner/pins.py; given as
     mappings, kept as pairs. rewrites: False keeps the graph as it was captured.
@@ -63,12 +66,6 @@ class Constraints:
                 f"rewrites={self.rewrites!r}: expected False to keep the graph as it was captured, or None to let the search "
                 "choose"
             )
-        for name in ("context", "expert"):
-            if getattr(self, name) not in (None, 1):
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: only 1 is supported; context and expert parallelism come with "
-                    f"other layouts of the model axis, which tensor= now names alone; leave {name} out"
-                )
         for name, legal in (("schedule", tuple(SCHEDULES)), ("zero", (0, 1, 2, 3)), ("recompute", RECOMPUTE)):
             value = getattr(self, name)
             if value is not None and (value not in legal or isinstance(value, bool)):
@@ -77,6 +74,12 @@ class Constraints:
                     f"{name}={value!r}: expected one of {', '.join(map(repr, legal))}"
                     + (f"; did you mean {near[0]!r}?" if near else "")
                 )
+
+    @property
+    def roles(self) -> tuple[tuple[str, int], ...]:
+        """The (name, degree) of model axes whose role is pinned, outermost first."""
+        given = (("context", self.context), ("expert", self.expert))
+        return tuple((name, degree) for name, degree in given if degree is not None and degree > 1)
 
     def _check_reserve(self) -> None:
         given = self.memory_reserve

@@ -162,8 +162,8 @@ class Moves:
     def axes(self, now: Sketch, judged: Judged) -> Iterator[Sketch]:
         team, pinned = now.teams[0], self.problem.constraints
         alike = all((t.data, t.axes, t.shares) == (team.data, team.axes, ()) for t in now.teams)
-        # Made-up costs have no prices of ops, from which layouts follow.
-        if not alike or len(team.axes) != 1 or not isinstance(self.problem.costs, CostModel):
+        # Made-up costs have no prices of ops, from which layouts follow; roles say what axes there are.
+        if pinned.roles or not alike or len(team.axes) != 1 or not isinstance(self.problem.costs, CostModel):
             return
         meshes = [(team.data, a, team.tensor // a) for a in range(2, team.tensor // 2 + 1) if team.tensor % a == 0]
         if team.data % 2 == 0 and pinned.data is None and pinned.tensor is None:

@@ -179,7 +179,7 @@ class Outline:
         last = len(blocks) - 1
         for block in blocks:
             index = block.index
-            key = (block.kind, self.chain.index[index : index + 1])
+            key = (block.kind, self.chain.rows(index, index + 1))
             if key not in known:
                 stage = int(index > 0)
                 shape = Shape(stage + (index < last) + 1, 1, self.tensor, self.shards, "1f1b", 0)

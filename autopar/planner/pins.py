@@ -21,8 +21,8 @@ from ..sharding.placement import PARTIAL, Split
 from ..sharding.rows import stage_units
 from ..sharding.strategy import Strategy
 
-_ATTENTION = "aten.scaled_dot_product_attention."
-_ROUTED = "autopar.routed_rows"
+ATTENTION = "aten.scaled_dot_product_attention."
+ROUTED = "autopar.routed_rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ def _weights(graph: Graph, op: Op, strategy: Strategy | None = None) -> list:
 
 
 def _is_product(graph: Graph, op: Op) -> bool:
-    return op.target != _ROUTED and bool(_weights(graph, op))
+    return op.target != ROUTED and bool(_weights(graph, op))
 
 
-def _has_rows(graph: Graph, op: Op) -> bool:
+def has_rows(graph: Graph, op: Op) -> bool:
     """Whether the op's result has a dim 1 that stands for the sequence."""
-    return op.target.startswith(_ATTENTION) or (_is_product(graph, op) and len(graph.tensors[op.outputs[0]].shape) == 3)
+    return op.target.startswith(ATTENTION) or (_is_product(graph, op) and len(graph.tensors[op.outputs[0]].shape) == 3)
 
 
 def _is_vocabulary(graph: Graph, op: Op) -> bool:
@@ -73,13 +73,13 @@ WORDS: Mapping[str, Word] = {
     "row": Word(_is_product, lambda g, op, s: _splits(g, op, s) and s.outputs[0] == PARTIAL),
     # embeddings, heads and losses split over the words
     "vocabulary": Word(_is_vocabulary, _along_vocabulary),
-    "heads": Word(lambda g, op: op.target.startswith(_ATTENTION), lambda g, op, s: s.outputs[0] == Split(1)),
+    "heads": Word(lambda g, op: op.target.startswith(ATTENTION), lambda g, op, s: s.outputs[0] == Split(1)),
     # positions split: attention by queries (context parallel), products on a part of the rows with whole weights
     "sequence": Word(
-        _has_rows,
-        lambda g, op, s: s.outputs[0] == Split(2 if op.target.startswith(_ATTENTION) else 1) and not _splits(g, op, s),
+        has_rows,
+        lambda g, op, s: s.outputs[0] == Split(2 if op.target.startswith(ATTENTION) else 1) and not _splits(g, op, s),
     ),
-    "expert": Word(lambda g, op: op.target == _ROUTED, lambda g, op, s: s.key.partition("@")[0] in ("e", "n+e")),
+    "expert": Word(lambda g, op: op.target == ROUTED, lambda g, op, s: s.key.partition("@")[0] in ("e", "n+e")),
     "replicated": Word(lambda g, op: True, lambda g, op, s: s.key == "-"),
 }
 # Under these an op may do without a model axis.

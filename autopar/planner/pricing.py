@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..cost.types import StageCost
-from ..plan import Plan, Recompute, Stage, same_recompute, tensor_axes
+from ..plan import Plan, Recompute, Stage, same_recompute
 from .problem import Chain, Problem, Shape
 from .runs import Runs, make_runs
 
@@ -40,8 +40,8 @@ def assemble(problem: Problem, shape: Shape, chain: Chain, pieces: Sequence[Piec
         schedule=shape.schedule,
         stages=tuple(
             Stage(
-                piece.start, piece.stop, shape.ranks(first + s), shape.data, tensor_axes(shape.tensor),
-                (chain.index[piece.start : piece.stop],) if shape.tensor > 1 else (),
+                piece.start, piece.stop, shape.ranks(first + s), shape.data, chain.axes if shape.tensor > 1 else (),
+                chain.rows(piece.start, piece.stop) if shape.tensor > 1 else (),
                 same_recompute(piece.recompute, piece.stop - piece.start), shape.zero,
             )
             for s, piece in enumerate(pieces)
@@ -73,7 +73,7 @@ class StagePrices:
             (shape.data, shape.tensor, shape.microbatches, shape.zero, piece.recompute),
             # equal by identity, and alive as long as this key
             chain if chain.index else None,
-            chain.index[piece.start : piece.stop],
+            chain.rows(piece.start, piece.stop),
             self._where(shape, stage),
         )
         found = self._known.get(key)
@@ -102,7 +102,8 @@ class StagePrices:
 
     def _kinds(self, chain: Chain) -> list[tuple]:
         """What tells neighbouring blocks apart: their kind, their layout, and parameters that other blocks use too."""
-        blocks, layouts = self.problem.graph.blocks, chain.index or (0,) * len(self.problem.graph.blocks)
+        blocks = self.problem.graph.blocks
+        layouts = list(zip(*chain.rows(), strict=True)) or [()] * len(blocks)
         return [
             (block.kind, layout, tuple(name for name in block.parameters if name in self._shared))
             for block, layout in zip(blocks, layouts, strict=True)

@@ -1,12 +1,14 @@
 """What every search sees: a graph, a cluster, the user's constraints, a cost model, and a memory limit per device.
 
-The space of plans is pipeline x data x tensor = world size, microbatches among the divisors of batch / data, ZeRO 0
+The space of plans is pipeline x data x tensor = world size, where tensor is the product of the model axes (planner/roles.py
+says which these are where context= or expert= is pinned), microbatches among the divisors of batch / data, ZeRO 0
 or 3, a schedule, and for each pipeline stage its blocks, its recompute choice and its layouts. `Shape` is the part of
 a plan without the stages; `Problem.shapes` lists those that the constraints allow.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,6 +29,7 @@ from .conflicts import why_none
 from .constraints import SEARCHED_ZEROS, Constraints, Space
 from .pins import Pins
 from .refusals import check_pins
+from .roles import MOST_AXES, ModelAxis, can_be_axes, leaves, model_axes
 
 # Share of a device's memory that plans leave free for what the cost model does not count: the CUDA context, NCCL's
 # buffers, fragmentation of the allocator. An assumption; memory_limit_bytes= overrules it.
@@ -79,18 +82,28 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """Layouts of all blocks on one model axis, neighbours agreeing at their boundary; () where there is no such axis.
+    """Layouts of all blocks on the model axis, neighbours agreeing at their boundary; () where there is no such axis.
 
-    unique: the distinct layouts; index: per block, which of them.
+    unique: the distinct layouts; index: per block, which of them; inner: the same on a second axis inside of it.
     """
 
     unique: tuple[Layout, ...] = ()
     index: tuple[int, ...] = ()
+    inner: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, layouts: Sequence[Layout]) -> Chain:
-        order = {layout: i for i, layout in enumerate(dict.fromkeys(layouts))}
-        return cls(tuple(order), tuple(order[layout] for layout in layouts))
+    def of(cls, layouts: Sequence[Layout], inner: Sequence[Layout] = ()) -> Chain:
+        order = {layout: i for i, layout in enumerate(dict.fromkeys((*layouts, *inner)))}
+        return cls(tuple(order), *(tuple(order[layout] for layout in row) for row in (layouts, inner)))
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Degrees of the model axes, outermost first."""
+        return tuple(self.unique[row[0]].degree for row in (self.index, self.inner) if row)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> tuple[tuple[int, ...], ...]:
+        """Of each model axis, which layouts blocks [start, stop) have."""
+        return tuple(row[start:stop] for row in (self.index, self.inner) if row)
 
 
 class ChainSource(Protocol):
@@ -169,7 +182,7 @@ class Problem:
         """
         if not self.cluster.hosts:
             return self
-        cluster, pinned = self.cluster.as_equal, self.constraints
+        cluster, pinned = self.cluster.as_equal, self.constraints  # which has no roles: see planner/refusals.py
         if cluster.world_size % ((pinned.data or 1) * (pinned.tensor or 1) * (pinned.pipeline or 1)):
             pinned = replace(pinned, data=None, tensor=None, pipeline=None)
         return replace(self, cluster=cluster, costs=self.costs.on(cluster), constraints=pinned)
@@ -216,13 +229,21 @@ class Problem:
         """The layouts and stages that are pinned."""
         return Pins.of(self.graph, self.constraints.layout or (), self.constraints.stage or ())
 
-    def allowed_strategies(self, op: Op, found: Sequence[Strategy]) -> tuple[Strategy, ...]:
-        """Of an op's strategies on a model axis those that `layout=` leaves: all where it says nothing about the op.
+    def allowed_strategies(self, op: Op, found: Sequence[Strategy], role: str = "") -> tuple[Strategy, ...]:
+        """Of an op's strategies on a model axis those that its role and `layout=` leave: all where neither is about the op.
 
         Every `LayoutCosts.strategies` of a search passes what it finds through here. Ops at one position of blocks of one
-        kind are pinned alike, so what is kept per kind stays right. Never empty for a (tensor, data) of `shapes`.
+        kind are pinned alike, so what is kept per kind stays right. Never empty for a (tensor, data) of `shapes`: of two
+        axes one has to keep what `layout=` says, and that may be the one without a role.
         """
-        return self.pins.allowed(op, found)
+        if not role:
+            return self.pins.allowed(op, found)
+        left = leaves(role, self.graph, op, found)
+        return self.pins.allowed(op, left) or left
+
+    def model_axes(self, tensor: int) -> tuple[ModelAxis, ...]:
+        """The axes that the `tensor` model ranks of a shape are, outermost first."""
+        return model_axes(self.constraints.roles, tensor)
 
     def allows_tensor(self, tensor: int, data: int) -> bool:
         """Whether `layout=` can be kept on `tensor` model ranks beside `data` ranks."""
@@ -230,8 +251,15 @@ class Problem:
             return not self.pins.needs_axis
         key = (tensor, data)
         if key not in self._allows_tensor:
+            axes = self.model_axes(tensor)
             self._allows_tensor[key] = all(
-                self.pins.allowed(op, strategies(self.graph, op, tensor, data)) for op in self.pins.distinct_ops
+                any(
+                    self.pins.allowed(
+                        op, leaves(axis.role, self.graph, op, strategies(self.graph, op, axis.degree, data))
+                    )
+                    for axis in axes
+                )
+                for op in self.pins.distinct_ops
             )
         return self._allows_tensor[key]
 
@@ -260,7 +288,7 @@ class Problem:
 
     def _shapes(self) -> Iterator[Shape]:
         for pipeline, data, tensor in self._triples():
-            if tensor > 1 and not self.splits(tensor, 1 if self.is_large else data):
+            if tensor > 1 and not self.has_axes(tensor, 1 if self.is_large else data):
                 continue
             if not self.allows_tensor(tensor, data):
                 continue
@@ -275,13 +303,21 @@ class Problem:
         for pipeline in _choices(pinned.pipeline, world):
             if pipeline > len(self.graph.blocks) or not self.pins.stages_possible(pipeline):
                 continue
-            for tensor in _choices(pinned.tensor, world // pipeline):
+            for tensor in self._widths(world // pipeline):
                 data = world // pipeline // tensor
                 if pipeline * tensor * data != world or pinned.data not in (None, data):
                     continue
                 if self.graph.batch_size % data or (data > 1 and self.batch_conflict):
                     continue
                 yield pipeline, data, tensor
+
+    def _widths(self, most: int) -> Iterator[int]:
+        """Model ranks of one replica."""
+        roles, pinned = self.constraints.roles, self.constraints.tensor
+        own = math.prod(degree for _, degree in roles)
+        # where roles take all the axes that there are, none is left for tensor to choose
+        for tensor in _choices(1 if len(roles) == MOST_AXES and pinned is None else pinned, most // own):
+            yield own * tensor
 
     def _microbatches(self, data: int) -> Iterator[int]:
         rows = self.graph.batch_size // data
@@ -316,6 +352,20 @@ class Problem:
                 for strategy in strategies(self.graph, op, tensor, data)
             )
         return self._splits[key]
+
+    def has_axes(self, tensor: int, data: int) -> bool:
+        """Whether `tensor` ranks beside `data` ranks can be model axes of the roles that are pinned, and of use."""
+        key = (tensor, data)
+        if key not in self._has_axes:
+            axes = self.model_axes(tensor)
+            self._has_axes[key] = all(self.splits(axis.degree, data) for axis in axes if not axis.role) and can_be_axes(
+                axes, self.graph, self.distinct_ops, data
+            )
+        return self._has_axes[key]
+
+    @cached_property
+    def _has_axes(self) -> dict[tuple[int, int], bool]:
+        return {}
 
     @cached_property
     def _splits(self) -> dict[tuple[int, int], bool]:

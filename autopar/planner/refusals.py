@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ..plan_validate import nearest_divisors
+from .roles import MOST_AXES, can_be_axes, can_have, core_ops
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -13,8 +15,10 @@ if TYPE_CHECKING:
 def check_pins(problem: Problem) -> None:
     """ValueError names the first contradiction, and what could be pinned instead."""
     _check_batch(problem)
+    _check_axes(problem)
     _check_degrees(problem)
     _check_tensor(problem)
+    _check_roles(problem)
 
 
 def _check_batch(problem: Problem) -> None:
@@ -44,9 +48,26 @@ def _check_batch(problem: Problem) -> None:
         raise ValueError("zero=3 shards parameters over the data axis, but data=1; set zero=0, or data above 1")
 
 
+def _check_axes(problem: Problem) -> None:
+    """How many model axes there would be, and whether this cluster can have axes of pinned roles."""
+    pinned = problem.constraints
+    wanted = [*pinned.roles, *([("tensor", pinned.tensor)] if (pinned.tensor or 1) > 1 else [])]
+    words = " and ".join(f"{name}={degree}" for name, degree in wanted)
+    if len(wanted) > MOST_AXES:
+        raise ValueError(f"{words} are {len(wanted)} model axes, and searches make {MOST_AXES} at most; set one to 1")
+    if pinned.roles and problem.cluster.hosts:
+        raise ValueError(
+            f"{words}: on clusters of several kinds of hosts no method makes model axes with roles; leave "
+            f"{' and '.join(name for name, _ in pinned.roles)} out, and use tensor= and layout="
+        )
+
+
 def _check_degrees(problem: Problem) -> None:
     pinned, world = problem.constraints, problem.cluster.world_size
     given = {name: getattr(pinned, name) for name in ("data", "tensor", "pipeline") if getattr(pinned, name)}
+    roles = dict(pinned.roles)
+    is_whole = len(given) == 3 or (len(roles) == MOST_AXES and {"data", "pipeline"} <= given.keys())
+    given |= roles
     if pinned.pipeline and pinned.pipeline > len(problem.graph.blocks):
         raise ValueError(
             f"pipeline={pinned.pipeline}, but {problem.graph.name} has {len(problem.graph.blocks)} blocks and each stage "
@@ -58,9 +79,9 @@ def _check_degrees(problem: Problem) -> None:
     words = " x ".join(f"{name}={degree}" for name, degree in given.items())
     if len(given) > 1:
         words += f" = {product}"
-    if len(given) == 3 and product != world:
+    if is_whole and product != world:
         raise ValueError(f"{words}, but the cluster has {world} devices; change a degree, or leave one out")
-    if problem.cluster.hosts and len(given) < 3 and product <= world:
+    if problem.cluster.hosts and not is_whole and product <= world:
         return  # stages may have different numbers of devices
     if world % product:
         raise ValueError(
@@ -81,3 +102,39 @@ def _check_tensor(problem: Problem) -> None:
         f"ways; its parameters' dims are {', '.join(map(str, dims)) or 'none'}; tensor could be "
         f"{' or '.join(map(str, [1, *possible]))} on {world} devices"
     )
+
+
+def _check_roles(problem: Problem) -> None:
+    pinned, graph, world = problem.constraints, problem.graph, problem.cluster.world_size
+    ops, data = problem.distinct_ops, pinned.data or 1
+    for name, degree in pinned.roles:
+        if can_have(name, graph, ops, degree, data):
+            continue
+        possible = [n for n in range(2, world + 1) if world % n == 0 and can_have(name, graph, ops, n, data)]
+        split, nothing = _SPLITS[name]
+        core = core_ops(name, graph, ops)
+        if not core and not possible:
+            raise ValueError(f"{name}={degree}: {graph.name} has {nothing}; leave {name} out")
+        shapes = sorted({" x ".join(map(str, graph.tensors[op.inputs[0]].shape)) for op in core})
+        raise ValueError(
+            f"{name}={degree}: {split} of {graph.name} cannot be split {degree} ways"
+            + (f" (they take {' and '.join(shapes)})" if core and name == "context" else "")
+            + f"; {name} could be {' or '.join(map(str, [1, *possible]))} on {world} devices"
+        )
+    if len(pinned.roles) == MOST_AXES and not can_be_axes(problem.model_axes(_product(problem)), graph, ops, data):
+        words = " and ".join(f"{name}={degree}" for name, degree in pinned.roles)
+        raise ValueError(f"{words}: {graph.name} has ops that cannot be split both ways at once; leave one of them out")
+
+
+def _product(problem: Problem) -> int:
+    return math.prod(degree for _, degree in problem.constraints.roles)
+
+
+# What an axis of a role splits, and what a graph has where there is nothing for it to do.
+_SPLITS = {
+    "context": (
+        "the positions",
+        "no sequence to split: neither attention nor products with a weight on [batch, positions, features]",
+    ),
+    "expert": ("the experts", "no experts: no op of it routes rows to groups of weights"),
+}

@@ -12,6 +12,7 @@ Only on few devices: on many, products are large, and what a rewrite saves is sm
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -80,8 +81,9 @@ def _applied(graph: Graph, done: tuple[str, ...], more: Sequence[tuple[str, ...]
 def _planned(problem: Problem, graph: Graph, best: Plan, search: Callable[[Problem], Plan]) -> Plan | None:
     """The best plan of a rewritten graph in the degrees of `best`; None where none is legal or fits."""
     stage, pinned = best.stages[0], problem.constraints
+    besides = math.prod(degree for _, degree in pinned.roles)
     degrees = replace(
-        pinned, data=stage.data, tensor=stage.tensor, pipeline=best.pipeline, microbatches=best.microbatches,
+        pinned, data=stage.data, tensor=stage.tensor // besides, pipeline=best.pipeline, microbatches=best.microbatches,
         schedule=pinned.schedule or (best.schedule if best.schedule not in SEARCHED_SCHEDULES else None), rewrites=False,
     )  # fmt: skip
     try:

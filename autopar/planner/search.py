@@ -31,6 +31,7 @@ from .methods.uniap import uniap
 from .methods.unity import unity
 from .methods.whale import whale
 from .problem import Costs, Problem
+from .roles import refusal
 
 METHODS: dict[str, Callable[[Problem], Plan]] = {
     "auto": auto,
@@ -48,12 +49,12 @@ METHODS: dict[str, Callable[[Problem], Plan]] = {
     "uniap": uniap,
 }
 
-# Where a method can make more than 1F1B and GPipe, if it is asked to. Interleaved and V-shaped schedules have several
-# stages per device.
+# Where a method can make more than 1F1B and GPipe, or model axes with roles, if it is asked to. Interleaved and V-shaped
+# schedules have several stages per device.
 _SYNCHRONOUS = Space(schedules=("1f1b", "gpipe", "zb-h1"))
 SPACES: dict[str, Space] = {
-    "auto": Space(schedules=("1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v")),
-    "exhaustive": Space(schedules=("1f1b", "gpipe", "zb-h1", "pipedream", "2bw")),
+    "auto": Space(schedules=("1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v"), roles=("context", "expert")),
+    "exhaustive": Space(schedules=("1f1b", "gpipe", "zb-h1", "pipedream", "2bw"), roles=("context", "expert")),
     "pipedream": Space(schedules=("1f1b", "gpipe", "pipedream", "2bw")),
     "dapple": _SYNCHRONOUS,
     "piper": _SYNCHRONOUS,
@@ -89,8 +90,9 @@ def search(
         device, or memory_reserve= what it must leave free (a float: share; a whole number: bytes; 0.1 by default).
         layout={"*.q_proj": "column"} pins how the ops of modules lie on the model axis, by pattern of their names (the
         words are those of planner/pins.py), stage={"model.layers.0.*": 0} which stage runs them (-1: the last).
-        rewrites=False keeps the graph as it was captured. context= and expert= may only be 1. `SPACES` says which method
-        can keep which schedule.
+        rewrites=False keeps the graph as it was captured. context= and expert= are degrees of model axes that split the
+        positions, or the experts (planner/roles.py); tensor= is then the degree of an axis beside, and two axes are the most.
+        `SPACES` says which method can keep which schedule, and which makes such axes.
     KeyboardInterrupt: Ctrl-C before there is any plan.
     ValueError: `stop` before there is any plan; an unknown method or constraint; constraints that contradict each other,
         the batch, the model or the cluster; no plan that fits in memory (with the smallest that was found, and what it
@@ -110,9 +112,10 @@ def search(
     problem = Problem(graph, cluster, costs, LayoutChains(), pinned, budget=budget, space=space)
     with _no_collections():
         plan = replace(METHODS[method](problem), precision=graph.precision)
-    if refusal := problem.pins.on(plan.graph_of(graph)).refusal(plan):
+    own = problem.pins.on(plan.graph_of(graph))
+    if lacking := own.refusal(plan) or refusal(pinned.roles, own.graph, plan):
         raise ValueError(
-            f"method={method!r} finds no plan of {graph.name} that keeps {pinned}: in its best one {refusal}; use fewer of "
+            f"method={method!r} finds no plan of {graph.name} that keeps {pinned}: in its best one {lacking}; use fewer of "
             "these constraints, or another method"
         )
     return explained(problem, plan, what_if)
@@ -142,6 +145,14 @@ def _check_space(method: str, space: Space, pinned: Constraints) -> None:
             f"{name}={value!r}: method={method!r} makes plans with {name} "
             f"{', '.join(map(repr, getattr(space, field)))} only; use method={' or '.join(map(repr, able))}"
         )
+
+    for name, degree in pinned.roles:
+        if name not in space.roles:
+            able = [other for other in METHODS if name in SPACES.get(other, Space()).roles]
+            raise ValueError(
+                f"{name}={degree}: method={method!r} makes plans with {name} 1 only; use method="
+                f"{' or '.join(map(repr, able))}"
+            )
 
 
 def _nearest(name: str, known) -> str:

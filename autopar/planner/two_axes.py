@@ -5,6 +5,8 @@ and heads inside them; so may a second axis that takes its ranks from data, wher
 solved alone, then the other with what the first leaves: strategies that fit beside it, and prices in proportion to the
 work and the bytes that it leaves to a rank. Both orders are tried; what the plan then costs is the cost model's to say.
 
+Where axes have roles (planner/roles.py) the outer one is solved first, in its role, and leaves the inner one its own.
+
 Ignored while solving: that two collectives over adjacent axes can become one, and that an op's efficiency falls with its
 size. The pair is no optimum over both axes, therefore, but each is one given the other.
 """
@@ -22,10 +24,11 @@ from ..sharding.placement import Placement, Split, parse_placement
 from ..sharding.strategies import strategies
 from ..sharding.strategy import Strategy
 from .axis_prices import AxisPrices
-from .layout_chain import chain_layouts
+from .layout_chain import chain_layouts, smallest_chain
 from .layout_costs import Seconds2
 from .layout_options import LayoutOptions
 from .problem import Problem, Shape
+from .roles import ModelAxis, can_follow
 from .sketch import Rows
 
 
@@ -92,18 +95,30 @@ class OtherAxis:
 
 @dataclass(frozen=True)
 class BesidePrices(AxisPrices):
-    """`LayoutCosts` of one axis beside another."""
+    """`LayoutCosts` of one axis beside another: one that is decided, or one with a role inside of it that is to follow."""
 
     other: OtherAxis | None = None
+    follower: ModelAxis | None = None
     _fitting: dict[str, tuple[Strategy, ...]] = field(default_factory=dict)
 
     def strategies(self, op: Op) -> tuple[Strategy, ...]:
+        """ValueError where nothing fits beside the other axis."""
         if op.name not in self._fitting:
-            found = super().strategies(op)
-            if self.other is not None:
-                found = tuple(s for s in found if self.other.allows(op, s, self.shape.tensor))
-            self._fitting[op.name] = found
+            fitting = tuple(s for s in self._uncut(op) if self._fits(op, s))
+            self._fitting[op.name] = self.problem.allowed_strategies(op, fitting, self.role)
+            if not self._fitting[op.name]:
+                raise ValueError(
+                    f"nothing that {op.name} of {op.module} may do on one model axis fits beside the other"
+                )
         return self._fitting[op.name]
+
+    def _fits(self, op: Op, strategy: Strategy) -> bool:
+        if self.other is not None and not self.other.allows(op, strategy, self.shape.tensor):
+            return False
+        next_ = self.follower
+        return next_ is None or can_follow(
+            next_.role, self.problem.graph, op, strategy, self.shape.tensor, next_.degree, self.shape.shards
+        )
 
     def op_s(self, op: Op, strategy: Strategy) -> Seconds2:
         forward_s, backward_s = super().op_s(op, strategy)
@@ -136,6 +151,7 @@ class AxisPairs:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._known: dict[tuple, list[Rows]] = {}
+        self._in_roles: dict[tuple, tuple[tuple[Layout, ...], tuple[Layout, ...]]] = {}
 
     def of(self, shape: Shape, outer: int, inner: int) -> Iterator[Rows]:
         """Layouts on axes of degrees (outer, inner) beside the shape's data axis, with either solved first."""
@@ -150,20 +166,66 @@ class AxisPairs:
                 continue
             yield found[-1]
 
+    def in_roles(
+        self, shape: Shape, axes: Sequence[ModelAxis], recompute: bool, lean: bool
+    ) -> tuple[tuple[Layout, ...], tuple[Layout, ...]]:
+        """Layouts of the shape on an outer and an inner axis, the fastest or, lean, those that keep least.
+
+        ValueError where nothing fits beside what the outer axis does: only `layout=` can bring that about.
+        """
+        key = (shape.data, shape.microbatches, shape.zero, *axes, recompute, lean, lean and shape.pipeline)
+        if key not in self._in_roles:
+            outer, inner = axes
+            on_outer, on_inner = _parts(shape, outer.degree, inner.degree)
+            follower = inner if inner.role else None
+            how = dict(recompute=recompute, lean=lean)
+            first = self._solve(on_outer, None, outer.role, follower, **how)
+            beside = OtherAxis(self.problem.graph, shape.shards, first, outer.degree, True)
+            self._in_roles[key] = first, self._solve(on_inner, beside, inner.role, **how)
+        return self._in_roles[key]
+
+    def serve(self, axes: Sequence[ModelAxis], shards: int, others: int) -> bool:
+        """Whether layouts on two axes where the batch is cut into `shards` parts are legal where it is into `others`."""
+        graph, (outer, inner) = self.problem.graph, axes
+        for op in self.problem.distinct_ops:
+            here = {s.key for s in strategies(graph, op, outer.degree, others)}
+            for one in strategies(graph, op, outer.degree, shards):
+                around = ((one, outer.degree),)
+                ours, theirs = (
+                    {s.key for s in strategies(graph, op, inner.degree, n, around)} for n in (others, shards)
+                )
+                if one.key not in here or not theirs <= ours:
+                    return False
+        return True
+
     def _pair(self, shape: Shape, outer: int, inner: int, first_is_outer: bool) -> Rows:
-        width = outer * inner
-        on_outer = AxisShape(**_fields(shape, outer), stride=inner, width=width)
-        on_inner = AxisShape(**_fields(shape, inner), stride=1, width=width)
+        on_outer, on_inner = _parts(shape, outer, inner)
         first, second = (on_outer, on_inner) if first_is_outer else (on_inner, on_outer)
         one = self._solve(first, None)
         beside = OtherAxis(self.problem.graph, shape.shards, one, first.tensor, first_is_outer)
         other = self._solve(second, beside)
         return Rows.of((one, other) if first_is_outer else (other, one))
 
-    def _solve(self, shape: AxisShape, other: OtherAxis | None) -> tuple[Layout, ...]:
-        prices = BesidePrices(self.problem, shape, False, other=other)
+    def _solve(
+        self,
+        shape: AxisShape,
+        other: OtherAxis | None,
+        role: str = "",
+        follower: ModelAxis | None = None,
+        recompute: bool = False,
+        lean: bool = False,
+    ) -> tuple[Layout, ...]:
+        prices = BesidePrices(self.problem, shape, recompute, role=role, other=other, follower=follower)
         options = BesideOptions(self.problem.graph, shape.tensor, prices)
-        return chain_layouts(options, 0, len(self.problem.graph.blocks)).layouts
+        solve = smallest_chain if lean else chain_layouts
+        return solve(options, 0, len(self.problem.graph.blocks)).layouts
+
+
+def _parts(shape: Shape, outer: int, inner: int) -> tuple[AxisShape, AxisShape]:
+    """The shape as an outer and an inner model axis see it."""
+    width = outer * inner
+    on_outer = AxisShape(**_fields(shape, outer), stride=inner, width=width)
+    return on_outer, AxisShape(**_fields(shape, inner), stride=1, width=width)
 
 
 def _fields(shape: Shape, tensor: int) -> dict:

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from ..plan import Plan, Recompute, same_recompute, tensor_axes
+from ..plan import Plan, Recompute, same_recompute
 from ..schedule.orders import SCHEDULES
 from .judge import Judge, Judged
 from .problem import Chain, Problem, Shape
@@ -80,10 +80,8 @@ def wide_sketches(problem: Problem, wide: WideShape) -> Iterator[Sketch]:
 
 
 def _teams(shape: Shape, chain: Chain) -> tuple[Team, ...]:
-    rows = Rows(chain.unique, (chain.index,)) if shape.tensor > 1 else Rows()
-    return tuple(
-        Team(shape.ranks(g), shape.data, tensor_axes(shape.tensor), rows, shape.zero) for g in range(shape.pipeline)
-    )
+    rows, axes = (Rows(chain.unique, chain.rows()), chain.axes) if shape.tensor > 1 else (Rows(), ())
+    return tuple(Team(shape.ranks(g), shape.data, axes, rows, shape.zero) for g in range(shape.pipeline))
 
 
 def every_wide_plan(problem: Problem) -> Iterator[Plan]:
