@@ -195,6 +195,15 @@ class Graph:
         return tuple(name for name, count in uses.items() if count > 1)
 
     @cached_property
+    def made_of_parameters(self) -> dict[str, frozenset[str]]:
+        """Tensors that follow from parameters alone, such as a transposed weight, with these; parameters themselves too."""
+        found = {t.name: frozenset({t.name}) for t in self.parameters}
+        for op in self.ops:
+            if op.inputs and all(name in found for name in op.inputs):
+                found.update((name, frozenset().union(*map(found.get, op.inputs))) for name in op.outputs)
+        return found
+
+    @cached_property
     def fingerprint(self) -> str:
         """Identity of the computation: names of parameters, shapes, targets and arguments, but no values."""
         digest = hashlib.sha256()

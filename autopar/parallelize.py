@@ -166,8 +166,8 @@ def parallelize(
         named or given. An instruction may then take ten times timeout_s, because the first ones compile.
     outputs: "loss", or "all": a call returns what the module returns (with a loss function: an object with `loss` and, as
         `output`, that), its tensors whole on every rank, which costs their communication; no gradient flows into them.
-    constraints: data=, tensor=, pipeline=, microbatches=, schedule=, zero=, recompute=, memory_limit_bytes=,
-        memory_reserve=, layout= and stage= (by pattern of modules' names) pin a choice of the search each, and
+    constraints: data=, tensor=, context=, expert=, pipeline=, microbatches=, schedule=, zero=, recompute=,
+        memory_limit_bytes=, memory_reserve=, layout= and stage= (by pattern of modules' names) pin a choice of the search each, and
         time_limit_s= ends it; see `autopar.search`.
     Under torchrun all ranks must call it alike; without a launcher the world is this process. ValueError for what cannot
     be done, the same on every rank.

@@ -47,7 +47,7 @@ def _is_product(graph: Graph, op: Op) -> bool:
     return op.target != ROUTED and bool(_weights(graph, op))
 
 
-def has_rows(graph: Graph, op: Op) -> bool:
+def _has_rows(graph: Graph, op: Op) -> bool:
     """Whether the op's result has a dim 1 that stands for the sequence."""
     return op.target.startswith(ATTENTION) or (_is_product(graph, op) and len(graph.tensors[op.outputs[0]].shape) == 3)
 
@@ -76,7 +76,7 @@ WORDS: Mapping[str, Word] = {
     "heads": Word(lambda g, op: op.target.startswith(ATTENTION), lambda g, op, s: s.outputs[0] == Split(1)),
     # positions split: attention by queries (context parallel), products on a part of the rows with whole weights
     "sequence": Word(
-        has_rows,
+        _has_rows,
         lambda g, op, s: s.outputs[0] == Split(2 if op.target.startswith(ATTENTION) else 1) and not _splits(g, op, s),
     ),
     "expert": Word(lambda g, op: op.target == ROUTED, lambda g, op, s: s.key.partition("@")[0] in ("e", "n+e")),

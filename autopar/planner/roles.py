@@ -4,9 +4,10 @@
               products on a part of the rows with whole weights
     expert    routed rows are split by their experts, whatever way rows get there
 
-On an axis with a role no parameter is cut but those of routed experts: an axis that cuts the weights of products is a
-tensor axis, which `tensor=` asks for beside. Ops that a role is not about, or that cannot be split so (a head on all
-positions but one), do what is cheapest under that rule. As on every model axis, rows of the batch are left to data ranks.
+On an axis with a role no parameter is cut, nor what is made of parameters alone, but those of routed experts by expert=:
+an axis that cuts the weights of products is a tensor axis, which `tensor=` asks for beside. Ops that a role is not about,
+or that cannot be split so (a head on all positions but one), do what is cheapest under that rule. As on every model axis,
+rows of the batch are left to data ranks.
 
 An axis with a role is the outer one, a tensor axis beside it the inner one, on the faster links; of two roles context is
 outer. An axis without a role lies as the search likes.
@@ -25,7 +26,7 @@ from ..sharding.placement import Split
 from ..sharding.rows import stage_units
 from ..sharding.strategies import Outer, strategies
 from ..sharding.strategy import Strategy
-from .pins import ATTENTION, ROUTED, has_rows
+from .pins import ATTENTION, ROUTED
 
 # Model axes of a plan that the search makes at most: planner/two_axes.py lays out one beside one other.
 MOST_AXES = 2
@@ -36,24 +37,39 @@ class Role:
     """concerns: whether the axis is there to split an op; does: whether a strategy of such an op does so.
 
     is_core: of these ops the ones without which a graph has nothing for the axis to do, if it has any; splits: what each
-    of them must have a way to do.
+    of them must have a way to do. cuts: the parameters that it may cut.
     """
 
     concerns: Callable[[Graph, Op], bool]
     does: Callable[[Graph, Op, Strategy], bool]
     is_core: Callable[[Graph, Op], bool]
     splits: Callable[[Graph, Op, Strategy], bool]
+    cuts: Callable[[Graph], frozenset[str]]
 
 
-def _cuts_parameters(graph: Graph, op: Op, strategy: Strategy) -> bool:
+def _cuts(graph: Graph, op: Op, strategy: Strategy, but: frozenset[str] = frozenset()) -> bool:
+    """Whether a parameter that is not among `but`, or what is made of such, is cut."""
+    made = graph.made_of_parameters
     return any(
-        isinstance(place, Split) and graph.tensors[name].role == "parameter"
+        isinstance(place, Split) and name in made and not made[name] <= but
         for name, place in zip(op.inputs, strategy.inputs, strict=True)
     )
 
 
 def _is_attention(graph: Graph, op: Op) -> bool:
     return op.target.startswith(ATTENTION)
+
+
+def _has_positions(graph: Graph, op: Op) -> bool:
+    """Attention, and products with a weight whose result is [batch, positions, features]."""
+    made, tensors = graph.made_of_parameters, graph.tensors
+    if _is_attention(graph, op):
+        return True
+    if op.target == ROUTED or len(op.outputs) != 1 or op.outputs[0] in made:
+        return False
+    return len(tensors[op.outputs[0]].shape) == 3 and any(
+        name in made and len(tensors[name].shape) > 1 for name in op.inputs
+    )
 
 
 def _by_queries(graph: Graph, op: Op, strategy: Strategy) -> bool:
@@ -65,11 +81,16 @@ def _by_positions(graph: Graph, op: Op, strategy: Strategy) -> bool:
     if _is_attention(graph, op):
         by_heads = len(graph.tensors[op.outputs[0]].shape) == 4 and strategy.outputs[0] == Split(1)
         return by_heads or _by_queries(graph, op, strategy)
-    return strategy.outputs[0] == Split(1) and not _cuts_parameters(graph, op, strategy)
+    return strategy.outputs[0] == Split(1) and not _cuts(graph, op, strategy)
 
 
 def _is_routed(graph: Graph, op: Op) -> bool:
     return op.target == ROUTED
+
+
+def _of_experts(graph: Graph) -> frozenset[str]:
+    made = graph.made_of_parameters
+    return frozenset().union(*(made.get(name, ()) for op in graph.ops if _is_routed(graph, op) for name in op.inputs))
 
 
 def _by_experts(graph: Graph, op: Op, strategy: Strategy) -> bool:
@@ -77,8 +98,8 @@ def _by_experts(graph: Graph, op: Op, strategy: Strategy) -> bool:
 
 
 ROLES: Mapping[str, Role] = {
-    "context": Role(has_rows, _by_positions, _is_attention, _by_queries),
-    "expert": Role(_is_routed, _by_experts, _is_routed, _by_experts),
+    "context": Role(_has_positions, _by_positions, _is_attention, _by_queries, lambda graph: frozenset()),
+    "expert": Role(_is_routed, _by_experts, _is_routed, _by_experts, _of_experts),
 }
 
 
@@ -106,7 +127,8 @@ def leaves(role: str, graph: Graph, op: Op, found: Sequence[Strategy]) -> tuple[
         doing = tuple(strategy for strategy in found if ROLES[role].does(graph, op, strategy))
         if doing:
             return doing
-    return tuple(strategy for strategy in found if not _cuts_parameters(graph, op, strategy))
+    cuts = ROLES[role].cuts(graph)
+    return tuple(strategy for strategy in found if not _cuts(graph, op, strategy, cuts))
 
 
 def core_ops(role: str, graph: Graph, ops: Iterable[Op]) -> list[Op]:
