@@ -167,8 +167,8 @@ def parallelize(
     outputs: "loss", or "all": a call returns what the module returns (with a loss function: an object with `loss` and, as
         `output`, that), its tensors whole on every rank, which costs their communication; no gradient flows into them.
     constraints: data=, tensor=, context=, expert=, pipeline=, microbatches=, schedule=, zero=, recompute=,
-        memory_limit_bytes=, memory_reserve=, layout= and stage= (by pattern of modules' names) pin a choice of the search each, and
-        time_limit_s= ends it; see `autopar.search`.
+        memory_limit_bytes=, memory_reserve=, layout= and stage= (by pattern of modules' names) pin a choice of the search
+        each, and time_limit_s= ends it; see `autopar.search`.
     Under torchrun all ranks must call it alike; without a launcher the world is this process. ValueError for what cannot
     be done, the same on every rank.
     """

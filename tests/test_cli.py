@@ -168,6 +168,13 @@ def test_plan_takes_pins_by_name_and_a_time_limit(config: Path, tmp_path: Path, 
     assert page.loads == [] and "Where the step goes" in page.text
 
 
+def test_plan_takes_degrees_of_axes_with_roles(config: Path, tmp_path: Path, capsys) -> None:
+    pins = ["--context", "2", "--tensor", "1", "--data", "2", "--pipeline", "1", "--expert", "1"]
+    assert main(["plan", *task(f"hf:{config}"), *pins, "--out", str(tmp_path / "plan.json")]) == 0
+    assert "context 2 by" in capsys.readouterr().out
+    assert [stage.axes for stage in autopar.Plan.load(tmp_path / "plan.json").stages] == [(2,)]
+
+
 def test_compare_shows_every_method_and_auto_equals_the_oracle(net: Path, capsys) -> None:
     assert main(["compare", *task(f"{net}:build", "1xcpux2", seq=None)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -25,12 +25,13 @@ from autopar.planner.chains import LayoutChains
 from autopar.planner.constraints import Constraints
 from autopar.planner.methods.exhaustive import exhaustive
 from autopar.planner.problem import Problem
-from autopar.planner.roles import refusal
+from autopar.planner.roles import leaves, refusal
 from autopar.planner.search import METHODS, search
 from autopar.report.common_words import common_words
 from autopar.sharding.flow import find_strategies
 from autopar.sharding.placement import Split, parse_placement
 from autopar.sharding.rows import stage_units
+from autopar.sharding.strategies import strategies
 from autopar.sharding.strategy import Strategy
 from autopar.simulate import simulate
 
@@ -110,6 +111,31 @@ def check_expert(plan: Plan, graph: Graph, stage: Stage, axis: int) -> None:
 
 
 CHECKS = {"context": check_context, "expert": check_expert}
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "experts", "gpt2"])
+@pytest.mark.parametrize("role", ["context", "expert"])
+def test_what_a_role_leaves_of_the_strategies_of_an_op(name: str, role: str) -> None:
+    """Whatever the prices are: no cut of a parameter, as it is or made into something else, but of the experts' weights."""
+    graph, _, _ = built(name)
+    experts = set()
+    if role == "expert":
+        routed = [op for op in graph.ops if op.target == "autopar.routed_rows"]
+        experts = set().union(*(roots_of(graph, name) for op in routed for name in op.inputs))
+    num_dropped = 0
+    for op in graph.ops:
+        found = strategies(graph, op, 2)
+        left = leaves(role, graph, op, found)
+        cuts = {
+            strategy.key: set().union(
+                *(roots_of(graph, n) for n, p in zip(op.inputs, strategy.inputs, strict=True) if isinstance(p, Split))
+            )
+            for strategy in found
+        }
+        assert left and all(cuts[strategy.key] <= experts for strategy in left), (op, left)
+        num_dropped += len(found) - len(left)
+    assert num_dropped > 10
+
 
 # model: (devices, what is pinned, degrees of the model axes)
 CASES = [
