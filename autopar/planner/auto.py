@@ -167,6 +167,9 @@ class _Auto:
         heapq.heappush(self.heap, entry)
 
     def _with_layouts(self, entry: _Entry, chain: Chain) -> None:
+        if len(self.problem.model_axes(entry.shape.tensor)) > 1:
+            # One axis is laid out given the other, so only the floor holds for all their layouts.
+            self.open_bound_s = min(self.open_bound_s, entry.bound_s)
         bound_s = self.floors.chain_s(entry.shape, chain)
         if bound_s < math.inf:
             self._push(replace(entry, bound_s=max(entry.bound_s, bound_s), chain=chain))

@@ -19,7 +19,7 @@ import numpy as np
 from ..cluster.spec import Cluster, Device
 from ..cost.types import StageCost
 from ..graph import Graph, Op
-from ..plan import Layout, Plan, Recompute
+from ..plan import Plan, Recompute
 from ..schedule.orders import schedule_named
 from ..sharding.batch import BatchLayout, batch_layout
 from ..sharding.strategies import strategies
@@ -30,6 +30,7 @@ from .constraints import SEARCHED_ZEROS, Constraints, Space
 from .pins import Pins
 from .refusals import check_pins
 from .roles import MOST_AXES, ModelAxis, can_be_axes, leaves, model_axes
+from .shapes import Chain, Shape
 
 # Share of a device's memory that plans leave free for what the cost model does not count: the CUDA context, NCCL's
 # buffers, fragmentation of the allocator. An assumption; memory_limit_bytes= overrules it.
@@ -45,65 +46,6 @@ class Costs(Protocol):
     """
 
     def stage(self, plan: Plan, index: int) -> StageCost: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """A plan without its stages."""
-
-    pipeline: int
-    data: int
-    tensor: int
-    microbatches: int
-    schedule: str
-    zero: int
-
-    @property
-    def shards(self) -> int:
-        """How many ways the batch is cut: over the data axis, then in time."""
-        return self.data * self.microbatches
-
-    def ranks(self, stage: int) -> tuple[int, ...]:
-        """Ranks of a stage: tensor innermost, then data, pipeline outermost."""
-        width = self.data * self.tensor
-        return tuple(range(stage * width, (stage + 1) * width))
-
-    @property
-    def group(self) -> tuple[int, int, int, int]:
-        """What the table of candidates has one row for."""
-        return (self.pipeline, self.data, self.tensor, self.zero)
-
-    def __str__(self) -> str:
-        return (
-            f"pipeline {self.pipeline} x data {self.data} x tensor {self.tensor}, {self.microbatches} "
-            f"microbatch{'es' if self.microbatches > 1 else ''}, {self.schedule}, zero {self.zero}"
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Chain:
-    """Layouts of all blocks on the model axis, neighbours agreeing at their boundary; () where there is no such axis.
-
-    unique: the distinct layouts; index: per block, which of them; inner: the same on a second axis inside of it.
-    """
-
-    unique: tuple[Layout, ...] = ()
-    index: tuple[int, ...] = ()
-    inner: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, layouts: Sequence[Layout], inner: Sequence[Layout] = ()) -> Chain:
-        order = {layout: i for i, layout in enumerate(dict.fromkeys((*layouts, *inner)))}
-        return cls(tuple(order), *(tuple(order[layout] for layout in row) for row in (layouts, inner)))
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """Degrees of the model axes, outermost first."""
-        return tuple(self.unique[row[0]].degree for row in (self.index, self.inner) if row)
-
-    def rows(self, start: int = 0, stop: int | None = None) -> tuple[tuple[int, ...], ...]:
-        """Of each model axis, which layouts blocks [start, stop) have."""
-        return tuple(row[start:stop] for row in (self.index, self.inner) if row)
 
 
 class ChainSource(Protocol):
