@@ -119,9 +119,8 @@ class AxisPrices:
                 gather_s = collective_s(cluster, "all_gather", size, ranks, corrections)
                 each_s = 2 * seen * (gather_s - collective_s(cluster, "all_gather", 0.0, ranks, corrections))
                 scatter_s = collective_s(cluster, "reduce_scatter", size, ranks, corrections)
-                step_s += (seen if self._model.constants.scatter_hides else 1.0) * (
-                    scatter_s - collective_s(cluster, "reduce_scatter", 0.0, ranks, corrections)
-                )
+                scatter_s -= collective_s(cluster, "reduce_scatter", 0.0, ranks, corrections)
+                step_s += scatter_s * (seen if self._model.constants.scatter_hides else 1.0)
             else:
                 step_s += seen * (collective_s(cluster, "all_reduce", size, ranks, corrections) - latency_s)
         return each_s + step_s / self.shape.microbatches
