@@ -78,6 +78,8 @@ class Pieces:
         outer, inner = _pairs(members)
         self.outer, self.inner = outer, inner
         self.inside = (members[outer] - members[inner]).astype(np.float64)
+        source, target = (self.inside[:, [getattr(e, end) for e in dag.edges]] for end in ("source", "target"))
+        self.arrives, self.leaves = target * (1 - source), source * (1 - target)
         tables = [self._at_degree(t) for t in self.degrees]
         self.base_s, self.resync_s, self.fits_fast, self.fits = (
             np.stack([table[i] for table in tables], axis=1) for i in range(4)
@@ -130,16 +132,12 @@ class Pieces:
         return base_s, resync_s, fits_fast, fits
 
     def _edge_bytes(self, t: int, legal: np.ndarray) -> np.ndarray:
-        comm = np.zeros(len(self.inside))
+        arriving, leaving = np.zeros(len(self.dag.edges)), np.zeros(len(self.dag.edges))
         for e, edge in enumerate(self.dag.edges):
-            source, target = self.inside[:, edge.source], self.inside[:, edge.target]
-            if legal[edge.target]:
-                at = self.dag.layers[edge.target].at[t]
-                comm += 2 * (edge.size_bytes + at.edge_bytes[e]) * target * (1 - source)
-            if legal[edge.source]:
-                at = self.dag.layers[edge.source].at[t]
-                comm += 2 * (edge.size_bytes + at.edge_bytes[e]) * source * (1 - target)
-        return comm
+            for sizes, layer in ((arriving, edge.target), (leaving, edge.source)):
+                if legal[layer]:
+                    sizes[e] = 2 * (edge.size_bytes + self.dag.layers[layer].at[t].edge_bytes[e])
+        return self.arrives @ arriving + self.leaves @ leaving
 
     # -- swapped choices
 
