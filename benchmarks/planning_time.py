@@ -2,6 +2,8 @@
 
     python benchmarks/planning_time.py                      all instances, five searches each
     python benchmarks/planning_time.py llama-3-8b --runs 1  one of them, once
+    python benchmarks/planning_time.py --piper FOLDER       Piper's own inputs, against the times of its own program:
+                                                            FOLDER has bert32a100.json and optima.csv
 
 Models are built from configs on the meta device, so neither weights nor devices are needed. Capture does not count.
 Each instance has a process of its own, so that its peak memory is its own; torch and transformers are part of it.
@@ -10,6 +12,7 @@ Each instance has a process of its own, so that its peak memory is its own; torc
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import resource
@@ -29,6 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from autopar import capture  # noqa: E402
 from autopar.cluster.spec import Cluster  # noqa: E402
+from autopar.planner.inputs.layer_dag import LayerMachine  # noqa: E402
+from autopar.planner.inputs.piper_json import read_piper  # noqa: E402
+from autopar.planner.methods.piper_dag import piper_dag  # noqa: E402
 from autopar.planner.search import search  # noqa: E402
 
 Built = tuple[nn.Module, dict[str, torch.Tensor]]
@@ -152,12 +158,41 @@ def measure(instance: Instance, runs: int) -> dict[str, Any]:
     }
 
 
+def piper_rows(folder: Path, runs: int) -> None:
+    """Print each row of Piper's table: seconds and optimum of its program, and of ours."""
+    dag, _ = read_piper(folder / "bert32a100.json")
+    print(f"{'devices':>7} {'GiB':>4} {'median':>9} {'its own':>9} {'ratio':>6}  optimum against its own")
+    for row in csv.DictReader((folder / "optima.csv").open()):
+        devices, memory_gib = int(row["devices"]), float(row["memory_GiB"])
+        bandwidth = float(row["bandwidth_GiB_per_s"]) * 2**30
+        machine = LayerMachine(devices, memory_gib * 2**30, bandwidth, int(row["microbatches"]))
+        seconds, plan = [], None
+        for _ in range(runs):
+            begin = time.process_time()
+            plan = piper_dag(dag, machine)
+            seconds.append(time.process_time() - begin)
+        median_s, theirs_s, wanted_s = (
+            statistics.median(seconds),
+            float(row["planner_s"]),
+            float(row["time_per_sample"]),
+        )
+        if plan is None or wanted_s < 0:
+            same = "nothing fits" if plan is None and wanted_s < 0 else f"{plan} against {wanted_s}"
+        else:
+            same = f"{plan.time_s / wanted_s - 1:+.4%}"
+        print(f"{devices:7} {memory_gib:4g} {median_s:7.4f} s {theirs_s:7.4f} s {median_s / theirs_s:6.2f}  {same}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("instances", nargs="*", choices=[[], *INSTANCES], help="by default all")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--here", action="store_true", help="measure one instance in this process, print JSON")
+    parser.add_argument("--piper", type=Path, metavar="FOLDER", help="rows of Piper's table instead")
     given = parser.parse_args()
+    if given.piper is not None:
+        piper_rows(given.piper, given.runs)
+        return
     if given.here:
         print(json.dumps(measure(INSTANCES[given.instances[0]], given.runs)))
         return
