@@ -162,7 +162,10 @@ def _arrived(reducer: ref[GradientReducer], slot: int, position: int, leaf: Tens
     """A hook is no path for Python's collector: one that held the reducer would keep it, its leaves and its buckets for good."""
     found = reducer()
     assert found is not None
-    found._arrive(slot, position, leaf)
+    # Autograd calls also where it has come by a leaf with nothing: a weight that stood by for a conversion's backward
+    # (runtime/overlap.py), and whose product the loss does not depend on.
+    if leaf.grad is not None:
+        found._arrive(slot, position, leaf)
 
 
 def _bucketed(summands: Sequence[Summand], bucket_bytes: int) -> list[list[Summand]]:
