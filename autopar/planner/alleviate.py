@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..plan import Candidate, Plan, Prediction
@@ -88,6 +88,11 @@ def alleviated(problem: Problem, plan: Plan, others: Sequence[Plan], spent_s: fl
             for row in plan.candidates
         )
         return replace(plan, candidates=tuple(rows))
+    return chosen_over(plan, best, short)
+
+
+def chosen_over(plan: Plan, best: Found, short: str) -> Plan:
+    """The plan that beats `plan`, with that and its candidates behind it. short: what ended the search early, in words."""
     found = best.judged.plan
     prediction = Prediction(best.time_s, max(best.judged.peaks_bytes))
     chosen = Candidate(plan_in_words(found), best.time_s, prediction.peak_memory_bytes, f"chosen{short}")
@@ -152,18 +157,32 @@ class Alleviation:
         self.best_s = min((one.time_s for one in given if one.fits), default=math.inf)
         if is_small(self.problem):
             for sketch, judged in search_wide(self.problem, self.judge, self.best_s, self._is_late):
-                self._accept(Found(sketch, judged))
+                self.accept(Found(sketch, judged))
             if self.best is not None:
                 plans = [self.best.judged.plan, *plans]
-        starts = [found for plan in plans for found in self._starts(plan)]
-        for start in sorted(starts, key=_time)[:MAX_ROUNDS]:
-            for found in self._climb(start):
-                self._accept(found)
-            if self.is_over:
-                break
+        self._climb_all([found for plan in plans for found in self._starts(plan)])
         return self.best.judged.plan if self.best else None
 
-    def _accept(self, found: Found) -> None:
+    def run_from(self, sketches: Iterable[Sketch], best_s: float) -> Found | None:
+        """What is faster than `best_s`, from these pipelines, however their groups differ."""
+        self.best_s, starts = min(best_s, self.best_s), []
+        for sketch in sketches:
+            if self.is_over:
+                break
+            if sketch.key not in self._seen and (found := self._found(sketch, BACK_OFF * best_s)) is not None:
+                starts.append(found)
+        self._climb_all(starts)
+        return self.best
+
+    def _climb_all(self, starts: Sequence[Found]) -> None:
+        for start in sorted(starts, key=_time)[:MAX_ROUNDS]:
+            for found in self._climb(start):
+                self.accept(found)
+            if self.is_over:
+                break
+
+    def accept(self, found: Found) -> None:
+        """Keep a plan that fits if it is the best."""
         if found.time_s < self.best_s * (1 - TOLERANCE) and self._runs(found.judged.plan):
             self.best, self.best_s = found, found.time_s
 

@@ -20,6 +20,7 @@ from .broad import Broad
 from .candidates import MAX_CANDIDATES, TooLarge, Tried, conclude, nothing_fits
 from .constraints import SEARCHED_SCHEDULES
 from .floors import Floors
+from .mixed import with_unequal_stages
 from .pricing import StagePrices
 from .problem import Chain, Problem, Shape
 from .rewriting import with_rewrites
@@ -55,7 +56,8 @@ class _Entry:
 
 def auto(problem: Problem) -> Plan:
     """The best plan found: the exact search's, or on many devices that of planner/broad.py, changed by
-    planner/alleviate.py where that makes it faster; on clusters of unequal devices that of planner/unequal.py. ValueError,
+    planner/alleviate.py, rewritten by planner/rewriting.py, and with stages of different meshes (planner/mixed.py) where that
+    makes it faster; on clusters of unequal devices that of planner/unequal.py. ValueError,
     with the smallest plan found, when none fits."""
     if problem.cluster.hosts:
         if is_scheduled(problem):
@@ -66,7 +68,8 @@ def auto(problem: Problem) -> Plan:
         return unequal(problem)
     start_s = time.process_time()
     plan = _on_graph(problem)
-    return with_rewrites(problem, plan, _on_graph, time.process_time() - start_s)
+    plan = with_rewrites(problem, plan, _on_graph, time.process_time() - start_s)
+    return with_unequal_stages(problem, plan, time.process_time() - start_s)
 
 
 def _on_graph(problem: Problem) -> Plan:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from ..cost.model import CostModel
-from ..schedule.orders import SCHEDULES
+from ..schedule.orders import SCHEDULES, schedule_named
 from .judge import Judge, Judged
 from .problem import Problem, Shape
 from .sketch import Sketch, Team, changed
@@ -59,7 +59,7 @@ class Moves:
                     continue
                 stops = now.stops
                 if virtual != now.virtual:
-                    stops = self._balanced(now, judged, groups * virtual)
+                    stops = self._balanced(now, name, groups * virtual)
                 other = replace(now, schedule=name, stops=stops)
                 if chosen.splits_backward and any(team.zero for team in now.teams):
                     if self.problem.constraints.zero:
@@ -133,16 +133,21 @@ class Moves:
             for cut in range(len(now.stops) - 1):
                 for shift in (1, -1):
                     yield tuple(stop + (shift if s == cut else 0) for s, stop in enumerate(now.stops))
-        yield self._balanced(now, judged, len(now.stops))
+        yield self._balanced(now, now.schedule, len(now.stops))
 
-    def _balanced(self, now: Sketch, judged: Judged, num_stages: int) -> tuple[int, ...]:
-        return balanced(self.block_s(now), num_stages)
+    def _balanced(self, now: Sketch, schedule: str, num_stages: int) -> tuple[int, ...]:
+        """Where so many stages end whose slowest is as fast as can be, each on the group that the schedule runs it on."""
+        chosen, weights = schedule_named(schedule), [self.block_s(now, team) for team in now.teams]
+        if all(one is weights[0] for one in weights):
+            return balanced(weights[0], num_stages)
+        groups = len(now.teams)
+        return balanced_over([weights[chosen.group_of(s, groups)] for s in range(num_stages)])
 
-    def block_s(self, now: Sketch) -> list[float]:
-        """Forward and backward of every block on the first group, as a stage of its own."""
-        graph, team = self.problem.graph, now.teams[0]
+    def block_s(self, now: Sketch, team: Team) -> list[float]:
+        """Forward and backward of every block on a group, as a stage of its own."""
+        graph = self.problem.graph
         num_blocks = len(graph.blocks)
-        key = (id(team.rows), team.data, team.axes, now.microbatches)
+        key = (id(team.rows), team.data, team.axes, team.shares, now.microbatches)
         if key not in self._weights:
             known: dict[tuple, float] = {}
             found = []
@@ -177,12 +182,20 @@ class Moves:
 
 
 def balanced(weights: Sequence[float], num_parts: int) -> tuple[int, ...]:
-    """Ends of `num_parts` runs, none empty, whose heaviest weighs least: bisection over what a run may weigh."""
-    low, high = max(weights), sum(weights)
-    best = _filled(weights, num_parts, high)
+    """Ends of `num_parts` runs, none empty, whose heaviest weighs least."""
+    return balanced_over([weights] * num_parts)
+
+
+def balanced_over(weights: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    """Ends of one run per row, none empty, whose heaviest weighs least: bisection over what a run may weigh.
+
+    weights: [part][item], what an item weighs in that part.
+    """
+    low, high = max(map(min, zip(*weights, strict=True))), max(map(sum, weights))
+    best = _filled(weights, high)
     for _ in range(40):
         middle = (low + high) / 2
-        found = _filled(weights, num_parts, middle)
+        found = _filled(weights, middle)
         if found is None:
             low = middle
         else:
@@ -191,17 +204,19 @@ def balanced(weights: Sequence[float], num_parts: int) -> tuple[int, ...]:
     return best
 
 
-def _filled(weights: Sequence[float], num_parts: int, most: float) -> tuple[int, ...] | None:
+def _filled(weights: Sequence[Sequence[float]], most: float) -> tuple[int, ...] | None:
     """Runs filled from the back, so that what is left over makes the first ones light; None if they do not hold all."""
-    stops, held_s, size = [len(weights)], 0.0, 0
-    for i in range(len(weights) - 1, -1, -1):
-        left = num_parts - len(stops)
-        if size and (held_s + weights[i] > most * (1 + 1e-12) or i + 1 <= left):
-            if left == 0:
+    part, held_s, size = len(weights) - 1, 0.0, 0
+    stops = [len(weights[0])]
+    for i in range(len(weights[0]) - 1, -1, -1):
+        if size and (held_s + weights[part][i] > most * (1 + 1e-12) or i + 1 <= part):
+            if part == 0:
                 return None
             stops.append(i + 1)
-            held_s, size = 0.0, 0
-        held_s, size = held_s + weights[i], size + 1
+            part, held_s, size = part - 1, 0.0, 0
+        if weights[part][i] > most * (1 + 1e-12):
+            return None
+        held_s, size = held_s + weights[part][i], size + 1
     return tuple(reversed(stops))
 
 

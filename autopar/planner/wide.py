@@ -93,7 +93,7 @@ def every_wide_plan(problem: Problem) -> Iterator[Plan]:
             if problem.pins.refusal(bare):
                 continue
             for chosen in itertools.product(choices, repeat=wide.num_stages):
-                yield _recomputing(bare, dict(enumerate(chosen)))
+                yield recomputing(bare, dict(enumerate(chosen)))
 
 
 def count_wide_plans(problem: Problem) -> int:
@@ -103,7 +103,7 @@ def count_wide_plans(problem: Problem) -> int:
     return sum(math.comb(num_blocks - 1, stages - 1) * ways**stages for stages in counts)
 
 
-def _recomputing(plan: Plan, chosen: dict[int, Recompute]) -> Plan:
+def recomputing(plan: Plan, chosen: dict[int, Recompute]) -> Plan:
     stages = list(plan.stages)
     for s, choice in chosen.items():
         stages[s] = replace(stages[s], recompute=same_recompute(choice, stages[s].num_blocks))
@@ -122,16 +122,16 @@ def search_wide(
             bare = sketch.plan(problem.graph)
             if problem.pins.refusal(bare):
                 continue
-            for judged in _least(problem, judge, bare, below_s):
+            for judged in least_recomputing(problem, judge, bare, below_s):
                 if judged.time_s < below_s:
                     below_s = judged.time_s
                     yield sketch, judged
 
 
-def _least(problem: Problem, judge: Judge, bare: Plan, below_s: float) -> Iterator[Judged]:
+def least_recomputing(problem: Problem, judge: Judge, bare: Plan, below_s: float) -> Iterator[Judged]:
     """The plan with every choice of recomputation that may be best."""
     choices = recompute_choices(problem)
-    judged = judge(_recomputing(bare, dict.fromkeys(range(len(bare.stages)), choices[0])))
+    judged = judge(recomputing(bare, dict.fromkeys(range(len(bare.stages)), choices[0])))
     if judged.floor_s >= below_s:
         return
     if judged.fits:
@@ -140,7 +140,7 @@ def _least(problem: Problem, judge: Judge, bare: Plan, below_s: float) -> Iterat
     ways = [_least_of_group(judge, judged, group, choices) for group in range(len(judged.members))]
     for combined in itertools.product(*ways):
         chosen = {s: choice for way in combined for s, choice in way.items()}
-        yield judge(_recomputing(judged.plan, chosen))
+        yield judge(recomputing(judged.plan, chosen))
 
 
 def _least_of_group(
@@ -150,7 +150,7 @@ def _least_of_group(
     members = judged.members[group]
     if judged.peaks_bytes[group] <= judged.limit_bytes:
         return [dict.fromkeys(members, choices[0])]
-    costs = {(s, choice): judge.cost(_recomputing(judged.plan, {s: choice}), s) for s in members for choice in choices}
+    costs = {(s, choice): judge.cost(recomputing(judged.plan, {s: choice}), s) for s in members for choice in choices}
     levels = sorted(itertools.product(range(len(choices)), repeat=len(members)), key=lambda level: (sum(level), level))
     least: list[tuple[int, ...]] = []
     for level in levels:

@@ -1,7 +1,8 @@
 """The oracle: simulate every plan of the space. For small cases, and for the tests of the searches that are clever.
 
-The space is the wide one of planner/wide.py where the problem is small and its plans are no more than MAX_PLANS; else that
-of the exact search: 1F1B and GPipe, ZeRO 0 and 3, recomputation "none" or "full" for each stage.
+The space is the wide one of planner/wide.py, on up to 4 devices with that of unlike stages (planner/wide_mixes.py), where
+the problem is small and its plans are no more than MAX_PLANS; else that of the exact search: 1F1B and GPipe, ZeRO 0 and 3,
+recomputation "none" or "full" for each stage.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ...simulate import simulate
 from ..pricing import Piece, assemble
 from ..problem import Problem
 from ..wide import count_wide_plans, every_wide_plan, is_small
+from ..wide_mixes import count_mixed_plans, every_mixed_plan
 
 # About ten minutes of simulation; beyond it the method is not the right one.
 MAX_PLANS = 200_000
@@ -71,9 +73,9 @@ def exhaustive(problem: Problem) -> Plan:
 def the_space(problem: Problem) -> tuple[int, Iterator[Plan]]:
     """How many plans would be simulated, and these."""
     if is_small(problem):
-        num_plans = count_wide_plans(problem)
+        num_plans = count_wide_plans(problem) + count_mixed_plans(problem)
         if num_plans <= MAX_PLANS:
-            return num_plans, every_wide_plan(problem)
+            return num_plans, itertools.chain(every_wide_plan(problem), every_mixed_plan(problem))
     return count_plans(problem), every_plan(problem)
 
 
