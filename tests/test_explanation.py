@@ -103,7 +103,7 @@ def test_common_words_name_what_layouts_do():
         ({"tensor": 2, "data": 2, "zero": 3, "layout": {"*attn": "sequence"}}, r"data 2 with ZeRO 3; .*context 2 by "),
         ({"tensor": 2, "layout": {"*attn": "heads", "*_proj": "sequence"}}, r"context 2 by all-to-all of heads"),
         (
-            {"tensor": 1, "pipeline": 2, "recompute": "full"},
+            {"data": 2, "tensor": 1, "pipeline": 2, "recompute": "full"},
             r"pipeline 2 \((1F1B|GPipe|ZB-H1)\); data 2; full recomputation",
         ),
     ]

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest import mock
+
 import pytest
 import torch
 from test_parity import call, errors
 from torch import nn
 
 import autopar
-from autopar.capture.rewrites import rewritten
+from autopar.capture.rewrites import find_rewrites, rewritten
 from autopar.cluster.presets import preset
+from autopar.cost.model import CostModel
+from autopar.planner import rewriting
+from autopar.planner.auto import auto
+from autopar.planner.chains import LayoutChains
+from autopar.planner.problem import Constraints, Problem
+from autopar.planner.rewriting import with_rewrites
+from autopar.planner.rewriting_once import LEAST_SHARE, most_saved_s
 from autopar.simulate import simulate
 
 
@@ -45,6 +55,42 @@ def test_products_are_joined_where_that_is_faster(pins) -> None:
     assert line.step_time_s == pytest.approx(plan.prediction.step_time_s, rel=1e-9)
     assert max(line.peak_memory_bytes.values()) == plan.prediction.peak_memory_bytes
     assert [row.verdict for row in plan.candidates][0] == "chosen" and plan.prediction.lower_bound_s is None
+
+
+@pytest.mark.parametrize("pins", [{}, {"tensor": 2, "pipeline": 2}])
+def test_on_many_devices_all_together_in_the_shape_of_the_plan(pins) -> None:
+    """Small products gain; no more than the bound says."""
+    graph, cluster = autopar.capture(*pairs()), preset("a100-40gb", 2, 8)
+    plan = autopar.search(graph, cluster, progress=False, **pins)
+    plain = autopar.search(graph, cluster, progress=False, rewrites=False, **pins)
+    problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), Constraints(**pins))
+    gain_s = plain.prediction.step_time_s - plan.prediction.step_time_s
+    assert plan.rewrites and 0.05 * plain.prediction.step_time_s < gain_s
+    assert gain_s <= most_saved_s(problem, plain, find_rewrites(graph))
+    plan.validate(graph, cluster)
+    line = simulate(rewritten(graph, plan.rewrites), plan, cluster)
+    assert line.step_time_s == pytest.approx(plan.prediction.step_time_s, rel=1e-9)
+    assert max(line.peak_memory_bytes.values()) == plan.prediction.peak_memory_bytes
+    assert plan.candidates[0].verdict == "chosen" and any(
+        "as it was captured" in row.verdict for row in plan.candidates
+    )
+
+
+def test_on_many_devices_large_products_are_left_as_they_are() -> None:
+    """Without making the rewritten graph."""
+    with torch.device("meta"):
+        graph = autopar.capture(Pairs(8192, 2), torch.randn(65536, 8192))
+    cluster = preset("a100-80gb", 2, 8)
+    problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains())
+    plan = auto(replace(problem, constraints=Constraints(rewrites=False)))
+    groups = [group for group in find_rewrites(graph) if group[0].startswith("merge-parallel")]
+    assert groups and most_saved_s(problem, plan, groups) < LEAST_SHARE * plan.prediction.step_time_s
+    with (
+        mock.patch.object(rewriting, "find_rewrites", lambda graph: groups),
+        mock.patch.object(rewriting, "rewritten") as made,
+    ):
+        assert with_rewrites(problem, plan, auto, 1.0) is plan
+    made.assert_not_called()
 
 
 def test_what_is_pinned_by_name_keeps_its_graph() -> None:

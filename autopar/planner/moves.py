@@ -59,7 +59,7 @@ class Moves:
                     continue
                 stops = now.stops
                 if virtual != now.virtual:
-                    stops = self._balanced(now, name, groups * virtual)
+                    stops = self.balanced_stops(now, name, groups * virtual)
                 other = replace(now, schedule=name, stops=stops)
                 if chosen.splits_backward and any(team.zero for team in now.teams):
                     if self.problem.constraints.zero:
@@ -133,9 +133,9 @@ class Moves:
             for cut in range(len(now.stops) - 1):
                 for shift in (1, -1):
                     yield tuple(stop + (shift if s == cut else 0) for s, stop in enumerate(now.stops))
-        yield self._balanced(now, now.schedule, len(now.stops))
+        yield self.balanced_stops(now, now.schedule, len(now.stops))
 
-    def _balanced(self, now: Sketch, schedule: str, num_stages: int) -> tuple[int, ...]:
+    def balanced_stops(self, now: Sketch, schedule: str, num_stages: int) -> tuple[int, ...]:
         """Where so many stages end whose slowest is as fast as can be, each on the group that the schedule runs it on."""
         chosen, weights = schedule_named(schedule), [self.block_s(now, team) for team in now.teams]
         if all(one is weights[0] for one in weights):

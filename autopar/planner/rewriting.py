@@ -7,7 +7,8 @@ search, in the degrees and microbatches of the best plan so far, as what joining
 split (Unger et al., "Unity", OSDI 2022; planner/methods/unity.py searches other degrees too). Meshes that differ by stage
 are left as they are, and so are graphs whose modules are pinned by name.
 
-Only on few devices: on many, products are large, and what a rewrite saves is small against the time to plan anew.
+On many devices products are large, and what a rewrite saves is small against the time to plan anew: there all groups are
+tried together only, in the shape of the plan that was found, if they can be worth it (planner/rewriting_once.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from ..capture.rewrites import find_rewrites, rewritten
 from ..cost.model import CostModel
@@ -24,6 +26,7 @@ from ..plan import Plan, Prediction
 from .chains import LayoutChains
 from .constraints import SEARCHED_SCHEDULES
 from .problem import Costs, Problem
+from .rewriting_once import LEAST_SHARE, most_saved_s, planned_alike, rewriting_s
 
 # Process seconds that it takes at most: so many, or as long as the search before it.
 LIMIT_S = 1.0
@@ -38,19 +41,22 @@ def with_rewrites(problem: Problem, plan: Plan, search: Callable[[Problem], Plan
     """
     pinned = problem.constraints
     is_alike = len({(stage.data, stage.tensor) for stage in plan.stages}) == 1
-    if problem.is_large or not isinstance(problem.costs, CostModel) or not is_alike:
+    if not isinstance(problem.costs, CostModel) or not is_alike:
         return plan
     if pinned.rewrites is False or pinned.layout or pinned.stage:
         return plan
     groups, seen = find_rewrites(problem.graph), {problem.graph.fingerprint}
     best, ends_s = plan, time.process_time() + max(LIMIT_S, spent_s)
+    tries = ([groups] if len(groups) > 1 else []) + [[group] for group in groups]
+    if problem.is_large:
+        tries = [groups] if groups and _may_pay(problem, plan, groups) else []
     try:
-        for more in ([groups] if len(groups) > 1 else []) + [[group] for group in groups]:
+        for more in tries:
             rewrites, graph = _applied(problem.graph, best.rewrites, more)
             if graph.fingerprint in seen:
                 continue
             seen.add(graph.fingerprint)
-            found = _planned(problem, graph, best, search)
+            found = (planned_alike if problem.is_large else partial(_planned, search))(problem, graph, best)
             if found is not None and _time_s(found) < _time_s(best) * (1 - LEAST_GAIN):
                 best = replace(found, rewrites=rewrites)
             if time.process_time() >= ends_s or problem.budget.expired():
@@ -67,6 +73,13 @@ def with_rewrites(problem: Problem, plan: Plan, search: Callable[[Problem], Plan
     return replace(best, prediction=prediction, candidates=(chosen, *before))
 
 
+def _may_pay(problem: Problem, plan: Plan, groups: Sequence[tuple[str, ...]]) -> bool:
+    """Whether rewrites can save enough of the step, and there is time to make the graph."""
+    if min(LIMIT_S, problem.budget.left_s) < rewriting_s(problem.graph, groups) or problem.budget.expired():
+        return False
+    return most_saved_s(problem, plan, groups) >= LEAST_SHARE * _time_s(plan)
+
+
 def _applied(graph: Graph, done: tuple[str, ...], more: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], Graph]:
     """Rewrites and the graph that they make: those done, and of `more` each group that still has its place."""
     made = rewritten(graph, done)
@@ -78,7 +91,7 @@ def _applied(graph: Graph, done: tuple[str, ...], more: Sequence[tuple[str, ...]
     return done, made
 
 
-def _planned(problem: Problem, graph: Graph, best: Plan, search: Callable[[Problem], Plan]) -> Plan | None:
+def _planned(search: Callable[[Problem], Plan], problem: Problem, graph: Graph, best: Plan) -> Plan | None:
     """The best plan of a rewritten graph in the degrees of `best`; None where none is legal or fits."""
     stage, pinned = best.stages[0], problem.constraints
     besides = math.prod(degree for _, degree in pinned.roles)

@@ -35,8 +35,8 @@ class Residency:
         fixed = 0
         column: list[list[int]] = [[], [], [], [], []]
         for cost in costs:
-            # Where gradients are reduced over data they have buffers, which stay from step to step.
-            stays = cost.reduce_s > 0
+            # Gradients that have buffers stay from step to step.
+            stays = cost.has_gradient_buffers
             fixed += cost.parameter_bytes + cost.optimizer_bytes + (cost.gradient_bytes if stays else 0)
             column[0].append(cost.activation_bytes)
             column[1].append(cost.deferred_bytes)
