@@ -130,12 +130,19 @@ def differences(old: Plan, new: Plan) -> str:
 
 
 class Alleviation:
-    def __init__(self, problem: Problem, limit_s: float = math.inf, moves: Sequence[Move] = CHEAP + DEAR) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        limit_s: float = math.inf,
+        moves: Sequence[Move] = CHEAP + DEAR,
+        judge: Judge | None = None,
+    ) -> None:
         self.problem, self._all_moves = problem, moves
-        self.judge = Judge(problem)
+        self.judge = judge or Judge(problem)
         self.relief = Relief(self.judge)
         self.moves = Moves(problem, self.judge)
         self.best: Found | None = None
+        self.best_s = math.inf
         self._ends_s = time.process_time() + limit_s
         self._seen: dict[tuple, Found | None] = {}
         # Keys name rows by identity, so these must live as long.

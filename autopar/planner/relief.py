@@ -89,7 +89,7 @@ class Relief:
                     whole[s] = stage
                 now = replace(plan, stages=tuple(whole))
                 costs = [self.judge.cost(now, s) for s in members]
-                known[count] = stages, costs, self.judge.peak_bytes(plan, group, costs)
+                known[count] = stages, costs, self.judge.peak_bytes(now, group, costs)
             return known[count][2]
 
         low, high, limit = 0, len(upgrades), judged.limit_bytes

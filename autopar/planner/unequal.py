@@ -10,6 +10,8 @@ bound; and where that does not, its pipelines are walked (planner/unequal_walk.p
 is left out. In others a walk has a number of visits, and numbers of microbatches beyond one that led to nothing better are
 left; then the gap between the best plan and the least bound of what was left out is told.
 
+At the end the best plan is changed by moves (planner/unequal_moves.py).
+
 On small clusters the plans of Metis, of Whale, and of the exact search for what all devices have in common are where it
 starts from.
 """
@@ -26,6 +28,7 @@ from .candidates import MAX_CANDIDATES
 from .problem import Problem
 from .stages import TOLERANCE
 from .unequal_bounds import Bounds
+from .unequal_moves import alleviated_on_ranks
 from .unequal_room import Room
 from .unequal_walk import Judge, Walk, improve
 from .unequal_ways import WayFinder
@@ -76,6 +79,7 @@ class _Unequal:
                 raise budget.no_plan("auto")
             return self._nothing_fits()
         self._other_schedule()
+        self._alleviate()
         return self._concluded()
 
     @property
@@ -174,6 +178,13 @@ class _Unequal:
         choices = ("1f1b", "gpipe")
         if self.problem.constraints.schedule is None and best.schedule in choices and best.microbatches > 1:
             self.judge.offer(replace(best, schedule="gpipe" if best.schedule == "1f1b" else "1f1b", prediction=None))
+
+    def _alleviate(self) -> None:
+        """Change the best plan by moves."""
+        if not self._expired:
+            found = alleviated_on_ranks(self.problem, self.judge.best)
+            if found is not None:
+                self.judge.offer(replace(found, prediction=None))
 
     def _nothing_fits(self) -> Plan:
         """Where what all devices have in common has a plan, that one; else the error that names the smallest of these."""

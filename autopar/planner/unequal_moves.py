@@ -1,0 +1,86 @@
+"""Bottleneck alleviation on clusters of unequal devices: the moves of planner/alleviate.py, from the best plan of the walks.
+
+Groups keep their devices and meshes; schedules, ZeRO by group, microbatches, cuts, and recomputation block by block are what
+moves change. Stages are priced by the devices of their very ranks, and each rank's peak is held against its own device:
+what it has above (below) its limit counts as above (below) the least limit of all, so that what fits there fits here.
+"""
+
+from __future__ import annotations
+
+from ..cost.mixed import rank_classes
+from ..cost.types import StageCost
+from ..plan import Plan
+from ..schedule.residency import residency
+from .alleviate import Alleviation
+from .judge import Judge
+from .meshes import Mesh, MeshLayouts, team_of
+from .moves import CHEAP
+from .problem import Problem
+from .sketch import Sketch
+
+# Process seconds that it takes at most.
+LIMIT_S = 0.5
+
+
+class RanksJudge(Judge):
+    """As `Judge`, where devices differ."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._of_ranks: dict[tuple, StageCost] = {}
+
+    def peak_bytes(self, plan: Plan, group: int, costs: list[StageCost]) -> int:
+        """The peak of the rank that has least left, counted so that the problem's limit is its own."""
+        problem, members = self.problem, [s for s, stage in enumerate(plan.stages) if stage.ranks == plan.groups[group]]
+        held = residency(plan.schedule, plan.pipeline, plan.microbatches, len(members), group)
+        found = []
+        for one in rank_classes(problem.cluster, plan.stages[members[0]]):
+            own = [self._cost(plan, s, one.ranks[0]) for s in members]
+            room_bytes = min(map(problem.memory_limit_of, one.ranks)) - problem.memory_limit_bytes
+            found.append(held.peak_bytes(own) - room_bytes)
+        return max(found)
+
+    def cost(self, plan: Plan, s: int) -> StageCost:
+        return self._cost(plan, s, None)
+
+    def _cost(self, plan: Plan, s: int, rank: int | None) -> StageCost:
+        stage = plan.stages[s]
+        following = plan.stages[s + 1] if s + 1 < len(plan.stages) else None
+        layouts = tuple(self.number(plan.layouts[i]) for row in stage.layouts for i in row)
+        after = (following.ranks, following.data, following.axes, following.shares) if following else None
+        first = all(other.ranks != stage.ranks for other in plan.stages[:s])
+        key = (
+            stage.start, stage.stop, stage.ranks, stage.data, stage.axes, stage.shares, stage.zero, stage.zero_group,
+            stage.recompute, layouts, after, first, plan.microbatches, rank,
+        )  # fmt: skip
+        if self._shared or key not in self._of_ranks:
+            costs = self.problem.costs
+            self._of_ranks[key] = costs.stage(plan, s) if rank is None else costs.of_rank(plan, s, rank)
+        return self._of_ranks[key]
+
+
+def alleviated_on_ranks(problem: Problem, plan: Plan) -> Plan | None:
+    """A plan faster than `plan`, which has its prediction; None if none was found."""
+    sketch = _sketch(problem, plan)
+    if sketch is None:
+        return None
+    limit_s = min(LIMIT_S, problem.budget.left_s)
+    search = Alleviation(problem, limit_s, CHEAP, RanksJudge(problem))
+    found = search.run_from([sketch], plan.prediction.step_time_s)
+    return found.judged.plan if found is not None else None
+
+
+def _sketch(problem: Problem, plan: Plan) -> Sketch | None:
+    """The plan with the fastest layouts of each stage's mesh for all blocks; None where a stage has several model axes, or
+    a group several stages."""
+    if any(len(stage.axes) > 1 for stage in plan.stages) or plan.pipeline != len(plan.stages):
+        return None
+    layouts, teams = MeshLayouts(problem.as_equal), []
+    for stage in plan.stages:
+        mesh = Mesh(stage.data, stage.tensor, stage.shares)
+        try:
+            rows = layouts.fastest(mesh, plan.microbatches, stage.zero)
+        except ValueError:  # nothing is legal for so many shares of the batch
+            return None
+        teams.append(team_of(mesh, stage.ranks, rows, stage.zero))
+    return Sketch(tuple(stage.stop for stage in plan.stages), tuple(teams), plan.microbatches, plan.schedule)
