@@ -33,8 +33,9 @@ from .relief import Relief
 from .sketch import Sketch
 from .wide import is_small, search_wide
 
-# Process seconds that it takes at most, on problems that are not small: so many, or this share of those spent before.
-LIMIT_S, LIMIT_SHARE = 0.3, 0.1
+# Process seconds that it takes at most, on problems that are not small: so many, on few and on many devices, or this share of
+# those spent before.
+LIMIT_FEW_S, LIMIT_S, LIMIT_SHARE = 1.5, 0.3, 0.1
 # What has to be left of them for a move that solves for layouts.
 DEAR_S = 0.2
 # Plans whose times agree to this relative precision are equally good: sums of doubles in another order.
@@ -71,7 +72,8 @@ def alleviated(problem: Problem, plan: Plan, others: Sequence[Plan], spent_s: fl
     budget, best = problem.budget, None
     try:
         if not budget.expired():
-            limit_s = math.inf if is_small(problem) else max(LIMIT_S, LIMIT_SHARE * spent_s)
+            limit_s = max(LIMIT_S if problem.is_large else LIMIT_FEW_S, LIMIT_SHARE * spent_s)
+            limit_s = math.inf if is_small(problem) else limit_s
             search = Alleviation(problem, min(limit_s, budget.left_s))
             try:
                 search.run([plan, *others])
