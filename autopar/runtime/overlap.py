@@ -246,10 +246,10 @@ def _attached(
 
 def _name(call: Call) -> str:
     """The op's name between "aten." and the overload; "" where something else is called, or a tensor read for its type."""
-    function = call.function
-    if not isinstance(function, torch._ops.OpOverload) or function._overloadname == "other":
+    if not isinstance(call.function, torch._ops.OpOverload):
         return ""
-    return function._opname if function.namespace == "aten" else ""
+    namespace, name, overload = str(call.function).split(".")
+    return name if namespace == "aten" and overload != "other" else ""
 
 
 def _scheduled(calls: Sequence[Call]) -> list[Call]:
