@@ -30,7 +30,8 @@ from autopar.simulate import simulate
 @pytest.mark.parametrize("pins", [{}, {"pipeline": 2}], ids=str)
 def test_terms_sum_to_the_step_and_memory_to_the_peak(method, pins):
     on_ops = method in ("flexflow", "tofu", "whale", "unity")
-    problem = captured_problem("mlp", 2) if on_ops else small_problem(3, 4, num_blocks=4, batch_size=4)
+    devices = 2 if method == "exhaustive" else 4
+    problem = captured_problem("mlp", 2) if on_ops else small_problem(3, devices, num_blocks=4, batch_size=4)
     if on_ops and pins:
         return
     problem = pinned_problem(problem, **pins)
