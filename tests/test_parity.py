@@ -117,7 +117,9 @@ def test_loss_and_gradients(pool, name: str, world_size: int) -> None:
 @pytest.mark.parametrize(
     "name", ["build_llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("build_gpt2", "build_conv_net"))]
 )
-@pytest.mark.parametrize("zero,recompute", [(3, "none"), (3, "full"), (0, "full")])
+@pytest.mark.parametrize(
+    "zero,recompute", [(3, "full"), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((3, "none"), (0, "full")))]
+)
 def test_zero_and_recompute(pool, name: str, zero: int, recompute: str) -> None:
     plans = [
         dict(data=2, tensor=t, pipeline=p, microbatches=m, zero=zero, recompute=recompute, seed=7)
@@ -241,7 +243,9 @@ def ten_steps(name: str, plan: dict[str, Any]) -> tuple[list[float], list[float]
     return losses
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "build_llama" else n for n in MODELS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("build_llama", "build_gpt2") else n for n in MODELS]
+)
 def test_ten_optimizer_steps(pool, name: str) -> None:
     zero = {"build_llama": 3, "build_gpt2": 2, "build_mlp": 1}.get(name, 0)
     plan = dict(data=2, tensor=2, pipeline=2, microbatches=4, zero=zero, seed=3)

@@ -115,9 +115,11 @@ def test_offloaded_training_equals_one_process(pool):
     pool.run(train, 9, 2, 2, (0, 2, 3), 0, True, world_size=4)
 
 
-def test_hybrid_training_equals_one_process(pool):
-    pool.run(train, 7, 4, 1, (1, 2), 2, world_size=4)
-    pool.run(train, 8, 4, 2, (3,), 2, world_size=8)
+@pytest.mark.parametrize(
+    ("seed", "tensor", "levels"), [(7, 1, (1, 2, 3)), pytest.param(8, 2, (3,), marks=pytest.mark.slow)]
+)
+def test_hybrid_training_equals_one_process(pool, seed, tensor, levels):
+    pool.run(train, seed, 4, tensor, levels, 2, world_size=4 * tensor)
 
 
 def collectives(storage, case, axes, microbatches: int, order: str) -> dict[str, int]:
