@@ -73,7 +73,7 @@ Terms = list[int]  # columns whose sum is an indicator; [] stands for the consta
 class BlockProgram:
     """`model` as an integer program; `solve` may be called many times."""
 
-    def __init__(self, model: BlockModel, time_limit_s: float = 60.0) -> None:
+    def __init__(self, model: BlockModel, time_limit_s: float = 5.0) -> None:
         self.model = model
         self._time_s: list[float] = []
         self._bytes: list[float] = []
@@ -87,7 +87,8 @@ class BlockProgram:
         for keep in model.keeps:
             self._add_keep(keep)
         self._num_integer = sum(len(columns) for columns in self._columns)
-        self._load(time_limit_s)
+        self._time_limit_s = time_limit_s
+        self._load()
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -170,7 +171,7 @@ class BlockProgram:
             if keep.memory_bytes[name]:
                 self._add_payment(payers, (0.0, keep.memory_bytes[name]))
 
-    def _load(self, time_limit_s: float) -> None:
+    def _load(self) -> None:
         self._time = np.array(self._time_s)
         self._memory = np.array(self._bytes)
         self._upper_bounds = np.array(self._upper)
@@ -191,7 +192,7 @@ class BlockProgram:
         lp.a_matrix_.value_ = np.concatenate(values).astype(float)
         self._highs = highspy.Highs()
         for option, value in (
-            ("output_flag", False), ("threads", 1), ("time_limit", time_limit_s), ("mip_rel_gap", 0.0),
+            ("output_flag", False), ("threads", 1), ("mip_rel_gap", 0.0),
             ("mip_abs_gap", 1e-9), ("mip_feasibility_tolerance", 1e-9),
         ):  # fmt: skip
             assert self._highs.setOptionValue(option, value) == highspy.HighsStatus.kOk, option
@@ -208,13 +209,12 @@ class BlockProgram:
     ) -> Selection:
         """The cheapest selection; fixed[c] is the option that choice c must take.
 
-        memory_weight: seconds per byte. Raises `Infeasible` when there is none.
+        memory_weight: seconds per byte. Raises `Infeasible` when there is none, or none was found within the time limit.
         """
         unit = self._set_costs(memory_weight)
         self._set_bounds(fixed or {}, memory_limit_bytes)
         highs = self._highs
-        highs.run()
-        self._check(highs)
+        self._run()
         values = np.asarray(highs.getSolution().col_value)
         bound = highs.getInfo().objective_function_value * unit
         options = self._round(values)
@@ -229,8 +229,7 @@ class BlockProgram:
         kinds = np.full(self._num_integer, highspy.HighsVarType.kInteger.value, dtype=np.uint8)
         highs.changeColsIntegrality(self._num_integer, columns, kinds)
         try:
-            highs.run()
-            self._check(highs)
+            self._run()
             values = np.asarray(highs.getSolution().col_value)
             bound = highs.getInfo().mip_dual_bound * unit
             timed_out = highs.getModelStatus() == highspy.HighsModelStatus.kTimeLimit
@@ -263,14 +262,18 @@ class BlockProgram:
         limit = math.inf if memory_limit_bytes is None else memory_limit_bytes / self._byte_unit
         self._highs.changeRowBounds(len(self._rows), -math.inf, limit)
 
-    def _check(self, highs: highspy.Highs) -> None:
+    def _run(self) -> None:
+        highs = self._highs
+        # Its clock goes on from run to run.
+        highs.setOptionValue("time_limit", highs.getRunTime() + self._time_limit_s)
+        highs.run()
         status = highs.getModelStatus()
         if status in (highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible):
             raise Infeasible
         has_solution = highs.getInfo().primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
-        ended = status == highspy.HighsModelStatus.kOptimal or (
-            status == highspy.HighsModelStatus.kTimeLimit and has_solution
-        )
+        if status == highspy.HighsModelStatus.kTimeLimit and not has_solution:
+            raise Infeasible
+        ended = status in (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kTimeLimit)
         assert ended, f"HiGHS stopped with {highs.modelStatusToString(status)}"
 
     def _round(self, values: np.ndarray) -> tuple[int, ...]:
