@@ -13,7 +13,7 @@ from autopar.plan import Plan
 from autopar.planner.chains import LayoutChains
 from autopar.planner.conflicts import contradiction, items, only
 from autopar.planner.constraints import Constraints
-from autopar.planner.methods.exhaustive import every_plan
+from autopar.planner.methods.exhaustive import the_space
 from autopar.planner.pins import Pins
 from autopar.planner.problem import Problem
 from autopar.planner.search import METHODS, search
@@ -95,7 +95,7 @@ def test_pinned_stages_are_the_best_of_those_that_keep_them(pins):
         named = {f"layers.{block}": number for block, number in pins.items()}
         best_s = min(
             simulate(problem.graph, plan, problem.cluster, model=problem.costs).step_time_s
-            for plan in every_plan(problem)
+            for plan in the_space(problem)[1]
             if plan.pipeline > max(pins.values()) and keeps_stages(plan, pins)
         )
         for method in ("auto", "exhaustive"):
