@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.vs_torch import LOSS_TOLERANCE, build, timed  # noqa: E402
+from benchmarks.vs_torch import LOSS_TOLERANCE, add_sizes, build, timed  # noqa: E402
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "tensor": {
@@ -170,10 +170,7 @@ def main() -> None:
     parser.add_argument("--mbit", type=float, help="speed of the link between the ranks, Mbit/s each way")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--warm-up", type=int, default=5)
-    for key, size in (("layers", 6), ("hidden", 384), ("heads", 6), ("kv-heads", 2), ("feed-forward", 1024)):
-        parser.add_argument(f"--{key}", type=int, default=size)
-    for key, size in (("vocabulary", 256), ("sequence", 256), ("batch", 8)):
-        parser.add_argument(f"--{key}", type=int, default=size)
+    add_sizes(parser)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--master", default="127.0.0.1", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=29_587, help=argparse.SUPPRESS)

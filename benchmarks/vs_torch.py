@@ -325,11 +325,8 @@ def spawn(name: str, options: argparse.Namespace) -> dict[str, Any]:
         return results.get()
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"configurations: {', '.join(CONFIGURATIONS)} (default: all)")
-    parser.add_argument("--rounds", type=int, default=21, help="timed steps of each side")
-    parser.add_argument("--warm-up", type=int, default=5, help="steps before them")
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """What `build` needs."""
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--heads", type=int, default=6)
@@ -338,6 +335,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=256)
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8, help="rows of the global batch")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"configurations: {', '.join(CONFIGURATIONS)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=21, help="timed steps of each side")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps before them")
+    add_sizes(parser)
     parser.add_argument("--microbatches", type=int, default=4, help="of the pipeline")
     parser.add_argument("--shard-ends", action="store_true", help="by hand, also split embedding and head on tensor=2")
     parser.add_argument("--torch-only", action="store_true", help="run the hand-written sides alone")

@@ -149,12 +149,9 @@ class CostModel:
         forward, backward = pricer.conversion_actions(tensor, have, want)
         size = pricer.local(shards).size_bytes(tensor)
         seen = 1 - self.constants.tensor_overlap
-        wires = [
-            pricer.action_seconds(*way, size, ranks, way is backward) if way else (0.0, 0.0)
-            for way in (forward, backward)
-        ]
-        forward_s, backward_s = (seen * wire_s + copy_s for wire_s, copy_s in wires)
-        return forward_s, backward_s
+        wire_s, copy_s = pricer.action_seconds(*forward, size, ranks, False)
+        wire_back_s, copy_back_s = pricer.action_seconds(*backward, size, ranks, True) if backward else (0.0, 0.0)
+        return seen * wire_s + copy_s, seen * wire_back_s + copy_back_s
 
     # -- stages
 

@@ -31,7 +31,7 @@ from .moves import CHEAP, DEAR, Move, Moves
 from .problem import Problem
 from .relief import Relief
 from .sketch import Sketch
-from .wide import is_small, search_wide
+from .wide import all_wide_sketches, is_small, search_sketches
 
 # Process seconds that it takes at most, on problems that are not small: so many, on few and on many devices, or this share of
 # those spent before.
@@ -165,7 +165,8 @@ class Alleviation:
         given = [self.judge(plan) for plan in plans if self._keeps_schedule(plan)]
         self.best_s = min((one.time_s for one in given if one.fits), default=math.inf)
         if is_small(self.problem):
-            for sketch, judged in search_wide(self.problem, self.judge, self.best_s, self._is_late):
+            every = all_wide_sketches(self.problem)
+            for sketch, judged in search_sketches(self.problem, every, self.judge, self.best_s, self._is_late):
                 self.accept(Found(sketch, judged))
             if self.best is not None:
                 plans = [self.best.judged.plan, *plans]

@@ -24,7 +24,8 @@ from .mixes import Mixes
 from .problem import Problem
 from .rewriting import on_graph
 from .sketch import Sketch
-from .wide_mixes import is_tiny, search_mixed
+from .wide import search_sketches
+from .wide_mixes import is_tiny, mixed_sketches
 
 # Process seconds that it takes at most: on few devices and on many, or this share of those spent before.
 LIMIT_S, LIMIT_LARGE_S, LIMIT_SHARE = 1.5, 0.1, 0.06
@@ -55,7 +56,8 @@ def with_unequal_stages(problem: Problem, plan: Plan, spent_s: float) -> Plan:
             search.best_s = best.time_s if best else plan.prediction.step_time_s
             try:
                 if is_tiny(own):
-                    for sketch, judged in search_mixed(own, search.judge, search.best_s, budget.expired):
+                    every = mixed_sketches(own)
+                    for sketch, judged in search_sketches(own, every, search.judge, search.best_s, budget.expired):
                         search.accept(Found(sketch, judged))
                 search.run_from(_pipelines(search, plan, until_s), search.best_s)
             finally:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ..plan import Plan, Recompute, same_recompute
@@ -84,23 +84,36 @@ def _teams(shape: Shape, chain: Chain) -> tuple[Team, ...]:
     return tuple(Team(shape.ranks(g), shape.data, axes, rows, shape.zero) for g in range(shape.pipeline))
 
 
+def all_wide_sketches(problem: Problem) -> Iterator[Sketch]:
+    """Those of every shape, one shape after the other."""
+    return itertools.chain.from_iterable(wide_sketches(problem, wide) for wide in wide_shapes(problem))
+
+
 def every_wide_plan(problem: Problem) -> Iterator[Plan]:
     """All plans of the space, whether or not they fit in memory."""
+    return every_plan_of(problem, all_wide_sketches(problem))
+
+
+def every_plan_of(problem: Problem, sketches: Iterable[Sketch]) -> Iterator[Plan]:
+    """With every choice of recomputation for each stage, where pins allow the sketch."""
     choices = recompute_choices(problem)
-    for wide in wide_shapes(problem):
-        for sketch in wide_sketches(problem, wide):
-            bare = sketch.plan(problem.graph)
-            if problem.pins.refusal(bare):
-                continue
-            for chosen in itertools.product(choices, repeat=wide.num_stages):
-                yield recomputing(bare, dict(enumerate(chosen)))
+    for sketch in sketches:
+        bare = sketch.plan(problem.graph)
+        if problem.pins.refusal(bare):
+            continue
+        for chosen in itertools.product(choices, repeat=len(sketch.stops)):
+            yield recomputing(bare, dict(enumerate(chosen)))
 
 
 def count_wide_plans(problem: Problem) -> int:
     """Plans of the space, chains of layouts apart."""
+    return count_plans_of(problem, (wide.num_stages for wide in wide_shapes(problem)))
+
+
+def count_plans_of(problem: Problem, stage_counts: Iterable[int]) -> int:
+    """Ways to cut into so many stages, and to recompute each of them."""
     num_blocks, ways = len(problem.graph.blocks), len(recompute_choices(problem))
-    counts = (wide.num_stages for wide in wide_shapes(problem))
-    return sum(math.comb(num_blocks - 1, stages - 1) * ways**stages for stages in counts)
+    return sum(math.comb(num_blocks - 1, stages - 1) * ways**stages for stages in stage_counts)
 
 
 def recomputing(plan: Plan, chosen: dict[int, Recompute]) -> Plan:
@@ -110,22 +123,21 @@ def recomputing(plan: Plan, chosen: dict[int, Recompute]) -> Plan:
     return replace(plan, stages=tuple(stages))
 
 
-def search_wide(
-    problem: Problem, judge: Judge, below_s: float, is_over: Callable[[], bool]
+def search_sketches(
+    problem: Problem, sketches: Iterable[Sketch], judge: Judge, below_s: float, is_over: Callable[[], bool]
 ) -> Iterator[tuple[Sketch, Judged]]:
-    """Plans that fit, each faster than those before it and than `below_s`; the last one is the optimum of the space,
+    """Plans that fit, each faster than those before it and than `below_s`; the last one is the optimum of the sketches,
     unless it `is_over` before."""
-    for wide in wide_shapes(problem):
-        for sketch in wide_sketches(problem, wide):
-            if is_over():
-                return
-            bare = sketch.plan(problem.graph)
-            if problem.pins.refusal(bare):
-                continue
-            for judged in least_recomputing(problem, judge, bare, below_s):
-                if judged.time_s < below_s:
-                    below_s = judged.time_s
-                    yield sketch, judged
+    for sketch in sketches:
+        if is_over():
+            return
+        bare = sketch.plan(problem.graph)
+        if problem.pins.refusal(bare):
+            continue
+        for judged in least_recomputing(problem, judge, bare, below_s):
+            if judged.time_s < below_s:
+                below_s = judged.time_s
+                yield sketch, judged
 
 
 def least_recomputing(problem: Problem, judge: Judge, bare: Plan, below_s: float) -> Iterator[Judged]:

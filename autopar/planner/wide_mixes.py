@@ -9,18 +9,15 @@ chain of layouts of each mesh.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ..plan import Plan
 from ..schedule.orders import SCHEDULES
 from .constraints import SEARCHED_ZEROS
-from .judge import Judge, Judged
 from .meshes import Mesh, MeshLayouts, may_differ, meshes_of, place, team_of
 from .problem import Problem
-from .relief import recompute_choices
 from .sketch import Sketch
-from .wide import is_small, least_recomputing, recomputing
+from .wide import count_plans_of, every_plan_of, is_small
 
 MAX_DEVICES = 4
 
@@ -79,35 +76,9 @@ def mixed_sketches(problem: Problem) -> Iterator[Sketch]:
 
 def every_mixed_plan(problem: Problem) -> Iterator[Plan]:
     """All plans of the space, whether or not they fit in memory; none where the problem is not tiny."""
-    choices = recompute_choices(problem)
-    for sketch in mixed_sketches(problem) if is_tiny(problem) else ():
-        bare = sketch.plan(problem.graph)
-        if not problem.pins.refusal(bare):
-            for chosen in itertools.product(choices, repeat=len(sketch.stops)):
-                yield recomputing(bare, dict(enumerate(chosen)))
+    return every_plan_of(problem, mixed_sketches(problem) if is_tiny(problem) else ())
 
 
 def count_mixed_plans(problem: Problem) -> int:
     """Plans of the space, chains of layouts apart."""
-    if not is_tiny(problem):
-        return 0
-    num_blocks, ways = len(problem.graph.blocks), len(recompute_choices(problem))
-    counts = (len(meshes) for meshes, *_ in _settings(problem))
-    return sum(math.comb(num_blocks - 1, stages - 1) * ways**stages for stages in counts)
-
-
-def search_mixed(
-    problem: Problem, judge: Judge, below_s: float, is_over: Callable[[], bool]
-) -> Iterator[tuple[Sketch, Judged]]:
-    """Plans that fit, each faster than those before it and than `below_s`; the last one is the optimum of the space,
-    unless it `is_over` before."""
-    for sketch in mixed_sketches(problem):
-        if is_over():
-            return
-        bare = sketch.plan(problem.graph)
-        if problem.pins.refusal(bare):
-            continue
-        for judged in least_recomputing(problem, judge, bare, below_s):
-            if judged.time_s < below_s:
-                below_s = judged.time_s
-                yield sketch, judged
+    return count_plans_of(problem, (len(meshes) for meshes, *_ in _settings(problem))) if is_tiny(problem) else 0

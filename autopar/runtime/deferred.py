@@ -41,11 +41,16 @@ class Owed:
         """Compute them all; each weight gets the sum of its gradients at once, as from a backward that is not split."""
         while self._notes:
             weight, notes = self._notes.pop(next(iter(self._notes)))
-            gradient: Tensor | None = None
-            while notes:
-                more = notes.pop(0)()
-                gradient = more if gradient is None else gradient + more
-            torch.autograd.backward([weight], [gradient])
+            torch.autograd.backward([weight], [worked_off(notes)])
+
+
+def worked_off(notes: list[Callable[[], Tensor]]) -> Tensor | None:
+    """The sum of what the notes compute, which go one by one; None without any."""
+    gradient: Tensor | None = None
+    while notes:
+        more = notes.pop(0)()
+        gradient = more if gradient is None else gradient + more
+    return gradient
 
 
 @dataclass(frozen=True)

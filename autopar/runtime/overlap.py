@@ -30,7 +30,7 @@ from ..graph import Ref, iterate_refs
 from ..sharding.placement import Placement, conversion
 from .axis import Arrive, Axis
 from .collectives import COLLECTIVES, Conversion, convert, start
-from .deferred import Form, form_of, noted
+from .deferred import Form, form_of, noted, worked_off
 from .emit import Call
 
 # What products may see a converted tensor through: views, and cheap ops that hand a gradient to each tensor that they
@@ -64,14 +64,7 @@ class Travel:
 
     def settle(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of `weights`, by what has been noted of them; the notes go as they are worked off."""
-        found: list[Tensor | None] = []
-        for weight in weights:
-            notes, gradient = self._notes.pop(id(weight), []), None
-            while notes:
-                more = notes.pop(0)()
-                gradient = more if gradient is None else gradient + more
-            found.append(gradient)
-        return found
+        return [worked_off(self._notes.pop(id(weight), [])) for weight in weights]
 
 
 @torch.compiler.disable
@@ -186,8 +179,8 @@ def overlapped(
     keep = {*_hiding(parted), *weights}
     joined: list[Call] = []
     for call in parted:
-        value = call.outputs[0].partition("|travel")[0] if call.function is begin else _finished(call)
-        if value in pairs and value not in keep:
+        value = _converted(call)
+        if value and value not in keep:
             joined += [pairs[value]] if call.function is finish else []
         else:
             joined.append(call)
@@ -210,7 +203,10 @@ def _parted(call: Call, weights: Sequence[str]) -> list[Call]:
     ]
 
 
-def _finished(call: Call) -> str:
+def _converted(call: Call) -> str:
+    """The value of the conversion that a begin or a finish is one half of; "" for other calls."""
+    if call.function is begin:
+        return call.outputs[0].removesuffix("|travel")
     return call.outputs[0] if call.function is finish else ""
 
 
@@ -292,9 +288,9 @@ def _hiding(calls: Sequence[Call]) -> set[str]:
     found: set[str] = set()
     for call in calls:
         if call.function is begin:
-            open_.add(call.outputs[0].partition("|travel")[0])
+            open_.add(_converted(call))
         elif call.function is finish:
-            open_.discard(call.outputs[0])
+            open_.discard(_converted(call))
         elif call.is_expensive:
             found |= open_
     return found
