@@ -175,17 +175,15 @@ def test_sixteen_thousand_ranks_cost_what_their_stages_cost() -> None:
         graph, plan = wide_plan(data)
         cluster = Cluster.preset("h100-80gb", hosts=8 * data)
         model = CostModel(graph, cluster)
-        began_s = time.process_time()
         for index in range(plan.pipeline):
             model.stage(plan, index)
-        priced_s = time.process_time()
-        line = simulate(graph, plan, cluster, model)
-        walked_s = time.process_time()
-        print(
-            f"{plan.world_size} ranks: stage costs {priced_s - began_s:.2f} s, simulation {walked_s - priced_s:.2f} s"
-        )
+        takes_s = []
+        for _ in range(3):  # the least of three: a collection of the whole session's garbage may fall into one
+            begin_s = time.process_time()
+            line = simulate(graph, plan, cluster, model)
+            takes_s.append(time.process_time() - begin_s)
         events.append(len(line.events))
-        seconds.append(walked_s - priced_s)
+        seconds.append(min(takes_s))
         assert len(line.peak_memory_bytes) == plan.world_size and len(line.by_rank()) == plan.pipeline
     assert events[0] == events[1]
     assert seconds[1] < min(1.0, 4 * seconds[0] + 0.2)
