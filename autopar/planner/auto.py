@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from ..plan import Plan
 from .alleviate import alleviated
 from .broad import Broad
-from .candidates import MAX_CANDIDATES, TooLarge, Tried, conclude, nothing_fits
+from .candidates import MAX_CANDIDATES, NothingFits, TooLarge, Tried, conclude, nothing_fits
 from .constraints import SEARCHED_SCHEDULES
 from .floors import Floors
 from .mixed import with_unequal_stages
@@ -57,8 +57,8 @@ class _Entry:
 def auto(problem: Problem) -> Plan:
     """The best plan found: the exact search's, or on many devices that of planner/broad.py, changed by
     planner/alleviate.py, rewritten by planner/rewriting.py, and with stages of different meshes (planner/mixed.py) where that
-    makes it faster; on clusters of unequal devices that of planner/unequal.py. ValueError,
-    with the smallest plan found, when none fits."""
+    makes it faster or is what fits; on clusters of unequal devices that of planner/unequal.py. ValueError, with the smallest
+    plan found, when none fits."""
     if problem.cluster.hosts:
         if is_scheduled(problem):
             raise ValueError(
@@ -67,7 +67,10 @@ def auto(problem: Problem) -> Plan:
             )
         return unequal(problem)
     start_s = time.process_time()
-    plan = _on_graph(problem)
+    try:
+        plan = _on_graph(problem)
+    except NothingFits as error:
+        return _fitting_otherwise(problem, error, time.process_time() - start_s)
     plan = with_rewrites(problem, plan, _on_graph, time.process_time() - start_s)
     return with_unequal_stages(problem, plan, time.process_time() - start_s)
 
@@ -79,6 +82,15 @@ def _on_graph(problem: Problem) -> Plan:
     start_s = time.process_time()
     plan, others = _core(problem)
     return alleviated(problem, plan, others, time.process_time() - start_s)
+
+
+def _fitting_otherwise(problem: Problem, error: NothingFits, spent_s: float) -> Plan:
+    """Where nothing fits that the exact search can say: what moves reach from its smallest plan, or stages of different meshes;
+    else the error."""
+    plan = with_unequal_stages(problem, alleviated(problem, error.smallest, [], spent_s), spent_s)
+    if plan.prediction.peak_memory_bytes > problem.memory_limit_bytes:
+        raise error
+    return plan
 
 
 def _core(problem: Problem) -> tuple[Plan, list[Plan]]:

@@ -119,8 +119,16 @@ def conclude(
     return replace(best.plan, prediction=prediction, candidates=(*kept, *lost))
 
 
-def nothing_fits(problem: Problem, prices: StagePrices, tight: Sequence[TooLarge]) -> ValueError:
-    """The error when nothing fits: the smallest plan that was found, and what it lacks."""
+class NothingFits(ValueError):
+    """No plan of a search's space fits in memory. smallest: the one that lacks least, with its prediction."""
+
+    def __init__(self, message: str, smallest: Plan) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
+def nothing_fits(problem: Problem, prices: StagePrices, tight: Sequence[TooLarge]) -> NothingFits:
+    """The error that says what the smallest plan that was found lacks."""
     # Bounds come first; a shape whose bound is above a plan already found need not be looked at.
     smallest: tuple[StageSearch, tuple[Piece, ...], int] | None = None
     for one in sorted(tight, key=lambda one: one.least_bytes):
@@ -131,14 +139,16 @@ def nothing_fits(problem: Problem, prices: StagePrices, tight: Sequence[TooLarge
             smallest = found
     assert smallest is not None, "no shape was looked at"
     search, pieces, peak_bytes = smallest
-    limit_bytes = problem.memory_limit_bytes
-    name = plan_in_words(assemble(problem, search.shape, search.chain, pieces))
-    return ValueError(
+    tried, limit_bytes = Tried.of(problem, search, pieces), problem.memory_limit_bytes
+    lacking = _lacking(problem, tried)
+    message = (
         f"no plan of {problem.graph.name} on {problem.cluster.world_size} devices fits in {limit_bytes} bytes "
-        f"({gib(limit_bytes)}) per device; the smallest found ({name}) needs {peak_bytes} bytes ({gib(peak_bytes)}), "
-        f"{peak_bytes - limit_bytes} bytes ({gib(peak_bytes - limit_bytes)}) too many; use more devices or devices "
-        f"with more memory, a smaller batch, or fewer constraints ({problem.constraints})"
+        f"({gib(limit_bytes)}) per device; the smallest found ({lacking.name}) needs {peak_bytes} bytes "
+        f"({gib(peak_bytes)}), {peak_bytes - limit_bytes} bytes ({gib(peak_bytes - limit_bytes)}) too many; use more "
+        f"devices or devices with more memory, a smaller batch, or fewer constraints ({problem.constraints})"
     )
+    prediction = Prediction(tried.step_time_s, peak_bytes)
+    return NothingFits(message, replace(tried.plan, prediction=prediction, candidates=(lacking,)))
 
 
 def _candidate(one: Tried, best: Tried, open_bound_s: float, cut_short: str) -> Candidate:

@@ -5,7 +5,8 @@ cost exactly; the best of them are changed further by the moves of planner/allev
 blocks, all pipelines of one stage per group are looked at first (planner/wide_mixes.py), so that there the answer is the
 optimum of those too, or better. What is found must beat the plan given, which otherwise stays.
 
-Not looked at: on more than MANY_DEVICES devices other tensor degrees than the best plan's, and pipelines where that is none;
+Not looked at: on more than MANY_DEVICES devices, if something fits, other tensor degrees than the best plan's, and pipelines
+where that is none;
 unlike stages where the best plan's schedule is pinned to one that only moves reach, beyond problems that are searched whole.
 """
 
@@ -41,10 +42,12 @@ MAX_JUDGED = 10
 def with_unequal_stages(problem: Problem, plan: Plan, spent_s: float) -> Plan:
     """`plan`, or a faster one with `plan` among its candidates.
 
-    plan: the best of equal stages, with its prediction. spent_s: process seconds that it took.
+    plan: the best of equal stages, with its prediction; where that does not fit in memory, any that does is better.
+    spent_s: process seconds that it took.
     """
     budget = problem.budget
-    many = problem.cluster.world_size > MANY_DEVICES
+    fits = plan.prediction.peak_memory_bytes <= problem.memory_limit_bytes
+    many = fits and problem.cluster.world_size > MANY_DEVICES
     if not may_differ(problem) or budget.expired() or (many and plan.pipeline == 1):
         return plan
     best, rewrites = None, plan.rewrites
@@ -53,13 +56,13 @@ def with_unequal_stages(problem: Problem, plan: Plan, spent_s: float) -> Plan:
             limit_s = min(max(LIMIT_LARGE_S if many else LIMIT_S, LIMIT_SHARE * spent_s), budget.left_s)
             limit_s = math.inf if is_tiny(own) else limit_s
             search, until_s = Alleviation(own, limit_s), time.process_time() + PROPOSING * limit_s
-            search.best_s = best.time_s if best else plan.prediction.step_time_s
+            search.best_s = best.time_s if best else plan.prediction.step_time_s if fits else math.inf
             try:
                 if is_tiny(own):
                     every = mixed_sketches(own)
                     for sketch, judged in search_sketches(own, every, search.judge, search.best_s, budget.expired):
                         search.accept(Found(sketch, judged))
-                search.run_from(_pipelines(search, plan, until_s), search.best_s)
+                search.run_from(_pipelines(search, plan, many, until_s), search.best_s)
             finally:
                 if search.best is not None:
                     best, rewrites = search.best, made
@@ -79,8 +82,11 @@ def _graphs(problem: Problem, plan: Plan) -> Iterator[tuple[Problem, tuple[str, 
         yield problem, ()
 
 
-def _pipelines(search: Alleviation, plan: Plan, until_s: float) -> Iterator[Sketch]:
-    """Those that are expected to beat the best, for each number of microbatches; what was found already first."""
+def _pipelines(search: Alleviation, plan: Plan, many: bool, until_s: float) -> Iterator[Sketch]:
+    """Those that are expected to beat the best, for each number of microbatches; what was found already first.
+
+    many: look only at what is near the plan.
+    """
 
     def is_over() -> bool:
         return search.is_over or time.process_time() >= until_s
@@ -95,7 +101,6 @@ def _pipelines(search: Alleviation, plan: Plan, until_s: float) -> Iterator[Sket
     layouts.keep(plan)
     pinned = problem.constraints.zero
     used = max(stage.zero for stage in plan.stages)
-    many = problem.cluster.world_size > MANY_DEVICES
     zeros = (pinned,) if pinned is not None else (used,) if many else tuple(dict.fromkeys((0, used)))
     tensors = {stage.tensor for stage in plan.stages} if many else None
     for count in _counts(problem, plan.microbatches)[: MAX_COUNTS_MANY if many else MAX_COUNTS]:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from ..plan import Candidate, Plan, Prediction
 from ..report.words import plan_in_words
 from .alleviate import Alleviation
+from .candidates import NothingFits
 from .constraints import SEARCHED_SCHEDULES
 from .problem import Problem
 from .wide import is_small
@@ -63,6 +64,8 @@ def _starts(problem: Problem, core: Core) -> Iterator[Plan]:
         try:
             free = replace(problem, constraints=replace(pinned, schedule=None, pipeline=depth), kept=[])
             plan, others = core(free)
-        except ValueError:  # nothing of this depth fits, or meets the other constraints; another may
+        except NothingFits as error:  # under another schedule, or after moves, it may
+            plan, others = error.smallest, []
+        except ValueError:  # nothing of this depth meets the other constraints; another may
             continue
         yield from [plan, *others][:MAX_STARTS]
