@@ -38,6 +38,21 @@ class Pairs(nn.Module):
         return x.square().mean()
 
 
+class Readers(nn.Module):
+    """Layers that each take two products of one memory, as a decoder's layers do of what its encoder puts out."""
+
+    def __init__(self, width: int = 32, layers: int = 4) -> None:
+        super().__init__()
+        self.memory = nn.Linear(width, width)
+        self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(width, width) for _ in range(3)) for _ in range(layers))
+
+    def forward(self, x):
+        memory = torch.tanh(self.memory(x))
+        for key, value, out in self.layers:
+            x = x + out(torch.sigmoid(key(memory)) * value(memory) * x)
+        return x.square().mean()
+
+
 def pairs() -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     return Pairs(), torch.randn(4096, 64)
@@ -127,3 +142,12 @@ def run_searched() -> tuple[bool, float, float, bool]:
 def test_they_run_and_stay_when_the_plan_is_refined(pool) -> None:
     for rewrites, loss_error, gradient_error, same in pool.run(run_searched):
         assert rewrites and loss_error < 1e-6 and gradient_error < 1e-5 and same
+
+
+def test_products_are_joined_within_layers() -> None:
+    """Joined over all of them, they would be one block."""
+    graph = autopar.capture(Readers(layers=6), torch.randn(8, 32))
+    found = [name for group in find_rewrites(graph) for name in group]
+    assert len(found) == 6 and all(name.count(",") == 1 for name in found)
+    kinds = [block.kind for block in rewritten(graph, found).blocks]
+    assert max(kinds.count(kind) for kind in kinds) >= 3

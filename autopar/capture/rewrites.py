@@ -15,6 +15,7 @@ these are the ones that matter between linear layers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -143,15 +144,35 @@ def _find_reduce_first(graph: Graph) -> Iterator[tuple[str, ...]]:
 
 
 def _find_merge_parallel(graph: Graph) -> Iterator[tuple[str, ...]]:
-    shared: dict[tuple[str, bool], list[Op]] = {}
+    layer_of = _layers(graph)
+    shared: dict[tuple[str, bool, int | None], list[Op]] = {}
     for op in _linears(graph):
         x, weight, bias = _inputs(op)
         if graph.tensors[weight].role == "parameter":
-            shared.setdefault((x, bool(bias)), []).append(op)
+            shared.setdefault((x, bool(bias), layer_of.get(op.name)), []).append(op)
     for ops in shared.values():
         weights = {_inputs(op)[1] for op in ops}
         if len(ops) > 1 and len(weights) == len(ops):
             yield tuple(op.name for op in ops)
+
+
+def _layers(graph: Graph) -> dict[str, int]:
+    """A number for each op: of its layer, or of what lies between two layers. A layer is a block of several products whose
+    kind comes more than once.
+
+    Products are not joined over layers. What an encoder puts out is read by every layer of its decoder, and one product of
+    all of them would make a single block of these.
+    """
+    kinds = Counter(block.kind for block in graph.blocks)
+    linears = {op.name for op in _linears(graph)}
+    found: dict[str, int] = {}
+    number = 0
+    for block in graph.blocks:
+        is_layer = kinds[block.kind] > 1 and len(linears.intersection(block.ops)) > 1
+        number += is_layer
+        found.update(dict.fromkeys(block.ops, number))
+        number += is_layer
+    return found
 
 
 def _find_split_concat(graph: Graph) -> Iterator[tuple[str, ...]]:

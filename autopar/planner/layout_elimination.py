@@ -11,8 +11,8 @@ so that an optimal A holds just what is wanted. Eliminating choice v replaces th
 
     (3)  t(others) = min over v of their sum                                                        Elimination.table
 
-and remembers the minimiser, in an order that keeps the tables small (`_order`: least table first). What is left in the end is a
-table over the boundary's choices. A transformer's layer, of some 60 choices, never needs a table of more than a few
+and remembers the minimiser, in an order that keeps the tables small (`_order`). What is left in the end is a table over the
+boundary's choices. A transformer's layer, of some 60 choices, never needs a table of more than a few
 hundred thousand entries, because its ops are nearly a chain.
 
 Reference: U. Bertele and F. Brioschi, "Nonserial Dynamic Programming", 1972; R. Dechter, "Bucket elimination",
@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+import random
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,8 @@ from .layout_model import BlockModel, Choice, Flow, Keep
 
 # Entries of one table, above which the integer program is the better way.
 MAX_TABLE = 4_000_000
+# A table above which other orders are looked for, and how many.
+LARGE_TABLE, MAX_ORDERS = 1_000_000, 16
 # Sets of placements that may be paid for, per tensor.
 MAX_SETS = 512
 
@@ -255,24 +258,51 @@ class Solved:
 
 
 def _order(sizes: Sequence[int], scopes: Sequence[tuple[int, ...]], kept: tuple[int, ...]) -> Order:
-    """Least table first."""
+    """Least table first; where that makes a large one, also least fill first, a few times with the fill read inexactly."""
     near: list[set[int]] = [set() for _ in sizes]
     for scope in scopes:
         for v in scope:
             near[v].update(scope)
     for v, others in enumerate(near):
         others.discard(v)
+    best = _eliminated(sizes, near, kept, lambda v, near, entries: entries[v])
+    draw, weight = random.Random(0), [math.log(size) for size in sizes]
+    for number in range(MAX_ORDERS if best.largest > LARGE_TABLE else 0):
+        blur = 0.25 if number else 0.0
+
+        def fill(v: int, near: Sequence[set[int]], entries: Sequence[int], blur: float = blur) -> float:
+            """How much v's neighbours have yet to come together, by the sizes of those that have not."""
+            apart = sum(weight[a] * weight[b] for a in near[v] for b in near[v] if a < b and b not in near[a])
+            return apart * (1 + draw.uniform(-blur, blur))
+
+        best = min(best, _eliminated(sizes, near, kept, fill), key=lambda order: order.largest)
+    return best
+
+
+def _eliminated(
+    sizes: Sequence[int],
+    near: Sequence[set[int]],
+    kept: tuple[int, ...],
+    cost: Callable[[int, Sequence[set[int]], Sequence[int]], float],
+) -> Order:
+    """The order that takes the variable of least cost each time. near: which share a table with each; entries: of the table
+    that its elimination makes."""
+    near = [set(others) for others in near]
     left = set(range(len(sizes))) - set(kept)
-    width = {v: sizes[v] * math.prod(sizes[u] for u in near[v]) for v in left}
+    entries = [sizes[v] * math.prod(sizes[u] for u in near[v]) for v in range(len(sizes))]
+    costs = {v: cost(v, near, entries) for v in left}
     order, largest = [], 1
     while left:
-        v = min(left, key=lambda u: (width[u], u))
-        largest = max(largest, width[v])
+        v = min(left, key=lambda u: (costs[u], entries[u], u))
+        largest = max(largest, entries[v])
         order.append(v)
         left.discard(v)
         for u in near[v]:
             near[u] |= near[v]
             near[u] -= {u, v}
-        for u in near[v] & left:
-            width[u] = sizes[u] * math.prod(sizes[w] for w in near[u])
+        for u in near[v]:
+            entries[u] = sizes[u] * math.prod(sizes[w] for w in near[u])
+        # Fill also changes for those around: a pair of theirs may have come together.
+        for u in left.intersection(near[v].union(*(near[w] for w in near[v]))):
+            costs[u] = cost(u, near, entries)
     return Order(tuple(order), largest)
