@@ -55,8 +55,17 @@ def test_auto_finds_the_optimum_under_every_memory_limit(seed):
         assert [one.step_time_s for one in chosen] == [plan.prediction.step_time_s]
         assert all(one.step_time_s >= best_s * (1 - 1e-9) for one in plan.candidates if "slower" in one.verdict)
     if peaks[0] > 1:
+        problem = limited(free, peaks[0] - 1)
         with pytest.raises(ValueError, match=f"needs {peaks[0]} bytes .*, 1 bytes .*too many"):
-            auto(limited(free, peaks[0] - 1))
+            exact_search(problem)
+        try:
+            plan = auto(problem)
+        except ValueError as error:
+            assert f"needs {peaks[0]} bytes" in str(error)
+        else:  # outside of that space something does fit
+            line = simulate(problem.graph, plan, problem.cluster, model=problem.costs)
+            assert max(line.peak_memory_bytes.values()) == plan.prediction.peak_memory_bytes < peaks[0]
+            plan.validate(problem.graph, problem.cluster)
 
 
 @pytest.mark.parametrize("seed", range(8))
