@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing as mp
 from typing import Any
 
@@ -20,6 +21,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], int]] = {
     "zero 1": ("llama", "float32", {"data": 8, "zero": 3, "microbatches": 2}, {"zero": 1}, 0),
     "zero 3": ("llama", "float32", {"data": 64, "zero": 3}, {}, 1),
     "tensor": ("llama", "float32", {"data": 2, "tensor": 4, "zero": 0}, {}, 5),
+    "context": ("llama", "float32", {"pipeline": 2, "context": 4, "microbatches": 2}, {}, 1),
     "three axes": ("llama", "float32", {"pipeline": 2, "data": 8, "tensor": 2, "microbatches": 4, "zero": 3}, {}, 31),
     "zero 2": ("gpt", "bfloat16", {"data": 8, "zero": 3}, {"zero": 2}, 7),
     "recomputed": ("gpt", "bfloat16", {"data": 8, "zero": 3, "microbatches": 2}, {"recompute": "full"}, 0),
@@ -49,7 +51,7 @@ def measure(results: Any) -> None:
             captured[model, precision] = module, batch, autopar.capture(module, batch, precision=precision)
         module, batch, graph = captured[model, precision]
         pins = {"data": 1, "tensor": 1, "pipeline": 1, "recompute": "none", "schedule": "1f1b"} | pins
-        hosts = pins["data"] * pins["tensor"] * pins["pipeline"] // 8
+        hosts = math.prod(pins.get(axis, 1) for axis in ("data", "tensor", "context", "pipeline")) // 8
         hardware = Cluster.preset("cpu", hosts=hosts, devices_per_host=8)
         plan = with_stages(autopar.search(graph, hardware, progress=False, **pins), given)
         results.put((name, rank_memory(graph, plan, hardware, module, batch, rank, torch.device("cpu"))))

@@ -272,7 +272,7 @@ class CostModel:
             forward_peak_bytes=int(memory.forward_peak_bytes * factor),
             backward_peak_bytes=int(memory.backward_peak_bytes * factor),
             backward_weight_s=min(backward_s, sum(run.count * run.price.seconds.weight_s for run in runs)),
-            gradients_stay=traffic.reduce_s > 0 if memory.gradients_stay is None else memory.gradients_stay,
+            gradients_stay=self._gradients_stay(traffic, runs, memory),
             deferred_bytes=int(sum(run.count * run.memory.deferred_bytes for run in runs) * factor),
         )
 
@@ -375,6 +375,14 @@ class CostModel:
             size = run.memory.parameter_bytes[run.block.parameters.index(name)]
             seconds += self._collective_s("all_reduce", size, holders)
         return seconds
+
+    @staticmethod
+    def _gradients_stay(traffic: DataTraffic, runs: Sequence[_Run], memory: StageMemory) -> bool:
+        """As in `StageCost`: where buffers stay, those of gradients that are summed over ranks, if they are most of them."""
+        if memory.gradients_stay is not None:
+            return memory.gradients_stay
+        summed = sum(run.count * size for run in runs for size in run.price.shared_bytes.values())
+        return traffic.reduce_s > 0 or 2 * summed > memory.trainable_bytes
 
     def _ties(self, stage: Stage) -> tuple[str, ...]:
         """Of a stage's parameters, those that several blocks use."""
