@@ -82,7 +82,7 @@ def simulate(
     model = model or CostModel(plan.graph_of(graph), cluster)
     costs = [model.stage(plan, index) for index in range(len(plan.stages))]
     program = program_for(plan, training)
-    line = simulate_program(program, costs, plan.groups, all_ranks=all_ranks)
+    line = _walked(program, costs, plan.groups, all_ranks)
     if cluster is not None and cluster.hosts:
         line = replace(line, peak_memory_bytes=_peaks_by_rank(program, plan, model))
     if training and not schedule_named(plan.schedule).flushes:
@@ -103,8 +103,13 @@ def simulate_program(
     other events carry 0.
     """
     check(program)
+    return _walked(program, stage_costs, group_ranks or [(g,) for g in range(len(program.actions))], all_ranks)
+
+
+def _walked(
+    program: Program, stage_costs: Sequence[StageCost], ranks: Sequence[Sequence[int]], all_ranks: bool
+) -> Timeline:
     assert len(stage_costs) == len(program.home), (len(stage_costs), len(program.home))
-    ranks = group_ranks or [(g,) for g in range(len(program.actions))]
     spans = _spans(program, stage_costs)
     events = []
     for group, row in enumerate(program.actions):

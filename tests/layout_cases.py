@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import re
@@ -18,6 +19,12 @@ from autopar.sharding.strategy import Strategy
 PLACEMENTS = (REPLICATED, SHARED, PARTIAL, Split(0), Split(1), Split(0, 3))
 
 
+@functools.cache
+def _position(name: str) -> str:
+    """The name without the number of its block."""
+    return re.sub(r"^([bw])\d+", r"\1", name)
+
+
 @dataclass
 class TableCosts:
     """Prices drawn once per question from a seeded generator; the same question always gets the same answer."""
@@ -31,7 +38,7 @@ class TableCosts:
 
     def _draw(self, *question) -> float:
         if self.by_position:
-            question = tuple(re.sub(r"^([bw])\d+", r"\1", q) if isinstance(q, str) else q for q in question)
+            question = tuple(_position(q) if isinstance(q, str) else q for q in question)
         if question not in self._known:
             generator = random.Random(repr((self.seed, question)))
             self._known[question] = float(generator.randrange(4)) if self.integral else generator.random()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from autopar.plan import Plan
 
 from .check import check
@@ -11,6 +13,7 @@ from .passes import add_optimizer, add_prologue, add_reduction, add_transfers
 from .pipedream import stream_order
 
 
+@lru_cache(maxsize=16)  # searches ask for one program again and again, with other costs
 def build_program(
     num_groups: int, microbatches: int, schedule: str, training: bool = True, virtual: int | None = None
 ) -> Program:
