@@ -39,13 +39,28 @@ def find_rewrites(graph: Graph) -> list[tuple[str, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
+# Graphs made of one that are kept with it: a plan's is asked for wherever the plan goes.
+MAX_KEPT = 8
+
+
 def rewritten(graph: Graph, rewrites: Sequence[str]) -> Graph:
-    """The graph after these rewrites, one after the other, cut into blocks anew.
+    """The graph after these rewrites, one after the other, cut into blocks anew; the same object for the same rewrites, as
+    long as few others are asked for.
 
     ValueError for a rewrite that the graph has no place for.
     """
     if not rewrites:
         return graph
+    kept: dict[tuple[str, ...], Graph] = vars(graph).setdefault("_rewritten", {})
+    key = tuple(rewrites)
+    made = kept.pop(key, None) or _rewrite(graph, key)
+    kept[key] = made  # the latest last
+    if len(kept) > MAX_KEPT:
+        del kept[next(iter(kept))]
+    return made
+
+
+def _rewrite(graph: Graph, rewrites: tuple[str, ...]) -> Graph:
     draft = Draft(
         dict(graph.tensors), list(graph.ops), list(graph.inputs), dict(graph.constants), graph.loss, list(graph.outputs),
         _taken={*graph.tensors, *(op.name for op in graph.ops)},
