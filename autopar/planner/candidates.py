@@ -123,8 +123,12 @@ class NothingFits(ValueError):
     """No plan of a search's space fits in memory. smallest: the one that lacks least, with its prediction."""
 
     def __init__(self, message: str, smallest: Plan) -> None:
-        super().__init__(message)
+        # Both are arguments, so that it can be pickled: rank 0 plans, and all raise.
+        super().__init__(message, smallest)
         self.smallest = smallest
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 def nothing_fits(problem: Problem, prices: StagePrices, tight: Sequence[TooLarge]) -> NothingFits:
