@@ -74,7 +74,7 @@ def test_what_would_change_the_choice_does(name: str, share: float):
     cluster = replace(cluster, inter=inter)
     for limit_bytes in (None, 2330 * 2**20):
         constraints = Constraints(memory_limit_bytes=limit_bytes)
-        problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), constraints)
+        problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), constraints, unequal_stages=False)
         plan = METHODS["auto"](problem)
         by_name = {plan_in_words(one): one for one in problem.kept}
         for said in changes(problem, plan, problem.kept):
