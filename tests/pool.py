@@ -39,7 +39,7 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.gpt2.modeling_gpt2",
     "torch",
-    "torch.export",
+    "torch.export._trace",  # with networkx, which `torch.export.export` imports when it is first called
     "torch._dynamo",
     "torch.distributed.tensor",
     "torch.distributed.fsdp",

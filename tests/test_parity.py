@@ -98,8 +98,14 @@ def one_step(name: str, plans: list[dict[str, Any]]) -> list[tuple[float, float,
     return found
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("world_size", "name"),
+    [
+        pytest.param(n, name, marks=pytest.mark.slow) if n == 8 and name in ("build_gpt2", "build_tied_lm") else (n, name)
+        for n in (1, 2, 4, 8)
+        for name in MODELS
+    ],
+)
 def test_loss_and_gradients(pool, name: str, world_size: int) -> None:
     plans = [
         dict(data=d, tensor=t, pipeline=p, microbatches=m, schedule=schedule, seed=m)
@@ -194,7 +200,9 @@ def zero_step(name: str, plans: list[dict[str, Any]]) -> list[tuple[float, float
     return found
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v"])
+@pytest.mark.parametrize(
+    "schedule", ["interleaved", "zb-h2", "zb-v", *(pytest.param(n, marks=pytest.mark.slow) for n in ("1f1b", "zb-h1"))]
+)
 @pytest.mark.parametrize("name", ["build_tied_lm", pytest.param("build_conv_net", marks=pytest.mark.slow)])
 def test_zero_under_every_schedule(pool, name: str, schedule: str) -> None:
     """Exact at every level, and no collective more often than the level needs (the table in runtime/shards.py)."""
@@ -244,7 +252,8 @@ def ten_steps(name: str, plan: dict[str, Any]) -> tuple[list[float], list[float]
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("build_llama", "build_gpt2") else n for n in MODELS]
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("build_llama", "build_gpt2", "build_mlp") else n for n in MODELS],
 )
 def test_ten_optimizer_steps(pool, name: str) -> None:
     zero = {"build_llama": 3, "build_gpt2": 2, "build_mlp": 1}.get(name, 0)
