@@ -101,7 +101,9 @@ def one_step(name: str, plans: list[dict[str, Any]]) -> list[tuple[float, float,
 @pytest.mark.parametrize(
     ("world_size", "name"),
     [
-        pytest.param(n, name, marks=pytest.mark.slow) if n == 8 and name in ("build_gpt2", "build_tied_lm") else (n, name)
+        pytest.param(n, name, marks=pytest.mark.slow)
+        if n == 8 and name in ("build_gpt2", "build_tied_lm")
+        else (n, name)
         for n in (1, 2, 4, 8)
         for name in MODELS
     ],

@@ -10,7 +10,7 @@ from ..plan import Candidate, Plan, Prediction
 from ..report.words import gib, plan_in_words
 from ..schedule.step_time import step_time_s
 from ..simulate import simulate
-from .pricing import Piece, StagePrices, assemble
+from .pricing import Piece, StagePrices
 from .problem import Problem, Shape
 from .stages import StageSearch
 
