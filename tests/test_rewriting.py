@@ -151,3 +151,36 @@ def test_products_are_joined_within_layers() -> None:
     assert len(found) == 6 and all(name.count(",") == 1 for name in found)
     kinds = [block.kind for block in rewritten(graph, found).blocks]
     assert max(kinds.count(kind) for kind in kinds) >= 3
+
+
+class Twice(nn.Module):
+    """Layers of two pairs of products, the second wider."""
+
+    def __init__(self, width: int = 32, layers: int = 3) -> None:
+        super().__init__()
+        sizes = (width, width, 2 * width, 2 * width)
+        self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(width, size) for size in sizes) for _ in range(layers))
+
+    def forward(self, x):
+        for a, b, c, d in self.layers:
+            x = x + torch.tanh(a(x)) * b(x)
+            x = x + (torch.sigmoid(c(x)) * d(x)).unflatten(-1, (2, -1)).sum(-2)
+        return x.square().mean()
+
+
+def test_what_is_best_alone_is_found_where_all_together_is_better_than_nothing() -> None:
+    graph, cluster = autopar.capture(Twice(), torch.randn(8, 32)), preset("a100-40gb", 1, 1)
+    plan = autopar.search(graph, cluster, progress=False, rewrites=False)
+    problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), Constraints())
+
+    def search(own: Problem):
+        """As if joining the first pairs saved a tenth, and the second ones cost a twentieth."""
+        widths = [own.graph.tensors[op.outputs[0]].shape[0] for op in own.graph.ops if op.name.startswith("weights")]
+        time_s = 1.0 - 0.1 * (64 in widths) + 0.05 * (128 in widths)
+        row = replace(plan.candidates[0], step_time_s=time_s, verdict="chosen")
+        return replace(plan, prediction=replace(plan.prediction, step_time_s=time_s), candidates=(row,))
+
+    found = with_rewrites(problem, search(problem), search, 0.0)
+    assert found.prediction.step_time_s == pytest.approx(0.9)
+    made = rewritten(graph, found.rewrites)
+    assert {made.tensors[op.outputs[0]].shape[0] for op in made.ops if op.name.startswith("weights")} == {64}

@@ -47,12 +47,13 @@ def with_rewrites(problem: Problem, plan: Plan, search: Callable[[Problem], Plan
         return plan
     groups, seen = find_rewrites(problem.graph), {problem.graph.fingerprint}
     best, ends_s = plan, time.process_time() + max(LIMIT_S, spent_s)
-    tries = ([groups] if len(groups) > 1 else []) + [[group] for group in groups]
+    alone = [[group] for group in groups]
+    from_plain = ([groups] if len(groups) > 1 else []) + alone
     if problem.is_large:
-        tries = [groups] if groups and _may_pay(problem, plan, groups) else []
+        from_plain, alone = [groups] if groups and _may_pay(problem, plan, groups) else [], []
     try:
-        for more in tries:
-            rewrites, graph = _applied(problem.graph, best.rewrites, more)
+        for is_plain, more in [*((True, more) for more in from_plain), *((False, more) for more in alone)]:
+            rewrites, graph = _applied(problem.graph, plan.rewrites if is_plain else best.rewrites, more)
             if graph.fingerprint in seen:
                 continue
             seen.add(graph.fingerprint)
