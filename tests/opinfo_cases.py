@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.testing._internal import common_methods_invocations as invocations
@@ -227,14 +229,14 @@ def _resolved(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Samp
 
 def op_samples(per_op: int = 24) -> Iterator[Sample]:
     """Samples of every op of torch's database that has a rule, in float64 and with sizes that 2 and 3 divide."""
-    sizes = {name: getattr(invocations, name) for name in ("S", "M", "L", "XS")}
-    try:
-        invocations.S, invocations.M, invocations.L, invocations.XS = 6, 12, 24, 3
+    sizes = {"S": 6, "M": 12, "L": 24, "XS": 3}
+    # Samples are seeded one by one, and each time devices that were never used put the seed off, with a formatted stack.
+    devices = [mock.patch.object(device, "manual_seed_all") for device in (torch.cuda, torch.xpu, torch.mtia)]
+    with contextlib.ExitStack() as patches:
+        for patch in (mock.patch.multiple(invocations, **sizes), *devices):
+            patches.enter_context(patch)
         for info in invocations.op_db:
             yield from _samples(info, per_op)
-    finally:
-        for name, size in sizes.items():
-            setattr(invocations, name, size)
 
 
 def _samples(info: Any, per_op: int) -> Iterator[Sample]:

@@ -148,7 +148,7 @@ def _run_real(
     module.forward = forward
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             tensors = [torch.zeros(shape, dtype=dtype).requires_grad_(grad) for shape, dtype, grad in inputs]
             values = {name: _materialised(t, dtype) for name, (t, dtype) in state.items()}
 
