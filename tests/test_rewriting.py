@@ -151,6 +151,10 @@ def test_products_are_joined_within_layers() -> None:
     assert len(found) == 6 and all(name.count(",") == 1 for name in found)
     kinds = [block.kind for block in rewritten(graph, found).blocks]
     assert max(kinds.count(kind) for kind in kinds) >= 3
+    # Each still has its place when all the others are done, those of layers first too.
+    layers = max(find_rewrites(graph), key=len)
+    others = [name for name in found if name not in layers]
+    assert others and len(rewritten(graph, (*layers, *others)).ops) == len(rewritten(graph, found).ops)
 
 
 class Twice(nn.Module):

@@ -172,18 +172,18 @@ def _find_merge_parallel(graph: Graph) -> Iterator[tuple[str, ...]]:
 
 
 def _layers(graph: Graph) -> dict[str, int]:
-    """A number for each op: of its layer, or of what lies between two layers. A layer is a block of several products whose
-    kind comes more than once.
+    """A number for each op: of its layer, or of what lies between two layers. A layer is a block of several matrices whose
+    kind comes more than once; blocks are those of the captured graph, whatever has been rewritten in them since.
 
     Products are not joined over layers. What an encoder puts out is read by every layer of its decoder, and one product of
     all of them would make a single block of these.
     """
     kinds = Counter(block.kind for block in graph.blocks)
-    linears = {op.name for op in _linears(graph)}
     found: dict[str, int] = {}
     number = 0
     for block in graph.blocks:
-        is_layer = kinds[block.kind] > 1 and len(linears.intersection(block.ops)) > 1
+        matrices = sum(len(graph.tensors[name].shape) == 2 for name in block.parameters)
+        is_layer = kinds[block.kind] > 1 and matrices > 1
         number += is_layer
         found.update(dict.fromkeys(block.ops, number))
         number += is_layer
