@@ -104,7 +104,9 @@ def compare_training(case, axes, storage, name: str) -> None:
         single.zero_grad(set_to_none=step % 3 != 0)
 
 
-@pytest.mark.parametrize(("data", "tensor"), [(1, 1), (1, 2), (4, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize(
+    ("data", "tensor"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow), (1, 2), (4, 1), (2, 2), (1, 4)]
+)
 def test_training_equals_one_process(pool, data, tensor):
     """Every gradient, every parameter after each of six steps, and every clipped norm, at every level."""
     levels = (0, 1, 2, 3) if data > 1 else (0,)

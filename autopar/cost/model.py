@@ -358,13 +358,9 @@ class CostModel:
     def _model_reduction(self, plan: Plan, index: int, runs: Sequence[_Run], data_rank: int | None) -> float:
         """Gradients summed once per step over the model axis, and over the stages that share a parameter."""
         stage = plan.stages[index]
-        seconds = 0.0
         axes = _axes(stage, data_rank)
-        summed: dict[tuple[int, ...], float] = {}
-        for run in runs:
-            for over, size in run.price.shared_bytes.items():
-                summed[over] = summed.get(over, 0.0) + run.count * size
-        seconds += sum(self._collective_s("all_reduce", size, axes.ranks_of(over)) for over, size in summed.items())
+        summed = _summed_bytes(runs).items()
+        seconds = sum((self._collective_s("all_reduce", size, axes.ranks_of(over)) for over, size in summed), 0.0)
         for name in self._ties(stage):
             holders = tuple(
                 s.ranks[0]
@@ -381,8 +377,7 @@ class CostModel:
         """As in `StageCost`: where buffers stay, those of gradients that are summed over ranks, if they are most of them."""
         if memory.gradients_stay is not None:
             return memory.gradients_stay
-        summed = sum(run.count * size for run in runs for size in run.price.shared_bytes.values())
-        return traffic.reduce_s > 0 or 2 * summed > memory.trainable_bytes
+        return traffic.reduce_s > 0 or 2 * sum(_summed_bytes(runs).values()) > memory.trainable_bytes
 
     def _ties(self, stage: Stage) -> tuple[str, ...]:
         """Of a stage's parameters, those that several blocks use."""
@@ -433,6 +428,15 @@ class CostModel:
         if ops:
             seconds += self._collective_s("all_reduce", 8, stage.ranks[:: stage.tensor])
         return seconds
+
+
+def _summed_bytes(runs: Sequence[_Run]) -> dict[tuple[int, ...], float]:
+    """Bytes of gradients that are summed over model axes, by these."""
+    summed: dict[tuple[int, ...], float] = {}
+    for run in runs:
+        for over, size in run.price.shared_bytes.items():
+            summed[over] = summed.get(over, 0.0) + run.count * size
+    return summed
 
 
 def _axes(stage: Stage, data_rank: int | None) -> ModelAxes:

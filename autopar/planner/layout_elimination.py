@@ -270,7 +270,7 @@ def _order(sizes: Sequence[int], scopes: Sequence[tuple[int, ...]], kept: tuple[
     for number in range(MAX_ORDERS if best.largest > LARGE_TABLE else 0):
         blur = 0.25 if number else 0.0
 
-        def fill(v: int, near: Sequence[set[int]], entries: Sequence[int], blur: float = blur) -> float:
+        def fill(v: int, near: Sequence[set[int]], entries: Mapping[int, int], blur: float = blur) -> float:
             """How much v's neighbours have yet to come together, by the sizes of those that have not."""
             apart = sum(weight[a] * weight[b] for a in near[v] for b in near[v] if a < b and b not in near[a])
             return apart * (1 + draw.uniform(-blur, blur))
@@ -283,13 +283,13 @@ def _eliminated(
     sizes: Sequence[int],
     near: Sequence[set[int]],
     kept: tuple[int, ...],
-    cost: Callable[[int, Sequence[set[int]], Sequence[int]], float],
+    cost: Callable[[int, Sequence[set[int]], Mapping[int, int]], float],
 ) -> Order:
     """The order that takes the variable of least cost each time. near: which share a table with each; entries: of the table
     that its elimination makes."""
     near = [set(others) for others in near]
     left = set(range(len(sizes))) - set(kept)
-    entries = [sizes[v] * math.prod(sizes[u] for u in near[v]) for v in range(len(sizes))]
+    entries = {v: sizes[v] * math.prod(sizes[u] for u in near[v]) for v in left}
     costs = {v: cost(v, near, entries) for v in left}
     order, largest = [], 1
     while left:
@@ -300,7 +300,7 @@ def _eliminated(
         for u in near[v]:
             near[u] |= near[v]
             near[u] -= {u, v}
-        for u in near[v]:
+        for u in near[v] & left:
             entries[u] = sizes[u] * math.prod(sizes[w] for w in near[u])
         # Fill also changes for those around: a pair of theirs may have come together.
         for u in left.intersection(near[v].union(*(near[w] for w in near[v]))):

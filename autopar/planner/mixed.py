@@ -6,8 +6,8 @@ blocks, all pipelines of one stage per group are looked at first (planner/wide_m
 optimum of those too, or better. What is found must beat the plan given, which otherwise stays.
 
 Not looked at: on more than MANY_DEVICES devices, if something fits, other tensor degrees than the best plan's, and pipelines
-where that is none;
-unlike stages where the best plan's schedule is pinned to one that only moves reach, beyond problems that are searched whole.
+where that is none; unlike stages where the best plan's schedule is pinned to one that only moves reach, beyond problems that
+are searched whole.
 """
 
 from __future__ import annotations
