@@ -30,7 +30,7 @@ from autopar.cost.model import CostModel
 from autopar.cost.types import StageCost
 from autopar.graph import Graph
 from autopar.plan import Plan
-from autopar.schedule.build import program_for
+from autopar.schedule.build import build_stream, program_for, stream_batches
 from autopar.schedule.check import check
 from autopar.schedule.instructions import (
     Backward,
@@ -207,13 +207,25 @@ def _durations(cost: StageCost) -> dict[type, float]:
     }
 
 
+def stream_batch_s(num_groups: int, microbatches: int, schedule: str, stage_costs: Sequence[StageCost]) -> float:
+    """What `simulate` calls the step time of a plan without flushes: seconds between two updates amid its stream."""
+    program = build_stream(num_groups, microbatches, schedule, stream_batches(num_groups, microbatches))
+    spans = _spans(program, stage_costs)
+    updates = zip(program.actions[0], spans[0], strict=True)
+    return _steady([end_s for instruction, (_, end_s) in updates if isinstance(instruction, Update)], num_groups)[1]
+
+
+def _steady(update_ends_s: Sequence[float], num_groups: int) -> tuple[float, float]:
+    """(start, seconds per batch) of the middle of a stream, by the updates of its first group."""
+    middle, count = len(update_ends_s) // 2, 4 * num_groups
+    start_s = update_ends_s[middle - count // 2]
+    return start_s, (update_ends_s[middle + count // 2] - start_s) / count
+
+
 def _steady_batch(line: Timeline, num_groups: int) -> Timeline:
     """Of a stream's Timeline, as long a piece from its middle as a batch takes there on average."""
     first_rank = min(event.rank for event in line.events)
-    ends_s = [e.end_s for e in line.by_rank()[first_rank] if e.kind == "U"]
-    count = 4 * num_groups
-    start_s = ends_s[len(ends_s) // 2 - count // 2]
-    batch_s = (ends_s[len(ends_s) // 2 + count // 2] - start_s) / count
+    start_s, batch_s = _steady([e.end_s for e in line.by_rank()[first_rank] if e.kind == "U"], num_groups)
     events = []
     for event in line.events:
         begin, end = max(event.start_s - start_s, 0.0), min(event.end_s - start_s, batch_s)

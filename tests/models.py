@@ -26,6 +26,17 @@ def token_batch(rows: int = ROWS, length: int = LENGTH, vocab: int = VOCAB, seed
     return ids, torch.where(ignored, -100, ids)
 
 
+class Loss(nn.Module):
+    """Of a language model of transformers, alone."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.inner(**batch).loss
+
+
 def build_llama(layers: int = 2, seed: int = 0, **changes: Any) -> Built:
     """Hugging Face Llama from a config: 4 heads over 2 key-value heads."""
     from transformers import LlamaConfig, LlamaForCausalLM

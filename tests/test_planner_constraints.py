@@ -53,7 +53,10 @@ IMPOSSIBLE = {
         "data=2 x tensor=2 x pipeline=1 = 4, but the cluster has 8 devices",
     ),
     "part": ({"data": 4, "tensor": 4}, "data=4 x tensor=4 = 16, which does not divide the cluster's 8 devices"),
-    "one": ({"pipeline": 3}, "pipeline=3, which does not divide the cluster's 8 devices; the product could be 2 or 4"),
+    "one": (
+        {"pipeline": 3, "method": "alpa"},
+        "pipeline=3, which does not divide the cluster's 8 devices; the product could be 2 or 4",
+    ),
     "blocks": ({"pipeline": 8}, "pipeline=8, but Chain has 4 blocks"),
     "batch": ({"data": 3}, "data=3 does not divide the batch of 8 rows; data could be 2 or 4"),
     "microbatches": ({"data": 2, "microbatches": 3}, "does not divide the 4 rows of each data rank.* could be 2 or 4"),
@@ -66,8 +69,8 @@ IMPOSSIBLE = {
     "zero value": ({"zero": 5}, "zero=5: expected one of 0, 1, 2, 3"),
     "schedule": ({"schedule": "1f2b"}, "schedule='1f2b': expected one of 'gpipe', '1f1b', .*; did you mean '1f1b'"),
     "method's schedule": (
-        {"schedule": "pipedream"},
-        "schedule='pipedream': method='auto' makes .* use method='exhaustive' or ",
+        {"schedule": "pipedream", "method": "tofu"},
+        "schedule='pipedream': method='tofu' makes .* use method='auto' or 'exhaustive' or ",
     ),
     "recompute": ({"recompute": "ful"}, "recompute='ful': expected one of 'none', .*'full'; did you mean 'full'"),
     "reserve": ({"memory_reserve": 1.0}, "memory_reserve=1.0: expected a share"),
@@ -112,7 +115,13 @@ def test_a_tensor_degree_that_nothing_divides_names_the_dims():
     ):
         search(small_graph(), small_cluster(5), progress=False, tensor=5)
     with pytest.raises(ValueError, match="no such degree divides the batch of 8 rows"):
-        search(small_graph(), small_cluster(5), progress=False)
+        search(small_graph(), small_cluster(61), progress=False)
+
+
+def test_streams_are_in_float32():
+    graph = replace(small_graph(), precision="bfloat16")
+    with pytest.raises(ValueError, match="schedule='2bw' computes .* in float32, but precision is 'bfloat16'"):
+        search(graph, small_cluster(4), progress=False, schedule="2bw")
 
 
 def test_unknown_methods_name_the_nearest():

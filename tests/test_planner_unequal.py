@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -10,21 +11,26 @@ from dataclasses import replace
 
 import forked_parity
 import pytest
+from loopback_plans import parallel_step
 from method_cases import half_as_fast, unequal_problem
-from models import build_llama
+from models import Loss, build_llama
+from torch import nn
 
 from autopar import capture
 from autopar.cluster.spec import Cluster
+from autopar.graph import Graph
 from autopar.plan import Plan
 from autopar.planner.auto import auto
 from autopar.planner.methods.metis import metis
 from autopar.planner.methods.whale import whale
-from autopar.planner.problem import Problem
+from autopar.planner.pins import Pins
+from autopar.planner.problem import Problem, goes_together
 from autopar.planner.search import search
 from autopar.planner.unequal_bounds import Bounds
 from autopar.planner.unequal_room import START, Room, State
 from autopar.planner.unequal_walk import Judge
 from autopar.planner.unequal_ways import WayFinder
+from autopar.schedule.orders import schedule_named
 from autopar.simulate import simulate
 
 CPU = Cluster.preset("cpu", 1, 2)
@@ -52,30 +58,35 @@ def pipelines(room: Room, state: State = START) -> Iterator[tuple]:
                 yield (move, *rest)
 
 
-def every_plan(problem: Problem) -> Iterator[Plan]:
-    """All plans of the space."""
+def every_plan(problem: Problem, laps: int = 1) -> Iterator[Plan]:
+    """All plans of the space. laps: stages of each group of ranks."""
     room, finder, judge = Room(problem.cluster), WayFinder(problem), Judge(problem)
     blocks, rows, pinned = len(problem.graph.blocks), problem.graph.batch_size, problem.constraints
     counts = [pinned.microbatches] if pinned.microbatches else [m for m in range(1, rows + 1) if rows % m == 0]
+    schedule = schedule_named(pinned.schedule or "1f1b")
     for count, moves in itertools.product(counts, list(pipelines(room))):
-        if len(moves) > blocks or len(moves) != (pinned.pipeline or len(moves)):
+        groups = len(moves)
+        if groups * laps > blocks or groups != (pinned.pipeline or groups):
+            continue
+        if not goes_together(schedule.name, groups, count, 0):
             continue
         ways = [finder.ways(move.kind, move.ranks, count) for move in moves]
-        for cuts in itertools.combinations(range(1, blocks), len(moves) - 1):
+        for cuts in itertools.combinations(range(1, blocks), groups * laps - 1):
             edges = list(itertools.pairwise((0, *cuts, blocks)))
             for chosen in itertools.product(*ways):
+                group_of = [schedule.group_of(s, groups) for s in range(groups * laps)]
                 parts = tuple(
-                    (replace(way.mesh, ranks=move.ranks), *edge, move)
-                    for way, move, edge in zip(chosen, moves, edges, strict=True)
+                    (replace(chosen[g].mesh, ranks=moves[g].ranks), *edge, moves[g])
+                    for g, edge in zip(group_of, edges, strict=True)
                 )
-                yield judge.plan(parts, count, pinned.schedule or "1f1b")
+                yield judge.plan(parts, count, schedule.name)
 
 
-def best_of_all(problem: Problem) -> tuple[float, int]:
+def best_of_all(problem: Problem, laps: int = 1) -> tuple[float, int]:
     """(step time of the best plan that fits, number of plans), by the simulator."""
     best_s, number = math.inf, 0
     judge = Judge(problem)
-    for plan in every_plan(problem):
+    for plan in every_plan(problem, laps):
         number += 1
         judge.offer(plan)
     if judge.best is not None:
@@ -93,22 +104,65 @@ PINS = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_equal_to_trying_every_plan(seed: int) -> None:
-    problem = unequal_problem("deep" if seed % 2 else "llama", clusters(seed), **PINS[seed % 4])
-    best_s, number = best_of_all(problem)
+@functools.cache
+def captured_llama() -> tuple[Graph, nn.Module, dict]:
+    module, example, _ = build_llama(layers=2)
+    module = Loss(module)
+    return capture(module, example), module, example
+
+
+def check_no_worse(problem: Problem, best_s: float) -> Plan | None:
+    """The plan that auto finds, which is what the simulator says and no slower than that; None where there is none."""
     try:
         plan = auto(problem)
     except ValueError as error:
-        assert best_s == math.inf and "fits in" in str(error)
-        return
+        assert best_s == math.inf and "fits in" in str(error), error
+        return None
     plan.validate(problem.graph, problem.cluster)
     line = simulate(problem.graph, plan, problem.cluster)
     assert line.step_time_s == pytest.approx(plan.prediction.step_time_s, rel=1e-9)
     assert problem.excess_bytes(line.peak_memory_bytes) <= 0
     # Plans that it starts from may lie outside the space.
-    assert plan.prediction.step_time_s <= best_s * (1 + 1e-9), (number, plan.explain())
+    assert plan.prediction.step_time_s <= best_s * (1 + 1e-9), plan.explain()
     assert plan.candidates[0].verdict == "chosen"
+    assert problem.constraints.schedule in (None, plan.schedule)
+    return plan
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_equal_to_trying_every_plan(seed: int) -> None:
+    problem = unequal_problem("deep" if seed % 2 else "llama", clusters(seed), **PINS[seed % 4])
+    best_s, _ = best_of_all(problem)
+    check_no_worse(problem, best_s)
+
+
+@pytest.mark.parametrize(
+    ("seed", "schedule", "pinned"),
+    [
+        (0, "zb-h2", dict(microbatches=2, tensor=1)), (1, "zb-h1", dict(microbatches=4, recompute="none")),
+        (2, "zb-h1", dict(microbatches=8, pipeline=2)), (4, "zb-h2", dict(microbatches=2, tensor=1)),
+        (0, "2bw", dict(microbatches=2, tensor=1)), (1, "2bw", dict(microbatches=4, recompute="none", pipeline=2)),
+        (2, "2bw", dict(microbatches=8, pipeline=2)), (4, "pipedream", dict(tensor=1)),
+    ],
+)  # fmt: skip
+def test_other_schedules_are_walked_too(seed: int, schedule: str, pinned: dict) -> None:
+    """With backwards in halves, and without a flush: what bounds 1F1B does not bound these."""
+    problem = unequal_problem("deep" if seed % 2 else "llama", clusters(seed), schedule=schedule, **pinned)
+    best_s, number = best_of_all(problem)
+    assert number > 20 and best_s < math.inf
+    assert check_no_worse(problem, best_s) is not None
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zb-v"])
+@pytest.mark.parametrize("seed", [0, 2, 4, 5, 7])
+def test_several_stages_per_group(seed: int, schedule: str) -> None:
+    pinned = {
+        2: dict(microbatches=8, pipeline=2), 5: dict(microbatches=4, recompute="none"), 7: dict(microbatches=4, tensor=1)
+    }.get(seed, dict(microbatches=2, tensor=1))  # fmt: skip
+    problem = unequal_problem("deep" if seed % 2 else "llama", clusters(seed), schedule=schedule, **pinned)
+    best_s, number = best_of_all(problem, laps=2)
+    assert number
+    assert check_no_worse(problem, best_s) is not None or best_s == math.inf
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -185,6 +239,37 @@ def test_never_worse_than_others(seed: int) -> None:
             assert plan.prediction.step_time_s <= line.step_time_s * (1 + 1e-9), method
 
 
+@pytest.mark.parametrize(
+    ("devices", "pinned"), [(5, {}), (6, {"pipeline": 4}), (8, {"pipeline": 3, "microbatches": 2})]
+)  # fmt: skip
+def test_numbers_of_equal_devices_that_nothing_divides(devices: int, pinned: dict) -> None:
+    """Eight rows on five devices, or four stages on six: uneven shares and unlike stages, in parity with the module."""
+    graph, module, example = captured_llama()
+    cluster = Cluster.preset("cpu", 1, devices)
+    plan = search(graph, cluster, progress=False, zero=0, **pinned)
+    plan.validate(graph, cluster)
+    assert simulate(graph, plan, cluster).step_time_s == pytest.approx(plan.prediction.step_time_s, rel=1e-9)
+    assert plan.pipeline == pinned.get("pipeline", plan.pipeline)
+    assert max(parallel_step(graph, module, example, plan)) < 1e-5
+
+
+NAMED = [
+    {"stage": {"*layers.0.*": 0, "*layers.1.*": 1}}, {"stage": {"*layers.0.*": -1}}, {"layout": {"*q_proj": "column"}},
+    {"layout": {"*mlp.down_proj": "row"}, "stage": {"*layers.1.*": 1}, "schedule": "zb-h1"},
+    {"layout": {"*q_proj": "column"}, "schedule": "interleaved"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pinned", NAMED, ids=str)
+def test_what_is_pinned_by_name_is_kept(pinned: dict) -> None:
+    graph, _, _ = captured_llama()
+    cluster = Cluster.join(CPU, half_as_fast(replace(CPU, devices_per_host=4)))
+    plan = search(graph, cluster, progress=False, microbatches=2, **pinned)
+    plan.validate(graph, cluster)
+    assert not Pins.of(graph, *(tuple(pinned.get(name, {}).items()) for name in ("layout", "stage"))).refusal(plan)
+    assert plan.schedule == pinned.get("schedule", plan.schedule)
+
+
 def test_what_does_not_fit_is_told() -> None:
     problem = unequal_problem("llama", clusters(0), memory_limit_bytes=10, tensor=1, zero=0, microbatches=2)
     with pytest.raises(ValueError, match="fits in 10 bytes"):
@@ -196,7 +281,13 @@ def test_what_does_not_fit_is_told() -> None:
         auto(two)
 
 
-@pytest.mark.parametrize("pinned", [{"pipeline": 2, "microbatches": 2}, {"data": 4, "tensor": 1, "microbatches": 1}])
+@pytest.mark.parametrize(
+    "pinned",
+    [
+        {"pipeline": 2, "microbatches": 2}, {"data": 4, "tensor": 1, "microbatches": 1},
+        {"pipeline": 2, "microbatches": 2, "schedule": "zb-h1"}, {"microbatches": 2, "schedule": "zb-v"},
+    ],
+)  # fmt: skip
 def test_what_it_finds_runs_on_ranks(pinned: dict) -> None:
     """On four ranks, emulated: stages of unlike devices, and rows in proportion to speed, in parity with the module."""
     module, example, _ = build_llama(layers=3)

@@ -23,7 +23,10 @@ from autopar.graph import Graph, Op
 from autopar.plan import Plan, Stage
 from autopar.planner.chains import LayoutChains
 from autopar.planner.constraints import Constraints
+from autopar.planner.judge import Judge
+from autopar.planner.meshes import MeshLayouts
 from autopar.planner.methods.exhaustive import exhaustive
+from autopar.planner.mixes import Mixes
 from autopar.planner.problem import Problem
 from autopar.planner.roles import leaves, refusal
 from autopar.planner.search import METHODS, search
@@ -39,21 +42,10 @@ EXACT = (2e-6, 1e-5)
 """Relative errors of the loss and of a gradient against its norm."""
 
 
-class Loss(nn.Module):
-    """Of a language model of transformers, alone."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, **batch: Tensor) -> Tensor:
-        return self.inner(**batch).loss
-
-
 @functools.cache
 def built(name: str) -> tuple[Graph, nn.Module, dict[str, Tensor]]:
     module, example, _ = getattr(models, f"build_{name}")()
-    module = module if name == "experts" else Loss(module)
+    module = module if name == "experts" else models.Loss(module)
     return capture(module, example), module, example
 
 
@@ -268,12 +260,55 @@ def test_what_cannot_be_is_explained(case: str) -> None:
         search(built(name)[0], of_host(num_devices), progress=False, **pins)
 
 
-def test_other_models_and_clusters_are_refused() -> None:
+def test_other_models_are_refused() -> None:
     with pytest.raises(ValueError, match="context=2: Chain has no sequence to split"):
         search(chain_graph((0, 1, 1, 0), 8), small_cluster(2), progress=False, context=2)
-    kinds = Cluster.join(preset("a100-80gb", 1, 2), preset("v100-16gb", 1, 2))
-    with pytest.raises(ValueError, match="context=2: on clusters of several kinds of hosts"):
-        search(built("llama")[0], kinds, progress=False, context=2)
+
+
+KINDS = Cluster.join(preset("a100-80gb", 1, 4), preset("v100-16gb", 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "pins", "axes"),
+    [
+        ("llama", dict(context=2, tensor=1), {(2,)}), ("llama", dict(context=2, pipeline=2), {(2,), (2, 2)}),
+        ("mixtral", dict(expert=2, tensor=1, schedule="zb-h1"), {(2,)}), ("llama", dict(context=2, data=1), {(2,), (2, 2)}),
+    ],
+)  # fmt: skip
+def test_axes_have_their_roles_among_unequal_devices(name: str, pins: dict, axes: set[tuple[int, ...]]) -> None:
+    """Stages of several numbers of devices, in parity with the module."""
+    graph, module, example = built(name)
+    plan = search(graph, KINDS, progress=False, zero=0, microbatches=2, **pins)
+    plan.validate(graph, KINDS)
+    role = "expert" if "expert" in pins else "context"
+    for stage in plan.stages:
+        assert stage.axes in axes
+        CHECKS[role](plan, graph, stage, 0)
+    errors = parallel_step(graph, module, example, plan)
+    assert errors[0] < EXACT[0] and errors[1] < EXACT[1], errors
+
+
+def test_degrees_that_not_all_stages_can_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="tensor=2 x context=2 = 4, which does not divide the cluster's 6 devices"):
+        search(built("llama")[0], KINDS, progress=False, context=2, tensor=2)
+
+
+@pytest.mark.parametrize("pins", [dict(context=2, tensor=1), dict(context=2)], ids=str)
+def test_stages_of_unlike_meshes_have_the_roles_too(pins: dict) -> None:
+    """As they are proposed on six equal devices, such as two and four of them."""
+    graph, module, example = built("llama")
+    cluster = of_host(6)
+    problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), Constraints(**pins))
+    proposed = Mixes(problem, Judge(problem), MeshLayouts(problem), 2).sketches((0,), "1f1b")
+    plans = [sketch.plan(graph) for _, sketch in proposed]
+    unlike = [plan for plan in plans if len({(stage.data, stage.axes) for stage in plan.stages}) > 1]
+    assert len(unlike) > 1
+    for plan in unlike[:2]:
+        plan.validate(graph, cluster)
+        for stage in plan.stages:
+            check_context(plan, graph, stage, 0)
+        errors = parallel_step(graph, module, example, plan)
+        assert errors[0] < EXACT[0] and errors[1] < EXACT[1], errors
 
 
 def llama_3_8b(layers: int) -> Graph:

@@ -177,10 +177,9 @@ class Alleviation:
         """What is faster than `best_s`, from these pipelines, however their groups differ."""
         self.best_s, starts = min(best_s, self.best_s), []
         for sketch in sketches:
+            starts += self._under_schedule(sketch, BACK_OFF * best_s)
             if self.is_over:
                 break
-            if sketch.key not in self._seen and (found := self._found(sketch, BACK_OFF * best_s)) is not None:
-                starts.append(found)
         self._climb_all(starts)
         return self.best
 
@@ -197,17 +196,20 @@ class Alleviation:
             self.best, self.best_s = found, found.time_s
 
     def _starts(self, plan: Plan) -> Iterator[Found]:
-        """The plan, or where it has not the schedule that is pinned, what becomes of it under that."""
         sketch = Sketch.of(plan)
-        if sketch is None or self.is_over:
-            return
-        found = [self._found(sketch, math.inf)]
-        if found[0] is not None and not self._keeps_schedule(plan):
-            found = [self._found(other, math.inf) for other in self.moves.schedules(sketch, found[0].judged)]
-        yield from (one for one in found if one is not None)
+        if sketch is not None:
+            yield from self._under_schedule(sketch, math.inf)
 
-    def _keeps_schedule(self, plan: Plan) -> bool:
-        return self.problem.constraints.schedule in (None, plan.schedule)
+    def _under_schedule(self, sketch: Sketch, below_s: float) -> Iterator[Found]:
+        """The sketch, or where it has not the schedule that is pinned, what becomes of it under that."""
+        for one in [sketch] if self._keeps_schedule(sketch) else self.moves.orders(sketch):
+            if self.is_over:
+                return
+            if one.key not in self._seen and (found := self._found(one, below_s)) is not None:
+                yield found
+
+    def _keeps_schedule(self, one: Plan | Sketch) -> bool:
+        return self.problem.constraints.schedule in (None, one.schedule)
 
     def _climb(self, now: Found) -> Iterator[Found]:
         """The start and each plan that beats the one before it."""

@@ -14,17 +14,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from ..cost.model import CostModel
 from ..plan import Plan
+from ..schedule.orders import schedule_named
 from .alleviate import alleviated
 from .broad import Broad
 from .candidates import MAX_CANDIDATES, NothingFits, TooLarge, Tried, conclude, nothing_fits
-from .constraints import SEARCHED_SCHEDULES
 from .floors import Floors
 from .mixed import with_unequal_stages
 from .pricing import StagePrices
 from .problem import Chain, Problem, Shape
 from .rewriting import with_rewrites
-from .scheduled import is_scheduled, scheduled
+from .scheduled import is_scheduled, scheduled, scheduled_on_ranks
 from .stages import TOLERANCE, StageSearch
 from .unequal import unequal
 
@@ -57,15 +58,12 @@ class _Entry:
 def auto(problem: Problem) -> Plan:
     """The best plan found: the exact search's, or on many devices that of planner/broad.py, changed by
     planner/alleviate.py, rewritten by planner/rewriting.py, and with stages of different meshes (planner/mixed.py) where that
-    makes it faster or is what fits; on clusters of unequal devices that of planner/unequal.py. ValueError, with the smallest
-    plan found, when none fits."""
+    makes it faster or is what fits. On clusters of unequal devices, and where equal stages cannot use all devices, that of
+    planner/unequal.py. ValueError, with the smallest plan found, when none fits."""
     if problem.cluster.hosts:
-        if is_scheduled(problem):
-            raise ValueError(
-                f"schedule={problem.constraints.schedule!r}: on clusters of several kinds of hosts method='auto' makes plans "
-                f"with schedule {' and '.join(map(repr, SEARCHED_SCHEDULES))} only"
-            )
-        return unequal(problem)
+        return _on_ranks(problem)
+    if not problem.has_shapes:
+        return _of_unlike_stages(problem)
     start_s = time.process_time()
     try:
         plan = _on_graph(problem)
@@ -73,6 +71,24 @@ def auto(problem: Problem) -> Plan:
         return _fitting_otherwise(problem, error, time.process_time() - start_s)
     plan = with_rewrites(problem, plan, _on_graph, time.process_time() - start_s)
     return with_unequal_stages(problem, plan, time.process_time() - start_s)
+
+
+def _on_ranks(problem: Problem) -> Plan:
+    """The best plan found whose stages have any devices."""
+    laps = schedule_named(problem.constraints.schedule or "1f1b").virtual
+    return unequal(problem) if laps == 1 else scheduled_on_ranks(problem, _core)
+
+
+def _of_unlike_stages(problem: Problem) -> Plan:
+    """Where no equal stages meet the constraints, as on 5 devices with a batch of 8 rows: stages of any numbers of devices and
+    uneven shares of the batch; else the error that says what contradicts what."""
+    # Made-up costs price no ranks.
+    if problem.unequal_stages and isinstance(problem.costs, CostModel):
+        try:
+            return _on_ranks(problem)
+        except ValueError:  # that of equal stages says more
+            pass
+    raise AssertionError(f"{problem.shapes} are none")  # these raise the error
 
 
 def _on_graph(problem: Problem) -> Plan:

@@ -19,12 +19,16 @@ SEARCHED_RECOMPUTE = ("none", "full")
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """What a method can make when it is pinned; what it chooses among by itself is less."""
+    """What a method can make when it is pinned; what it chooses among by itself is less.
+
+    unlike: whether it makes pipelines whose depth does not divide the number of devices, where these are equal.
+    """
 
     schedules: tuple[str, ...] = SEARCHED_SCHEDULES
     zeros: tuple[int, ...] = (0, 1, 2, 3)
     recompute: tuple[str, ...] = ("none", "selective", "full")
     roles: tuple[str, ...] = ()
+    unlike: bool = False
 
 
 @dataclass(frozen=True, slots=True)

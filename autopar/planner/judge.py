@@ -3,20 +3,32 @@
 A stage's cost depends on what its blocks are, on its mesh and how it is stored, and on how its ranks and the next stage's
 lie on hosts; stages that agree in these are priced once (as in planner/pricing.py, for plans of any kind). A plan's step
 time is schedule/step_time.py's, its memory schedule/residency.py's; both are the simulator's, to rounding and exactly.
+Of schedules without flushes the simulator itself is asked, for its instructions alone.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from ..cost.types import StageCost
 from ..plan import Layout, Plan, Stage
+from ..schedule.build import program_for
 from ..schedule.orders import schedule_named
 from ..schedule.residency import residency
 from ..schedule.step_time import exposed_reduce_s, step_time_s
+from ..simulate import program_peak_bytes, stream_batch_s
 from .problem import Costs, Problem
+
+
+def group_peak_bytes(plan: Plan, group: int, costs: Sequence[StageCost]) -> int:
+    """Of one rank of a group whose stages, in ascending order, cost that."""
+    if schedule_named(plan.schedule).flushes:
+        return residency(plan.schedule, plan.pipeline, plan.microbatches, len(costs), group).peak_bytes(costs)
+    program = program_for(plan)
+    return program_peak_bytes(program.actions[group], dict(zip(program.stages_of(group), costs, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +44,8 @@ class Judged:
     @cached_property
     def time_s(self) -> float:
         """The simulator's step time."""
-        return step_time_s(self.plan.pipeline, self.plan.microbatches, self.plan.schedule, self.costs)
+        of_step = step_time_s if schedule_named(self.plan.schedule).flushes else stream_batch_s
+        return of_step(self.plan.pipeline, self.plan.microbatches, self.plan.schedule, self.costs)
 
     @cached_property
     def floor_s(self) -> float:
@@ -95,7 +108,7 @@ class Judge:
 
     def peak_bytes(self, plan: Plan, group: int, costs: list[StageCost]) -> int:
         """The peak of one rank of a group whose stages cost that."""
-        return residency(plan.schedule, plan.pipeline, plan.microbatches, len(costs), group).peak_bytes(costs)
+        return group_peak_bytes(plan, group, costs)
 
     def cost(self, plan: Plan, s: int) -> StageCost:
         """The cost model's answer for stage `s`."""

@@ -1,7 +1,8 @@
 """Stages of different meshes on equal devices: which mesh a group of ranks may have, its layouts, and where groups lie.
 
-A mesh is data x tensor ranks. Each stage keeps what is pinned: data= and tensor= hold for all of them. A microbatch that
-does not divide by the data degree is shared out as evenly as whole rows allow, on meshes without a model axis.
+A mesh is data x tensor ranks, the latter being all of its model axes. Each stage keeps what is pinned: data=, tensor= and the
+axes of context= and expert= hold for all of them. A microbatch that does not divide by the data degree is shared out as
+evenly as whole rows allow, on meshes without a model axis.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..cluster.spec import Cluster
-from ..plan import Plan, tensor_axes
+from ..plan import Plan, Stage
 from .chains import LayoutChains
 from .methods.bench import split_rows
 from .problem import Chain, Problem, Shape
@@ -43,24 +44,23 @@ def may_differ(problem: Problem) -> bool:
         and problem.cluster.world_size > 2
         and len(problem.graph.blocks) > 1
         and pinned.pipeline != 1
-        and (pinned.data is None or pinned.tensor is None)
-        and all(one in (None, 1) for one in (pinned.context, pinned.expert))
+        and (pinned.data is None or len(list(problem.widths(problem.cluster.world_size))) > 1)
     )
 
 
 def meshes_of(problem: Problem, size: int, microbatches: int) -> Iterator[Mesh]:
     """The meshes of `size` ranks, most data first."""
     pinned, rows = problem.constraints, problem.graph.batch_size // microbatches
-    for tensor in (t for t in range(1, size + 1) if size % t == 0):
+    for tensor in (t for t in problem.widths(size) if size % t == 0):
         data = size // tensor
-        if pinned.data not in (None, data) or pinned.tensor not in (None, tensor):
+        if pinned.data not in (None, data):
             continue
         if data > rows or (data > 1 and problem.batch_conflict) or (data == 1 and pinned.zero):
             continue
         if tensor == 1:
             if problem.allows_tensor(1, data):
                 yield Mesh(data, 1, split_rows(rows, [1.0] * data) if rows % data else ())
-        elif rows % data == 0 and problem.splits(tensor, data) and problem.allows_tensor(tensor, data):
+        elif rows % data == 0 and problem.has_axes(tensor, data) and problem.allows_tensor(tensor, data):
             yield Mesh(data, tensor)
 
 
@@ -91,7 +91,7 @@ class MeshLayouts:
     def keep(self, plan: Plan) -> None:
         """Let the layouts of a plan of one mesh serve others of its tensor degree."""
         sketch = Sketch.of(plan)
-        if sketch is not None and len(sketch.teams[0].axes) == 1:
+        if sketch is not None and sketch.teams[0].axes and has_asked_axes(self.problem, plan.stages[0]):
             team = sketch.teams[0]
             self._served.setdefault(team.tensor, []).append((team.data * plan.microbatches, team.rows))
 
@@ -108,14 +108,18 @@ class MeshLayouts:
 
     def _rows(self, chain: Chain) -> Rows:
         """The same object for the same chain."""
-        return self._of_chain.setdefault(id(chain), (chain, Rows(chain.unique, (chain.index,))))[1]
+        return self._of_chain.setdefault(id(chain), (chain, Rows(chain.unique, chain.rows())))[1]
 
 
 def team_of(mesh: Mesh, ranks: Sequence[int], rows: Rows, zero: int) -> Team:
     """ZeRO is off where there is no data axis."""
-    return Team(
-        tuple(ranks), mesh.data, tensor_axes(mesh.tensor), rows, zero if mesh.data > 1 else 0, 0, mesh.shares
-    )  # fmt: skip
+    return Team(tuple(ranks), mesh.data, rows.axes, rows, zero if mesh.data > 1 else 0, 0, mesh.shares)
+
+
+def has_asked_axes(problem: Problem, stage: Stage) -> bool:
+    """Whether a stage has the model axes that are asked for and no other, as the layouts of `MeshLayouts` do."""
+    asked = problem.model_axes(stage.tensor) if stage.tensor > 1 else ()
+    return stage.axes == tuple(axis.degree for axis in asked)
 
 
 def place(cluster: Cluster, sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:

@@ -5,9 +5,10 @@ cost exactly; the best of them are changed further by the moves of planner/allev
 blocks, all pipelines of one stage per group are looked at first (planner/wide_mixes.py), so that there the answer is the
 optimum of those too, or better. What is found must beat the plan given, which otherwise stays.
 
+Pipelines are proposed for 1F1B or GPipe; where another schedule is pinned, they are put under that.
+
 Not looked at: on more than MANY_DEVICES devices, if something fits, other tensor degrees than the best plan's, and pipelines
-where that is none; unlike stages where the best plan's schedule is pinned to one that only moves reach, beyond problems that
-are searched whole.
+where that is none.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ..plan import Plan
+from ..schedule.orders import schedule_named
 from .alleviate import BACK_OFF, Alleviation, Found, chosen_over
-from .constraints import SEARCHED_SCHEDULES
 from .meshes import MeshLayouts, may_differ
 from .mixes import Mixes
+from .moves import may_shard
 from .problem import Problem
 from .rewriting import on_graph
+from .scheduled import is_scheduled
 from .sketch import Sketch
 from .wide import search_sketches
 from .wide_mixes import is_tiny, mixed_sketches
@@ -92,22 +95,22 @@ def _pipelines(search: Alleviation, plan: Plan, many: bool, until_s: float) -> I
         return search.is_over or time.process_time() >= until_s
 
     problem = search.problem
-    schedule = problem.constraints.schedule or "1f1b"
+    schedule, is_proposed = problem.constraints.schedule or "1f1b", not is_scheduled(problem)
     if search.best is not None:
         yield search.best.sketch
-    if schedule not in SEARCHED_SCHEDULES:
-        return
     layouts = MeshLayouts(problem)
     layouts.keep(plan)
     pinned = problem.constraints.zero
     used = max(stage.zero for stage in plan.stages)
     zeros = (pinned,) if pinned is not None else (used,) if many else tuple(dict.fromkeys((0, used)))
+    zeros = zeros if may_shard(schedule_named(schedule)) else (0,)
     tensors = {stage.tensor for stage in plan.stages} if many else None
     for count in _counts(problem, plan.microbatches)[: MAX_COUNTS_MANY if many else MAX_COUNTS]:
         mixes = Mixes(problem, search.judge, layouts, count, tensors, is_over)
-        proposed = mixes.sketches(zeros, schedule)
+        proposed = mixes.sketches(zeros, schedule if is_proposed else "1f1b")
         for number, (expected_s, sketch) in enumerate(proposed):
-            if number == MAX_JUDGED or expected_s > BACK_OFF * search.best_s:
+            # What is expected is a time under the schedule that it is proposed for.
+            if number == MAX_JUDGED or (is_proposed and expected_s > BACK_OFF * search.best_s):
                 break
             if len({(team.data, team.axes) for team in sketch.teams}) > 1:  # the others were searched before
                 yield sketch

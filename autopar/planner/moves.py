@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from ..cost.model import CostModel
-from ..schedule.orders import SCHEDULES, schedule_named
+from ..schedule.orders import SCHEDULES, Schedule, schedule_named
 from .judge import Judge, Judged
 from .problem import Problem, Shape
 from .sketch import Sketch, Team, changed
@@ -44,15 +44,21 @@ class Moves:
     # -- schedule
 
     def schedules(self, now: Sketch, judged: Judged) -> Iterator[Sketch]:
+        yield from self.orders(now)
+
+    def orders(self, now: Sketch) -> Iterator[Sketch]:
+        """The sketch under the other schedules, or under the one that is pinned; without a flush only if it is."""
         groups, num_blocks = len(now.teams), now.stops[-1]
         pinned = self.problem.constraints.schedule
         if groups == 1:
             return
         for name, chosen in SCHEDULES.items():
-            if not chosen.flushes or (pinned or name) != name:
+            if not (chosen.flushes if pinned is None else pinned == name):
                 continue
-            laps = (chosen.virtual,) if chosen.virtual else range(2, MOST_VIRTUAL + 1)
-            for virtual in laps:
+            microbatches = self._microbatches_under(chosen, now)
+            if microbatches is None:
+                continue
+            for virtual in laps_of(chosen):
                 if groups * virtual > num_blocks or (name, virtual) == (now.schedule, now.virtual):
                     continue
                 if virtual > 1 and 2 * groups * virtual * now.microbatches > MOST_UNITS:
@@ -60,17 +66,38 @@ class Moves:
                 stops = now.stops
                 if virtual != now.virtual:
                     stops = self.balanced_stops(now, name, groups * virtual)
-                other = replace(now, schedule=name, stops=stops)
-                if chosen.splits_backward and any(team.zero for team in now.teams):
+                other = replace(now, schedule=name, stops=stops, microbatches=microbatches)
+                if not may_shard(chosen) and any(team.zero for team in now.teams):
                     if self.problem.constraints.zero:
                         continue
                     other = other.with_teams(zero=0)
                 yield other
 
+    def _microbatches_under(self, chosen: Schedule, now: Sketch) -> int | None:
+        """As many as there are, where the schedule wants others as few as it may have; None if the batch has no such."""
+        counts = (
+            (now.microbatches,) if chosen.flushes else (now.microbatches, *range(1, self.problem.graph.batch_size + 1))
+        )
+        return next((count for count in counts if self._may_have(chosen, now, count)), None)
+
+    def _may_have(self, chosen: Schedule, now: Sketch, count: int) -> bool:
+        """Whether the sketch can have so many microbatches under a schedule."""
+        if count != now.microbatches:
+            rows, pinned = self.problem.graph.batch_size, self.problem.constraints.microbatches
+            if pinned is not None or (count > 1 and self.problem.time_conflict):
+                return False
+            if any(team.shares or rows % (count * team.data) for team in now.teams):
+                return False
+        try:
+            chosen.check_microbatches(len(now.teams), count)
+        except ValueError:
+            return False
+        return True
+
     # -- storage over the data axis
 
     def store(self, now: Sketch, judged: Judged) -> Iterator[Sketch]:
-        if SCHEDULES[now.schedule].splits_backward:
+        if not may_shard(SCHEDULES[now.schedule]):
             return
         pinned = self.problem.constraints.zero
         levels = (0, 1, 2, 3) if pinned is None else (pinned,)
@@ -99,11 +126,9 @@ class Moves:
     # -- microbatches
 
     def microbatches(self, now: Sketch, judged: Judged) -> Iterator[Sketch]:
-        if self.problem.constraints.microbatches is not None or self.problem.time_conflict:
-            return
-        count, rows = now.microbatches, self.problem.graph.batch_size
+        count, chosen = now.microbatches, SCHEDULES[now.schedule]
         for other in (count * 2, count // 2 if count % 2 == 0 else 0):
-            if other and all(not t.shares and rows % (other * t.data) == 0 for t in now.teams):
+            if other and self._may_have(chosen, now, other):
                 yield replace(now, microbatches=other)
 
     # -- cuts
@@ -147,7 +172,9 @@ class Moves:
         """Forward and backward of every block on a group, as a stage of its own."""
         graph = self.problem.graph
         num_blocks = len(graph.blocks)
-        key = (id(team.rows), team.data, team.axes, team.shares, now.microbatches)
+        # On equal devices all groups of one mesh are alike.
+        ranks = team.ranks if self.problem.cluster.hosts else len(team.ranks)
+        key = (id(team.rows), team.data, team.axes, team.shares, now.microbatches, ranks)
         if key not in self._weights:
             known: dict[tuple, float] = {}
             found = []
@@ -179,6 +206,16 @@ class Moves:
             shape = Shape(len(now.teams), data, outer * inner, now.microbatches, now.schedule, team.zero)
             for rows in self._pairs.of(shape, outer, inner):
                 yield now.with_teams(data=data, axes=(outer, inner), rows=rows)
+
+
+def laps_of(chosen: Schedule) -> Iterator[int]:
+    """Stages per group that are tried under a schedule."""
+    yield from (chosen.virtual,) if chosen.virtual else range(2, MOST_VIRTUAL + 1)
+
+
+def may_shard(chosen: Schedule) -> bool:
+    """Whether the runtime shards parameters, gradients or optimizer state over data ranks under a schedule."""
+    return chosen.flushes and not chosen.splits_backward
 
 
 def balanced(weights: Sequence[float], num_parts: int) -> tuple[int, ...]:

@@ -120,13 +120,14 @@ class Problem:
     def as_equal(self) -> Problem:
         """The same on the equal cluster that is nowhere better than this one: itself where all hosts are alike.
 
-        Degrees that only unequal stages can have are left free.
+        A depth of pipeline that only unequal stages can have is left free.
         """
         if not self.cluster.hosts:
             return self
-        cluster, pinned = self.cluster.as_equal, self.constraints  # which has no roles: see planner/refusals.py
-        if cluster.world_size % ((pinned.data or 1) * (pinned.tensor or 1) * (pinned.pipeline or 1)):
-            pinned = replace(pinned, data=None, tensor=None, pipeline=None)
+        cluster, pinned = self.cluster.as_equal, self.constraints
+        own = math.prod(degree for _, degree in pinned.roles)
+        if cluster.world_size % ((pinned.data or 1) * (pinned.tensor or 1) * (pinned.pipeline or 1) * own):
+            pinned = replace(pinned, pipeline=None)
         return replace(self, cluster=cluster, costs=self.costs.on(cluster), constraints=pinned)
 
     @property
@@ -163,6 +164,11 @@ class Problem:
                 f"{why_none(self)}"
             )
         return found
+
+    @cached_property
+    def has_shapes(self) -> bool:
+        """Whether there is any."""
+        return next(self._shapes(), None) is not None
 
     # -- what is pinned by name: for the inner loops of the searches
 
@@ -226,6 +232,18 @@ class Problem:
         wrong = np.concatenate([[0], np.cumsum([not one for one in free])])
         return wrong[None, :] == wrong[:, None]
 
+    def refusal(self, plan: Plan) -> str:
+        """Why a plan of this space may not be taken, "" if it may: for what is pinned by name, and in a stream for stages
+        that share parameters."""
+        if refused := self.pins.refusal(plan):
+            return refused
+        if not schedule_named(plan.schedule).flushes:
+            try:
+                plan.validate(self.graph, self.cluster)
+            except ValueError as error:
+                return str(error)
+        return ""
+
     # -- shapes
 
     def _shapes(self) -> Iterator[Shape]:
@@ -237,7 +255,7 @@ class Problem:
             for microbatches in self._microbatches(data):
                 for zero in self._zeros(data):
                     for schedule in self._schedules(pipeline, microbatches):
-                        if _goes_together(schedule, pipeline, microbatches, zero):
+                        if goes_together(schedule, pipeline, microbatches, zero):
                             yield Shape(pipeline, data, tensor, microbatches, schedule, zero)
 
     def _triples(self) -> Iterator[tuple[int, int, int]]:
@@ -245,7 +263,7 @@ class Problem:
         for pipeline in _choices(pinned.pipeline, world):
             if pipeline > len(self.graph.blocks) or not self.pins.stages_possible(pipeline):
                 continue
-            for tensor in self._widths(world // pipeline):
+            for tensor in self.widths(world // pipeline):
                 data = world // pipeline // tensor
                 if pipeline * tensor * data != world or pinned.data not in (None, data):
                     continue
@@ -253,8 +271,8 @@ class Problem:
                     continue
                 yield pipeline, data, tensor
 
-    def _widths(self, most: int) -> Iterator[int]:
-        """Model ranks of one replica."""
+    def widths(self, most: int) -> Iterator[int]:
+        """Model ranks that one replica may have, of `most`."""
         roles, pinned = self.constraints.roles, self.constraints.tensor
         own = math.prod(degree for _, degree in roles)
         # where roles take all the axes that there are, none is left for tensor to choose
@@ -331,7 +349,7 @@ class Problem:
         return tuple(op for op in self.distinct_ops if any(roles[name].role == "parameter" for name in op.inputs))
 
 
-def _goes_together(schedule: str, pipeline: int, microbatches: int, zero: int) -> bool:
+def goes_together(schedule: str, pipeline: int, microbatches: int, zero: int) -> bool:
     """Whether the runtime runs such a schedule so."""
     chosen = schedule_named(schedule)
     try:

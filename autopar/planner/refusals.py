@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..plan_validate import nearest_divisors
+from ..schedule.orders import schedule_named
 from .roles import MOST_AXES, can_be_axes, can_have, core_ops
 
 if TYPE_CHECKING:
@@ -14,11 +15,22 @@ if TYPE_CHECKING:
 
 def check_pins(problem: Problem) -> None:
     """ValueError names the first contradiction, and what could be pinned instead."""
+    _check_stream(problem)
     _check_batch(problem)
     _check_axes(problem)
     _check_degrees(problem)
     _check_tensor(problem)
     _check_roles(problem)
+
+
+def _check_stream(problem: Problem) -> None:
+    """What the runtime refuses of weights in versions (plan_validate.py), whatever the stages are."""
+    schedule, precision = problem.constraints.schedule, problem.graph.precision
+    if schedule is not None and not schedule_named(schedule).flushes and precision != "float32":
+        raise ValueError(
+            f"schedule={schedule!r} computes with versions of the weights in float32, but precision is {precision!r}; set "
+            "precision to 'float32', or choose a schedule with steps"
+        )
 
 
 def _check_batch(problem: Problem) -> None:
@@ -49,17 +61,12 @@ def _check_batch(problem: Problem) -> None:
 
 
 def _check_axes(problem: Problem) -> None:
-    """How many model axes there would be, and whether this cluster can have axes of pinned roles."""
+    """How many model axes there would be."""
     pinned = problem.constraints
     wanted = [*pinned.roles, *([("tensor", pinned.tensor)] if (pinned.tensor or 1) > 1 else [])]
-    words = " and ".join(f"{name}={degree}" for name, degree in wanted)
     if len(wanted) > MOST_AXES:
+        words = " and ".join(f"{name}={degree}" for name, degree in wanted)
         raise ValueError(f"{words} are {len(wanted)} model axes, and searches make {MOST_AXES} at most; set one to 1")
-    if pinned.roles and problem.cluster.hosts:
-        raise ValueError(
-            f"{words}: on clusters of several kinds of hosts no method makes model axes with roles; leave "
-            f"{' and '.join(name for name, _ in pinned.roles)} out, and use tensor= and layout="
-        )
 
 
 def _check_degrees(problem: Problem) -> None:
@@ -81,8 +88,9 @@ def _check_degrees(problem: Problem) -> None:
         words += f" = {product}"
     if is_whole and product != world:
         raise ValueError(f"{words}, but the cluster has {world} devices; change a degree, or leave one out")
-    if problem.cluster.hosts and not is_whole and product <= world:
-        return  # stages may have different numbers of devices
+    each = product // (pinned.pipeline or 1)
+    if (problem.cluster.hosts or problem.space.unlike) and not is_whole and product <= world and world % each == 0:
+        return  # stages may have different numbers of devices, each a multiple of the other degrees
     if world % product:
         raise ValueError(
             f"{words}, which does not divide the cluster's {world} devices; the product could be "

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..cost.types import StageCost
-from ..plan import Plan, Stage, tensor_axes
+from ..plan import Plan, Stage
 from .problem import Chain, Problem
 
 
 def replica_cost(problem: Problem, ranks: tuple[int, ...], chain: Chain, parts: int) -> StageCost:
     """The whole model on one replica, of one of `parts` equal parts of the batch. chain: of layouts for its ranks."""
     graph = problem.graph
-    stage = Stage(
-        0, len(graph.blocks), ranks, 1, tensor_axes(len(ranks)), (chain.index,) if len(ranks) > 1 else ()
-    )  # fmt: skip
+    stage = Stage(0, len(graph.blocks), ranks, 1, chain.axes, chain.rows())
     plan = Plan(
         graph.name, graph.fingerprint, len(ranks), graph.batch_size, parts, "1f1b", (stage,), chain.unique,
         precision=graph.precision,

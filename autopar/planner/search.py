@@ -13,6 +13,7 @@ from ..cluster.spec import Cluster
 from ..cost.model import CostModel
 from ..graph import Graph
 from ..plan import Plan
+from ..schedule.orders import SCHEDULES
 from .auto import auto
 from .budget import Budget, Stop
 from .chains import LayoutChains
@@ -53,7 +54,7 @@ METHODS: dict[str, Callable[[Problem], Plan]] = {
 # schedules have several stages per device.
 _SYNCHRONOUS = Space(schedules=("1f1b", "gpipe", "zb-h1"))
 SPACES: dict[str, Space] = {
-    "auto": Space(schedules=("1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v"), roles=("context", "expert")),
+    "auto": Space(schedules=tuple(SCHEDULES), roles=("context", "expert"), unlike=True),
     "exhaustive": Space(schedules=("1f1b", "gpipe", "zb-h1", "pipedream", "2bw"), roles=("context", "expert")),
     "pipedream": Space(schedules=("1f1b", "gpipe", "pipedream", "2bw")),
     "dapple": _SYNCHRONOUS,

@@ -27,6 +27,11 @@ class Rows:
         index = tuple(tuple(order.setdefault(layout, len(order)) for layout in row) for row in rows)
         return cls(tuple(order), index)
 
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Degrees of the model axes, outermost first."""
+        return tuple(self.unique[row[0]].degree for row in self.index)
+
 
 @dataclass(frozen=True, slots=True)
 class Team:

@@ -1,8 +1,9 @@
-"""The search for clusters of several kinds of hosts.
+"""The search for clusters of several kinds of hosts, and for equal devices that equal stages cannot all use.
 
 Space: the order of the devices along the pipeline and which of them a stage has (planner/unequal_room.py); per stage data
 and tensor degree, ZeRO 0 or 3, recomputation or none, and the rows of unlike replicas in proportion to their speed
-(planner/unequal_ways.py); microbatches; and where the layers are cut.
+(planner/unequal_ways.py); microbatches; and where the layers are cut. The schedule is 1F1B, or the one that is pinned, of one
+stage per group; GPipe and others come with the moves.
 
 Method: numbers of microbatches from about one per device to fewer and to more. Each has a floor, all devices at their best
 all the time; where that does not rule it out, tables (planner/unequal_bounds.py), of which each number of stages has a
@@ -25,7 +26,8 @@ from ..plan import Candidate, Plan
 from ..report.words import plan_in_words
 from ..simulate import simulate
 from .candidates import MAX_CANDIDATES
-from .problem import Problem
+from .constraints import SEARCHED_SCHEDULES
+from .problem import Problem, goes_together
 from .stages import TOLERANCE
 from .unequal_bounds import Bounds
 from .unequal_moves import alleviated_on_ranks
@@ -51,8 +53,17 @@ def unequal(problem: Problem) -> Plan:
     return _Unequal(problem).run()
 
 
+def pipelines(problem: Problem) -> list[Plan]:
+    """Plans of two stages or more, of many depths and meshes, the best first, for others to go on from."""
+    search = _Unequal(problem, least_stages=2)
+    search.look()
+    return sorted(search.judge.tried.values(), key=lambda plan: plan.prediction.step_time_s)
+
+
 class _Unequal:
-    def __init__(self, problem: Problem) -> None:
+    """least_stages: that a pipeline has."""
+
+    def __init__(self, problem: Problem, least_stages: int = 1) -> None:
         self.problem = problem
         self.room, self.finder, self.judge = Room(problem.cluster), WayFinder(problem), Judge(problem)
         self.open_bound_s = math.inf
@@ -64,7 +75,7 @@ class _Unequal:
         pinned = problem.constraints
         self.schedule = pinned.schedule or "1f1b"
         most = min(MAX_STAGES, len(problem.graph.blocks), problem.cluster.world_size)
-        self.most_stages = pinned.pipeline or most
+        self.stages = [pinned.pipeline] if pinned.pipeline else range(least_stages, most + 1)
 
     def run(self) -> Plan:
         budget = self.problem.budget
@@ -87,8 +98,12 @@ class _Unequal:
         return self.problem.budget.expired(has_plan=self.judge.best is not None)
 
     def _search(self) -> None:
-        if self.problem.cluster.world_size <= MAX_SEEDED:
+        if self.problem.cluster.hosts and self.problem.cluster.world_size <= MAX_SEEDED:
             self._seed()
+        self.look()
+
+    def look(self) -> None:
+        """Look at every number of microbatches that may be better than the best plan."""
         counts, left = list(self._microbatches()), []
         with self.problem.budget.bar("planning", " counts", len(counts)) as bar:
             for count in sorted(counts, key=lambda count: abs(math.log(count / self.near))):
@@ -122,9 +137,9 @@ class _Unequal:
 
     def _look_at(self, count: int) -> None:
         """All numbers of stages with so many microbatches, the least bound first."""
-        tables = Bounds(self.problem, self.room, self.finder, count, self.schedule, self.most_stages)
+        tables = Bounds(self.problem, self.room, self.finder, count, self.schedule, max(self.stages))
         before_s = self.judge.best_s
-        bounds = sorted((tables.root_s(stages), stages) for stages in self._stages())
+        bounds = sorted((tables.root_s(stages), stages) for stages in self.stages if self._may_have(stages, count))
         for number, (bound_s, stages) in enumerate(bounds):
             if self._is_beaten(bound_s):
                 break
@@ -139,15 +154,15 @@ class _Unequal:
         if self.judge.best_s >= before_s:
             self._futile.append(count)
 
+    def _may_have(self, stages: int, microbatches: int) -> bool:
+        """Whether the schedule runs so many microbatches through so many stages."""
+        return goes_together(self.schedule, stages, microbatches, 0)
+
     def _microbatches(self):
         rows, pinned = self.problem.graph.batch_size, self.problem.constraints.microbatches
         for count in [pinned] if pinned else range(1, rows + 1):
             if rows % count == 0 and (count == 1 or not self.problem.time_conflict):
                 yield count
-
-    def _stages(self):
-        pinned = self.problem.constraints.pipeline
-        return [pinned] if pinned else range(1, self.most_stages + 1)
 
     def _is_beaten(self, bound_s: float) -> bool:
         return bound_s >= self.judge.best_s * (1 - TOLERANCE)
@@ -157,7 +172,9 @@ class _Unequal:
         from .methods.metis import metis
         from .methods.whale import whale
 
-        for method, problem in ((auto, self.problem.as_equal), (metis, self.problem), (whale, self.problem)):
+        # Those make no axes with roles, and choose among fewer schedules.
+        others = () if self.problem.constraints.roles or self.schedule not in SEARCHED_SCHEDULES else (metis, whale)
+        for method, problem in ((auto, self.problem.as_equal), *((other, self.problem) for other in others)):
             try:
                 plan = method(problem)
             except ValueError:  # it finds none; others may
@@ -167,10 +184,9 @@ class _Unequal:
 
     def _is_allowed(self, plan: Plan) -> bool:
         """Whether a plan of another method keeps the constraints on degrees that only unequal stages can meet."""
-        pinned = self.problem.constraints
-        meshes = {(stage.data, stage.tensor) for stage in plan.stages}
+        pinned, widths = self.problem.constraints, set(self.problem.widths(self.problem.cluster.world_size))
         return pinned.pipeline in (None, plan.pipeline) and all(
-            pinned.data in (None, data) and pinned.tensor in (None, tensor) for data, tensor in meshes
+            pinned.data in (None, stage.data) and stage.tensor in widths for stage in plan.stages
         )
 
     def _other_schedule(self) -> None:
@@ -190,9 +206,10 @@ class _Unequal:
         """Where what all devices have in common has a plan, that one; else the error that names the smallest of these."""
         from .auto import auto
 
-        plan = auto(self.problem.as_equal)
-        if self._is_allowed(plan):
-            return plan
+        if self.problem.cluster.hosts:
+            plan = auto(self.problem.as_equal)
+            if self._is_allowed(plan):
+                return plan
         raise ValueError(
             f"no plan of {self.problem.graph.name} on {self.problem.cluster.world_size} devices of "
             f"{len(self.problem.cluster.devices)} kinds fits in their memory under {self.problem.constraints}; use more "

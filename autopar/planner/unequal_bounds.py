@@ -14,6 +14,11 @@ the last microbatch takes down to the end and back up to some stage, whose tail 
 what a stage does before that microbatch. Each is the length of paths that every schedule contains, so that the most of
 them bounds every plan; a way counts where it fits in memory with r - 1 stages behind it. A boundary is taken to be sent
 over the fastest link that it may have, and to be no larger than what leaves.
+
+So it is under 1F1B and GPipe. Where backwards come in halves, the stages behind may still owe their weight halves when a stage
+ends, so that of these paths only the ones down to a stage are left, and without a flush nothing but a stage's own work:
+
+    work[x, r, i]    = min of max(M c + t, (f + h) + work[x', r - 1, stop])                 f + h = 0 without a flush
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..schedule.orders import schedule_named
+from .constraints import SEARCHED_SCHEDULES
 from .problem import Problem
 from .stages import FIT_SLACK
 from .unequal_room import START, Move, Room, State
@@ -46,6 +52,8 @@ class Bounds:
         self.problem, self.room, self.finder = problem, room, finder
         self.microbatches, self.schedule, self.most_stages = microbatches, schedule, most_stages
         self.num_blocks = len(problem.graph.blocks)
+        self.has_trips = schedule in SEARCHED_SCHEDULES
+        self._flushes = schedule_named(schedule).flushes
         # Sums of blocks are no more exact than single precision.
         self._dtype = np.float64 if finder.is_exact else np.float32
         in_flight = schedule_named(schedule).in_flight
@@ -73,6 +81,10 @@ class Bounds:
         """What a stage does before it begins with the last microbatch."""
         count = self.microbatches
         return (count - 1) * way.forward_s + max(0, count - int(self.held[behind])) * way.backward_s
+
+    def down_s(self, forward_s: np.ndarray, send_s: np.ndarray) -> np.ndarray:
+        """How much later the next stage begins than this one."""
+        return forward_s + send_s if self._flushes else np.zeros_like(forward_s)
 
     def send_s(self, move: Move, way: Way) -> np.ndarray:
         """[stop]: the least that handing on takes."""
@@ -113,7 +125,7 @@ class Bounds:
         levels, level_of = np.unique(self.held, return_inverse=True)
         for way in self.ways(move):
             send_s = self.send_s(move, way)[None, :]
-            compute_s, down_s = way.forward_s + way.backward_s, way.forward_s + send_s
+            compute_s, down_s = way.forward_s + way.backward_s, self.down_s(way.forward_s, send_s)
             pass_s = compute_s + 2 * send_s
             plain = (compute_s, pass_s, down_s, self.microbatches * compute_s + way.tail_s)
             for level in range(len(levels)):
@@ -144,13 +156,17 @@ class Bounds:
                 rest = self._end if over else self._tables[move.after]
                 passing, drain, work, back = rest[:, :num, None, :]
                 compute_s, pass_s, down_s, tail_s, lead_down_s, lead_tail_s, pass_tail_s = least[:, :num]
-                mirrored_s = np.maximum(lead_down_s + back, lead_tail_s + passing)
-                found = (
-                    pass_s + passing,
-                    np.maximum(count * compute_s, pass_s + drain),
-                    np.maximum(np.maximum(tail_s, down_s + work), mirrored_s),
-                    np.maximum(down_s + back, pass_tail_s + passing),
-                )
+                work_s = np.maximum(tail_s, down_s + work)
+                if self.has_trips:
+                    mirrored_s = np.maximum(lead_down_s + back, lead_tail_s + passing)
+                    found = (
+                        pass_s + passing,
+                        np.maximum(count * compute_s, pass_s + drain),
+                        np.maximum(work_s, mirrored_s),
+                        np.maximum(down_s + back, pass_tail_s + passing),
+                    )
+                else:
+                    found = self._no_trips(work_s)
                 for mine, values in zip(table, found, strict=True):
                     np.minimum(mine[1 : num + 1], values.min(axis=2), out=mine[1 : num + 1])
             self._tables[state] = table
@@ -158,6 +174,18 @@ class Bounds:
     def rest(self, state: State, stages: int) -> np.ndarray:
         """(passing, drain, work, back) of what is left behind a state in so many stages: [table, first block]."""
         return (self._end if self.room.is_end(state) else self._tables[state])[:, stages]
+
+    @staticmethod
+    def _no_trips(work_s: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Tables in which only `work` says more than whether there is any way."""
+        open_ = np.where(np.isfinite(work_s), 0.0, math.inf)
+        return open_, open_, work_s, open_
+
+    @staticmethod
+    def _no_trips(work_s: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Tables in which `work` alone says more than whether there is any way."""
+        open_ = np.where(np.isfinite(work_s), 0.0, math.inf)
+        return open_, open_, work_s, open_
 
     def root_s(self, stages: int) -> float:
         """No plan of so many stages is faster."""

@@ -7,16 +7,21 @@ what it has above (below) its limit counts as above (below) the least limit of a
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 from ..cost.mixed import rank_classes
 from ..cost.types import StageCost
 from ..plan import Plan
-from ..schedule.residency import residency
+from ..schedule.orders import schedule_named
 from .alleviate import Alleviation
-from .judge import Judge
-from .meshes import Mesh, MeshLayouts, team_of
-from .moves import CHEAP
+from .judge import Judge, group_peak_bytes
+from .meshes import Mesh, MeshLayouts, has_asked_axes, team_of
+from .moves import CHEAP, Moves, laps_of
 from .problem import Problem
-from .sketch import Sketch
+from .sketch import Sketch, Team
+from .unequal_room import Room
+from .unequal_ways import WayFinder
 
 # Process seconds that it takes at most.
 LIMIT_S = 0.5
@@ -32,12 +37,11 @@ class RanksJudge(Judge):
     def peak_bytes(self, plan: Plan, group: int, costs: list[StageCost]) -> int:
         """The peak of the rank that has least left, counted so that the problem's limit is its own."""
         problem, members = self.problem, [s for s, stage in enumerate(plan.stages) if stage.ranks == plan.groups[group]]
-        held = residency(plan.schedule, plan.pipeline, plan.microbatches, len(members), group)
         found = []
         for one in rank_classes(problem.cluster, plan.stages[members[0]]):
             own = [self._cost(plan, s, one.ranks[0]) for s in members]
             room_bytes = min(map(problem.memory_limit_of, one.ranks)) - problem.memory_limit_bytes
-            found.append(held.peak_bytes(own) - room_bytes)
+            found.append(group_peak_bytes(plan, group, own) - room_bytes)
         return max(found)
 
     def cost(self, plan: Plan, s: int) -> StageCost:
@@ -61,7 +65,7 @@ class RanksJudge(Judge):
 
 def alleviated_on_ranks(problem: Problem, plan: Plan) -> Plan | None:
     """A plan faster than `plan`, which has its prediction; None if none was found."""
-    sketch = _sketch(problem, plan)
+    sketch = sketch_on_ranks(problem, plan)
     if sketch is None:
         return None
     limit_s = min(LIMIT_S, problem.budget.left_s)
@@ -70,10 +74,52 @@ def alleviated_on_ranks(problem: Problem, plan: Plan) -> Plan | None:
     return found.judged.plan if found is not None else None
 
 
-def _sketch(problem: Problem, plan: Plan) -> Sketch | None:
-    """The plan with the fastest layouts of each stage's mesh for all blocks; None where a stage has several model axes, or
-    a group several stages."""
-    if any(len(stage.axes) > 1 for stage in plan.stages) or plan.pipeline != len(plan.stages):
+def every_grouping(problem: Problem, moves: Moves) -> list[Sketch]:
+    """Every way to group all devices, in two groups or more, with every mesh that a group may have, for the pinned schedule;
+    those first whose devices together are fastest. In models of few blocks with every cut, in others of one stage each.
+
+    moves: what knows how long blocks take on a group."""
+    pinned, rows, num_blocks = problem.constraints, problem.graph.batch_size, len(problem.graph.blocks)
+    chosen = schedule_named(pinned.schedule)
+    room, finder, layouts = Room(problem.cluster), WayFinder(problem), MeshLayouts(problem.as_equal)
+    counts = [count for count in range(1, rows + 1) if rows % count == 0 and pinned.microbatches in (None, count)]
+    most = pinned.pipeline or min(problem.cluster.world_size, num_blocks)
+    found: list[tuple[float, Sketch]] = []
+    for count in counts[: 1 if problem.time_conflict else None]:
+        for path in room.pipelines(most):
+            if len(path) < 2 or pinned.pipeline not in (None, len(path)):
+                continue
+            ways = [_teams(finder, layouts, move.ranks, count) for move in path]
+            for teams in itertools.product(*ways):
+                one = Sketch((*range(1, len(teams)), num_blocks), teams, count, "1f1b")
+                # Microbatches per second, if no device ever waited.
+                speed = sum(1 / sum(moves.block_s(one, team)) for team in teams)
+                if not finder.is_exact:
+                    found.append((count / speed, one))
+                    continue
+                for virtual in laps_of(chosen):
+                    for cuts in itertools.combinations(range(1, num_blocks), virtual * len(teams) - 1):
+                        found.append((count / speed, replace(one, stops=(*cuts, num_blocks), schedule=chosen.name)))
+    return [sketch for _, sketch in sorted(found, key=lambda one: one[0])]
+
+
+def _teams(finder: WayFinder, layouts: MeshLayouts, ranks: tuple[int, ...], microbatches: int) -> list[Team]:
+    found = []
+    for data, tensor, shares in finder.meshes(ranks, microbatches):
+        mesh = Mesh(data, tensor, shares)
+        for zero in finder.zeros(data):
+            try:
+                rows = layouts.fastest(mesh, microbatches, zero)
+            except ValueError:  # nothing is legal for so many shares of the batch
+                continue
+            found.append(team_of(mesh, ranks, rows, zero))
+    return found
+
+
+def sketch_on_ranks(problem: Problem, plan: Plan) -> Sketch | None:
+    """The plan with the fastest layouts of each stage's mesh for all blocks; None where a stage has other model axes than
+    are asked for, or a group several stages."""
+    if plan.pipeline != len(plan.stages) or not all(has_asked_axes(problem, stage) for stage in plan.stages):
         return None
     layouts, teams = MeshLayouts(problem.as_equal), []
     for stage in plan.stages:

@@ -69,6 +69,15 @@ class Room:
             self._moves[state] = tuple(self._find(state))
         return self._moves[state]
 
+    def pipelines(self, most: int, state: State = START) -> Iterator[tuple[Move, ...]]:
+        """Every way to take all devices in at most so many stages."""
+        for move in self.moves(state) if most else ():
+            if self.is_end(move.after):
+                yield (move,)
+            else:
+                for rest in self.pipelines(most - 1, move.after):
+                    yield (move, *rest)
+
     def states(self) -> list[State]:
         """All states but the end, so that each stands after those that its moves lead to."""
         seen: dict[State, int] = {START: 0}

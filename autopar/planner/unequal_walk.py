@@ -15,8 +15,10 @@ import numpy as np
 
 from ..cost.mixed import rank_classes
 from ..plan import Plan, Prediction
+from ..schedule.orders import schedule_named
 from ..schedule.step_time import step_time_s
-from ..simulate import simulate, stage_peak_bytes
+from ..simulate import simulate, stream_batch_s
+from .judge import group_peak_bytes
 from .problem import Problem
 from .stages import TOLERANCE
 from .unequal_bounds import TIME_SLACK, Bounds
@@ -50,11 +52,14 @@ class Judge:
         )  # fmt: skip
 
     def offer(self, plan: Plan) -> bool:
-        """Whether this is the best plan so far; then it is kept."""
-        if plan.schedule not in ("1f1b", "gpipe"):
+        """Whether this is the best plan so far, and keeps what is pinned; then it is kept."""
+        if self.problem.refusal(plan):
+            return False
+        if plan.pipeline < len(plan.stages):
             return self._offer_simulated(plan)
         costs = [self.problem.costs.stage(plan, s) for s in range(len(plan.stages))]
-        seconds = step_time_s(len(costs), plan.microbatches, plan.schedule, costs)
+        of_step = step_time_s if schedule_named(plan.schedule).flushes else stream_batch_s
+        seconds = of_step(len(costs), plan.microbatches, plan.schedule, costs)
         key = (len(costs), plan.microbatches, plan.stages[0].data, plan.stages[0].tensor)
         before = self.tried.get(key)
         better = seconds < self.best_s * (1 - TOLERANCE)
@@ -71,7 +76,7 @@ class Judge:
         return better
 
     def _offer_simulated(self, plan: Plan) -> bool:
-        """Of another method's plan under a schedule that the walks do not use."""
+        """Of another method's plan with several stages per group of ranks."""
         line = simulate(self.problem.graph, plan, self.problem.cluster, model=self.problem.costs)
         if self.problem.excess_bytes(line.peak_memory_bytes) > 0 or line.step_time_s >= self.best_s * (1 - TOLERANCE):
             return False
@@ -92,7 +97,7 @@ class Judge:
         for s, stage in enumerate(plan.stages):
             for one in rank_classes(self.problem.cluster, stage):
                 cost = self.problem.costs.of_rank(plan, s, one.ranks[0])
-                peak = stage_peak_bytes(cost, plan.schedule, s, len(plan.stages), plan.microbatches)
+                peak = group_peak_bytes(plan, s, [cost])
                 if peak > min(map(self.problem.memory_limit_of, one.ranks)):
                     return None
                 most = max(most, peak)
@@ -154,6 +159,8 @@ class Walk:
         window = slice(node.start + 1, bounds.num_blocks - behind + 1)
         if not behind:
             window = slice(bounds.num_blocks, bounds.num_blocks + 1)
+        allowed = bounds.problem.stage_mask(len(node.parts), self.stages)
+        allowed = True if allowed is None else allowed[node.start, window]
         for move in bounds.room.moves(node.state):
             if bounds.room.is_end(move.after) != (behind == 0):
                 continue
@@ -165,25 +172,27 @@ class Walk:
                 send_s, tail_s = bounds.send_s(move, way)[window], way.tail_s[node.start, window]
                 own_s = count * (forward_s + backward_s)
                 before_s = node.before_s + forward_s + backward_s + 2 * send_s
-                down_s = node.down_s + forward_s + send_s
+                down_s = node.down_s + bounds.down_s(forward_s, send_s)
                 first_tail_s = tail_s if first else node.tail_s
-                path_s = np.maximum(node.path_s, node.before_s + own_s + first_tail_s)
-                path_s = np.maximum(path_s, node.down_s + own_s + tail_s)
-                # The last microbatch, which comes after all that a decided stage does before, goes to the end and back.
+                path_s = np.maximum(node.path_s, node.down_s + own_s + tail_s)
                 lead_s = np.maximum(node.lead_s, bounds.lead_s(way, behind)[node.start, window])
-                trip_s = node.down_s + before_s - node.before_s + passing
-                bounds_s = (
-                    path_s,
-                    before_s + drain + first_tail_s,
-                    before_s + passing + (count - 1) * send_s + first_tail_s,
-                    down_s + work,
-                    lead_s + before_s + passing + first_tail_s,
-                    lead_s + down_s + back,
-                    lead_s + trip_s + tail_s,
-                )
+                bounds_s = (path_s, down_s + work)
+                if bounds.has_trips:
+                    path_s = np.maximum(path_s, node.before_s + own_s + first_tail_s)
+                    # The last microbatch, which comes after all that a decided stage does before, goes to the end and back.
+                    trip_s = node.down_s + before_s - node.before_s + passing
+                    bounds_s = (
+                        path_s,
+                        before_s + drain + first_tail_s,
+                        before_s + passing + (count - 1) * send_s + first_tail_s,
+                        down_s + work,
+                        lead_s + before_s + passing + first_tail_s,
+                        lead_s + down_s + back,
+                        lead_s + trip_s + tail_s,
+                    )
                 bound_s = np.maximum.reduce(bounds_s) * self.slack
                 guess_s = bound_s + LEFT_WEIGHT * np.maximum(drain, work)
-                fits = bounds.fits(way, behind)[node.start, window]
+                fits = bounds.fits(way, behind)[node.start, window] & allowed
                 for i in np.nonzero(fits & (bound_s < self._cutoff()))[0]:
                     stop = window.start + int(i)
                     yield _Node(

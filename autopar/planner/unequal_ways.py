@@ -8,6 +8,7 @@ commonest kind: a bound and an order for the search, which prices what it return
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,11 @@ import numpy as np
 
 from ..cost.mixed import rank_classes
 from ..cost.types import StageCost
-from ..plan import Plan, Recompute, Stage, same_recompute, tensor_axes
+from ..plan import Plan, Recompute, Stage, same_recompute
+from ..schedule.orders import schedule_named
+from .constraints import SEARCHED_ZEROS
 from .methods.bench import split_rows
+from .moves import may_shard
 from .problem import Chain, Problem, Shape
 from .replicas import replica_speeds
 from .runs import FIELDS, Runs, figures
@@ -43,14 +47,11 @@ class Mesh:
 
     def stage(self, start: int, stop: int, layouts: dict | None = None) -> Stage:
         """layouts: those of the plan so far, numbered; by default the chain's own."""
-        rows = ()
-        if self.tensor > 1:
-            index = self.chain.index[start:stop]
-            if layouts is not None:
-                index = tuple(layouts.setdefault(self.chain.unique[i], len(layouts)) for i in index)
-            rows = (index,)
+        rows = self.chain.rows(start, stop)
+        if layouts is not None:
+            rows = tuple(tuple(layouts.setdefault(self.chain.unique[i], len(layouts)) for i in row) for row in rows)
         return Stage(
-            start, stop, self.ranks, self.data, tensor_axes(self.tensor), rows,
+            start, stop, self.ranks, self.data, self.chain.axes, rows,
             same_recompute(self.recompute, stop - start), self.zero, 0, self.shares,
         )  # fmt: skip
 
@@ -97,6 +98,7 @@ class WayFinder:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.num_blocks = len(problem.graph.blocks)
+        self._may_shard = may_shard(schedule_named(problem.constraints.schedule or "1f1b"))
         self._ways: dict[tuple, tuple[Way, ...]] = {}
         self._chains: dict[tuple[int, int], Chain] = {}
 
@@ -116,14 +118,16 @@ class WayFinder:
         speed = 0.0
         for hosts in self._hosts_of_kinds():
             ranks, count = hosts[0], sum(map(len, hosts))
+            # Devices that must share a replica with those of other hosts are at their best alone.
+            inside = [t for t in self.problem.widths(len(ranks)) if len(ranks) % t == 0] or [1]
             best = 0.0
-            for tensor in range(1, len(ranks) + 1):
-                if len(ranks) % tensor == 0 and (tensor == 1 or self.problem.splits(tensor, microbatches)):
+            for tensor in inside:
+                if tensor == 1 or self._has_layouts(tensor, microbatches):
                     chain = self._chain(tensor, microbatches)
                     (each,) = replica_speeds(self.problem, ranks[:tensor], chain, tensor, microbatches)
                     best = max(best, each / tensor)
             speed += count * best
-        return 1.0 / speed
+        return 1.0 / speed if speed else math.inf
 
     def _hosts_of_kinds(self) -> list[list[tuple[int, ...]]]:
         cluster = self.problem.cluster
@@ -133,34 +137,46 @@ class WayFinder:
         return [[tuple(host) for host in mine.values()] for mine in hosts]
 
     def _find(self, ranks: tuple[int, ...], microbatches: int) -> Iterator[Way]:
-        problem, pinned = self.problem, self.problem.constraints
-        choices = problem.recompute_choices
-        for data, tensor in self._meshes(ranks):
-            shares = self._shares(ranks, data, tensor, microbatches)
-            if shares is None:
-                continue
+        problem = self.problem
+        for data, tensor, shares in self.meshes(ranks, microbatches):
             units = self._units(data, shares, microbatches)
-            if tensor > 1 and not problem.splits(tensor, units):
-                continue
-            levels = (pinned.zero,) if pinned.zero is not None else (0, 3)
-            if pinned.zero is None and shares and problem.cluster.world_size > MAX_SPREAD:
-                levels = (0,)
-            for zero in dict.fromkeys(level if data > 1 else 0 for level in levels):
-                if pinned.zero not in (None, zero):
+            for zero in self.zeros(data):
+                if zero and problem.constraints.zero is None and shares and problem.cluster.world_size > MAX_SPREAD:
                     continue
-                for recompute in choices:
+                for recompute in problem.recompute_choices:
                     mesh = Mesh(ranks, data, tensor, zero, recompute, shares, self._chain(tensor, units))
                     yield self._price(mesh, microbatches)
 
-    def _meshes(self, ranks: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    def meshes(self, ranks: tuple[int, ...], microbatches: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """(data, tensor, shares) of every mesh that a group may have."""
+        for data, tensor in self._degrees(ranks):
+            shares = self._shares(ranks, data, tensor, microbatches)
+            if shares is not None and self._has_layouts(tensor, self._units(data, shares, microbatches)):
+                yield data, tensor, shares
+
+    def _has_layouts(self, tensor: int, units: int) -> bool:
+        """Whether so many model ranks can do anything, where the batch is cut into so many parts, and keep `layout=`."""
+        return self.problem.allows_tensor(tensor, units) and (tensor == 1 or self.problem.has_axes(tensor, units))
+
+    def zeros(self, data: int) -> list[int]:
+        """ZeRO levels to look at on so many data ranks."""
+        pinned = self.problem.constraints.zero
+        levels = SEARCHED_ZEROS if data > 1 and self._may_shard else (0,)
+        if pinned is None:
+            return list(levels)
+        return [pinned] if pinned == 0 or len(levels) > 1 else []
+
+    def _degrees(self, ranks: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         cluster, pinned = self.problem.cluster, self.problem.constraints
         widths = Counter(map(cluster.host, ranks)).values()
-        for tensor in range(1, len(ranks) + 1):
+        for tensor in self.problem.widths(len(ranks)):
             data = len(ranks) // tensor
-            if data * tensor != len(ranks) or pinned.tensor not in (None, tensor) or pinned.data not in (None, data):
+            if data * tensor != len(ranks) or pinned.data not in (None, data):
                 continue
             inside = all(width % tensor == 0 for width in widths)
-            if not inside and cluster.world_size > MAX_SPREAD:
+            # Axes that no host has room for take whole hosts.
+            must_spread = pinned.roles and all(tensor > width and tensor % width == 0 for width in widths)
+            if not inside and not must_spread and cluster.world_size > MAX_SPREAD:
                 continue
             if data == 1 or not self.problem.batch_conflict:
                 yield data, tensor
@@ -174,6 +190,8 @@ class WayFinder:
         if len({self.problem.cluster.kind_number(rank) for rank in ranks}) > 1:
             # As many as the rows allow.
             parts = microbatches * next(d for d in range(data, 0, -1) if rows % d == 0)
+            if not self._has_layouts(tensor, parts):
+                return None
             speeds = replica_speeds(self.problem, ranks, self._chain(tensor, parts), tensor, parts)
         if rows % data == 0 and len(set(speeds)) == 1:
             return ()
@@ -222,8 +240,8 @@ class WayFinder:
         return Runs(*table)
 
     def _kinds(self, chain: Chain) -> list[tuple]:
-        index = chain.index or (0,) * self.num_blocks
-        return [(block.kind, layout) for block, layout in zip(self.problem.graph.blocks, index, strict=True)]
+        blocks = self.problem.graph.blocks
+        return [(block.kind, *(row[block.index] for row in chain.rows())) for block in blocks]
 
     def cost(self, mesh: Mesh, microbatches: int, rank: int, start: int, stop: int) -> StageCost:
         """Of a pipeline in which others have the blocks before and behind; what parameters shared with them cost apart."""

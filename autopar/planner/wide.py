@@ -1,8 +1,8 @@
 """The wide space of small problems, and its optimum.
 
-Wide: every shape of `Problem.shapes` with every schedule that flushes and as many stages per group as there are blocks
-for, ZeRO 0 to 3, and recomputation "none", "selective" or "full" for each stage. `every_wide_plan` lists it, for the
-oracle. `search_wide` finds its best plan without looking at all:
+Wide: every shape of `Problem.shapes` with every schedule that flushes (or the one without, if that is pinned) and as many
+stages per group as there are blocks for, ZeRO 0 to 3, and recomputation "none", "selective" or "full" for each stage.
+`every_wide_plan` lists it, for the oracle. `search_sketches` finds its best plan without looking at all:
 
 - recomputation makes nothing faster, and a step is a longest path, so a plan whose stages recompute less is no slower.
   Of the choices of one group's stages only the least that fit need a look: those of which none can be lowered.
@@ -99,7 +99,7 @@ def every_plan_of(problem: Problem, sketches: Iterable[Sketch]) -> Iterator[Plan
     choices = recompute_choices(problem)
     for sketch in sketches:
         bare = sketch.plan(problem.graph)
-        if problem.pins.refusal(bare):
+        if problem.refusal(bare):
             continue
         for chosen in itertools.product(choices, repeat=len(sketch.stops)):
             yield recomputing(bare, dict(enumerate(chosen)))
@@ -132,7 +132,7 @@ def search_sketches(
         if is_over():
             return
         bare = sketch.plan(problem.graph)
-        if problem.pins.refusal(bare):
+        if problem.refusal(bare):
             continue
         for judged in least_recomputing(problem, judge, bare, below_s):
             if judged.time_s < below_s:

@@ -15,7 +15,7 @@ from ..plan import Plan
 from ..schedule.orders import SCHEDULES
 from .constraints import SEARCHED_ZEROS
 from .meshes import Mesh, MeshLayouts, may_differ, meshes_of, place, team_of
-from .problem import Problem
+from .problem import Problem, goes_together
 from .sketch import Sketch
 from .wide import count_plans_of, every_plan_of, is_small
 
@@ -50,12 +50,13 @@ def _settings(problem: Problem) -> Iterator[tuple[Meshes, int, str, int]]:
             continue
         for meshes in unlike_meshes(problem, count):
             for name, chosen in SCHEDULES.items():
-                if not chosen.flushes or chosen.virtual != 1 or pinned.schedule not in (None, name):
+                asked = chosen.flushes if pinned.schedule is None else pinned.schedule == name
+                if not asked or chosen.virtual != 1:
                     continue
-                shards = any(mesh.data > 1 for mesh in meshes) and not chosen.splits_backward
+                shards = any(mesh.data > 1 for mesh in meshes)
                 zeros = SEARCHED_ZEROS if pinned.zero is None else (pinned.zero,)
                 for zero in zeros if shards else (0,):
-                    if pinned.zero in (None, zero):
+                    if pinned.zero in (None, zero) and goes_together(name, len(meshes), count, zero):
                         yield meshes, count, name, zero
 
 

@@ -47,6 +47,7 @@ def build_program(
     return program
 
 
+@lru_cache(maxsize=4)
 def build_stream(num_groups: int, microbatches: int, schedule: str, num_batches: int) -> Program:
     """What each group executes for so many batches of `microbatches` under a schedule without flushes, checked."""
     if num_groups < 1 or microbatches < 1 or num_batches < 1:

@@ -90,7 +90,9 @@ def every_plan(problem: Problem) -> Iterator[Plan]:
                     continue
                 for choice in itertools.product(problem.recompute_choices, repeat=shape.pipeline):
                     pieces = [Piece(*edge, recompute) for edge, recompute in zip(edges, choice, strict=True)]
-                    yield assemble(problem, shape, chain, pieces)
+                    plan = assemble(problem, shape, chain, pieces)
+                    if not problem.refusal(plan):
+                        yield plan
 
 
 def count_plans(problem: Problem) -> int:
