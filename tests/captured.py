@@ -1,5 +1,6 @@
 """Captures that a session makes once. Tracing a module takes longer than a step of it, and ranks of many tests trace the
-same few modules; here the first process that does leaves its graph in a folder for the others.
+same few modules; here the first process that does leaves its graph in a folder for the others, of this test and of later
+ones.
 
 What tells two modules apart is all that their forward can depend on without reading a tensor's values: classes, plain
 attributes, shapes and sharing of parameters and buffers, the example's structure, the loss. A capture that this mistook
@@ -8,6 +9,7 @@ for another one would fail its test, because every test holds the graph's result
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -37,12 +39,15 @@ def install(folder: str) -> None:
 def _known(folder: Path, capture: Callable[..., Graph], module: nn.Module, *args: Any, **options: Any) -> Graph:
     described = repr((list(_of_module(module)), _of_value(args), _of_value(options)))
     path = folder / hashlib.sha256(described.encode()).hexdigest()
-    if path.exists():
-        return pickle.loads(path.read_bytes())
-    graph = capture(module, *args, **options)
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        pickle.dump(graph, file)
-    os.replace(file.name, path)
+    # The ranks of a test come to it together: one traces, and the others wait instead of doing the same on the same cores.
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return pickle.loads(path.read_bytes())
+        graph = capture(module, *args, **options)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            pickle.dump(graph, file)
+        os.replace(file.name, path)
     return graph
 
 

@@ -75,14 +75,15 @@ class _Worker:
 class Pool:
     """At most 8 workers. Not safe to share between threads or between pytest-xdist workers."""
 
-    def __init__(self, cuda: bool = False) -> None:
-        """cuda: ranks are on the machine's CUDA devices in turn, over NCCL; else on its CPU, over gloo."""
+    def __init__(self, cuda: bool = False, captures: Path | None = None) -> None:
+        """cuda: ranks are on the machine's CUDA devices in turn, over NCCL; else on its CPU, over gloo.
+        captures: a folder for the graphs that ranks trace, which several pools may share; default: one of its own."""
         self._cuda = cuda
         self._context = get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         self._folder = Path(tempfile.mkdtemp(prefix="autopar-pool-"))
-        self._captures = self._folder / "captures"
-        self._captures.mkdir()
+        self._captures = captures or self._folder / "captures"
+        self._captures.mkdir(exist_ok=True)
         self._workers: list[_Worker] = []
         self._num_spawned = 0
         self._num_runs = self._runs_served = 0

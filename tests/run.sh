@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every test but the slow ones (--slow: those too), cheapest first; arguments go to pytest. Tests that start processes run one at a time, the others in two.
+# Every test but the slow ones (--slow: those too), cheapest first; arguments go to pytest. Tests run in two workers, but for those that hold processes against a clock, which run one at a time.
 set -uo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
@@ -7,13 +7,19 @@ ensure_environment "[test]" || exit 1
 cd "$ROOT"
 # Ranks and test workers are processes already: a second thread in each would only contend for the same cores.
 export OMP_NUM_THREADS=1
+# Without bytecode each of them would compile every module anew.
+unset PYTHONDONTWRITEBYTECODE
 
 NOTHING_COLLECTED=5
-"$PYTHON" -m pytest --quiet --durations=15 --tier=in-process --numprocesses=2 "$@"
-in_process=$?
-[ $in_process -eq 0 ] || [ $in_process -eq $NOTHING_COLLECTED ] || exit $in_process
-"$PYTHON" -m pytest --quiet --durations=15 --tier=processes "$@"
-processes=$?
+result=$NOTHING_COLLECTED
 # A selection may lie in one tier only, but not in none.
-[ $processes -eq $NOTHING_COLLECTED ] && processes=$in_process
-exit $processes
+for tier in in-process processes alone; do
+    workers=2
+    [ $tier = alone ] && workers=0 # no worker but pytest itself
+    "$PYTHON" -m pytest --quiet --durations=15 --tier=$tier --numprocesses=$workers "$@"
+    status=$?
+    [ $status -eq $NOTHING_COLLECTED ] && continue
+    result=$status
+    [ $status -eq 0 ] || break
+done
+exit $result

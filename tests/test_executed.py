@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+import pytest
 import torch
 from method_cases import captured_problem
 
@@ -30,6 +31,7 @@ def run() -> list[Executed]:
     return execute(plans, module, batches, cluster, warm_up=3, rounds=4)
 
 
+@pytest.mark.alone
 def test_plans_in_one_process_agree_in_their_losses_and_a_slow_one_is_slow(pool) -> None:
     found, _ = pool.run(run, world_size=2, timeout_s=120)
     assert len(found) == 2 + len(OTHERS) and all(len(one.times_s) == 4 for one in found)

@@ -88,6 +88,7 @@ def one_rank_fails() -> tuple[str, float]:
     return "nothing failed", 0.0
 
 
+@pytest.mark.alone
 def test_one_rank_fails_and_all_stop(pool) -> None:
     other, failing = pool.run(one_rank_fails, world_size=2)
     assert failing[0] == "ArithmeticError: the third call was one too many"

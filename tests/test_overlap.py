@@ -70,6 +70,7 @@ def computing(line: Timeline, rank: int) -> list[Event]:
     return [e for e in line.events if e.rank == rank and e.kind not in TRANSFER_KINDS | {"D", "O"}]
 
 
+@pytest.mark.alone
 def test_gradients_are_reduced_while_the_backward_runs(pool) -> None:
     """All buckets but the last set out in the midst of the backward, and no rank waits for more than what is left."""
     for line, _ in pool.run(measured, data=2, microbatches=2):
@@ -92,6 +93,7 @@ def head_starts_s(line: Timeline, rank: int, axis: str) -> list[float]:
     return [wait - way for way, wait in zip(ways, waits, strict=True)]
 
 
+@pytest.mark.alone
 def test_parameters_are_gathered_ahead(pool) -> None:
     """While one block computes the next one's parameters come, in forwards and in backwards."""
     for line, _ in pool.run(measured, data=2, microbatches=2, zero=3):
@@ -103,6 +105,7 @@ def test_parameters_are_gathered_ahead(pool) -> None:
             assert line.hidden_s()[rank] > 0
 
 
+@pytest.mark.alone
 def test_gradients_of_weights_hide_what_a_tensor_axis_sums(pool) -> None:
     """The gradient of a split product's input travels while that of its weight is computed, and the other branch's."""
     layout = {"*.up.*": "column", "*.down.*": "row"}
@@ -113,6 +116,7 @@ def test_gradients_of_weights_hide_what_a_tensor_axis_sums(pool) -> None:
             assert line.hidden_s()[rank] > 0
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 def test_messages_travel_while_stages_compute(pool, schedule: str) -> None:
     """A receive is posted before its turn and a send left behind, so both are under way during compute."""

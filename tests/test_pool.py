@@ -61,6 +61,7 @@ def raise_on(rank: int) -> None:
     dist.barrier()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("rank", [0, 3])
 def test_the_rank_that_raises_is_named_at_once(pool: Pool, rank: int) -> None:
     start_s = time.monotonic()
@@ -75,6 +76,7 @@ def hang(rank: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.alone
 def test_a_hanging_rank_is_stopped_and_shown(pool: Pool) -> None:
     with pytest.raises(RankError, match=r"(?s)ranks \[1\] of 2 still ran after 1 s.*rank 1:.*in hang"):
         pool.run(hang, 1, world_size=2, timeout_s=1)
@@ -87,6 +89,7 @@ def lonely_barrier() -> None:
     time.sleep(10)
 
 
+@pytest.mark.alone
 def test_a_collective_that_peers_do_not_join_times_out(pool: Pool) -> None:
     with pytest.raises(RankError, match=r"(?s)rank 0 of 2 raised.*lonely_barrier"):
         pool.run(lonely_barrier, collective_timeout_s=1)
@@ -98,6 +101,7 @@ def die(rank: int) -> None:
     dist.barrier()
 
 
+@pytest.mark.alone
 def test_a_rank_that_dies_is_named(pool: Pool) -> None:
     with pytest.raises(RankError, match="rank 1 of 2 died, exit code 7"):
         pool.run(die, 1)

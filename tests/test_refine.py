@@ -111,6 +111,7 @@ def learns_of_a_slow_network() -> tuple[dict[str, Any], list[float], list[float]
     return outcome, *sides
 
 
+@pytest.mark.alone
 def test_a_running_model_learns_of_a_slow_network_and_goes_on(pool) -> None:
     results = pool.run(learns_of_a_slow_network, world_size=2, timeout_s=120)
     for outcome, found, expected in results:

@@ -26,7 +26,7 @@ from torch import nn
 import autopar
 from autopar.cluster.spec import Cluster
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.alone]
 
 # Two ranks, one stage each; in the third step the one with the opaque module does something bad in its forward.
 SCRIPT = """
