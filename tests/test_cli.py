@@ -290,7 +290,7 @@ BAD = {
     "layout module": (["--layout", "*.q_porj=column"], "has such a name; names are like"),
     "stage number": (["--stage", "*layers.0*=first"], "expected the number of a stage"),
     "stage": (["--stage", "*embed_tokens=1"], "stage['*embed_tokens']=1 is impossible"),
-    "no schedule of it": (["--schedule", "2bw"], "schedule='2bw': method='auto' makes plans with"),
+    "no schedule of it": (["--method", "alpa", "--schedule", "2bw"], "schedule='2bw': method='alpa' makes plans with"),
     "three clash": (["--zero", "3", "--tensor", "2", "--pipeline", "2"], "contradict each other"),
     "no labels": (["--model", "hf:BertModel"], "must take input_ids and labels"),
     "dtype": (["--dtype", "float23"], "did you mean float32"),
