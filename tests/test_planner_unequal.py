@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -141,7 +142,7 @@ def test_equal_to_trying_every_plan(seed: int) -> None:
     [
         (0, "zb-h2", dict(microbatches=2, tensor=1)), (1, "zb-h1", dict(microbatches=4, recompute="none")),
         (2, "zb-h1", dict(microbatches=8, pipeline=2)), (4, "zb-h2", dict(microbatches=2, tensor=1)),
-        (0, "2bw", dict(microbatches=2, tensor=1)), (1, "2bw", dict(microbatches=4, recompute="none", pipeline=2)),
+        (0, "2bw", dict(microbatches=2, tensor=1)), (5, "2bw", dict(microbatches=4, recompute="none", tensor=1)),
         (2, "2bw", dict(microbatches=8, pipeline=2)), (4, "pipedream", dict(tensor=1)),
     ],
 )  # fmt: skip
@@ -251,6 +252,26 @@ def test_numbers_of_equal_devices_that_nothing_divides(devices: int, pinned: dic
     assert simulate(graph, plan, cluster).step_time_s == pytest.approx(plan.prediction.step_time_s, rel=1e-9)
     assert plan.pipeline == pinned.get("pipeline", plan.pipeline)
     assert max(parallel_step(graph, module, example, plan)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("cluster", "pinned"),
+    [
+        (Cluster.preset("cpu", 1, 5), {}), (Cluster.join(CPU, half_as_fast(replace(CPU, devices_per_host=4))), {}),
+        (Cluster.join(CPU, half_as_fast(CPU)), {"schedule": "interleaved"}), (Cluster.preset("cpu", 1, 4), {"schedule": "zb-v"}),
+    ],
+)  # fmt: skip
+def test_plans_that_lost_say_why(cluster: Cluster, pinned: dict) -> None:
+    graph, _, _ = captured_llama()
+    plan = search(graph, cluster, progress=False, **pinned)
+    lost = plan.candidates[1:]
+    assert len(lost) >= 5 or pinned
+    assert lost and len({row.name for row in plan.candidates}) == len(plan.candidates)
+    assert [row.step_time_s for row in lost] == sorted(row.step_time_s for row in lost)
+    for row in lost:
+        ratio, why = row.verdict.split("x slower: ")
+        assert float(ratio) == pytest.approx(row.step_time_s / plan.prediction.step_time_s, abs=0.006)
+        assert re.fullmatch(r"each device computes [\d.]+x as long|[a-z() -]+ \d+%|before [a-z, ]+ changed", why), why
 
 
 NAMED = [

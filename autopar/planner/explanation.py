@@ -1,7 +1,6 @@
 """What a finished plan's prediction is made of, and what would make another plan the best.
 
-Terms of the step time are means over stages: on each stage M times what a microbatch computes and communicates, what is
-seen of the gradient reduction, and the optimizer; what is left of the step is waiting (bubbles, transfers between stages).
+The terms of the step time are those of planner/terms.py.
 
 What would change the choice is asked of the cost model: the chosen plan and the best of those that lost are priced again
 on clusters of which one figure is another, and against other memory limits. It ignores plans that were not kept.
@@ -15,16 +14,14 @@ from dataclasses import replace
 from ..cluster.spec import Cluster
 from ..cost.model import CostModel
 from ..cost.types import StageCost
-from ..plan import Plan, Prediction, StageMemory, Term
+from ..plan import Plan, Prediction, StageMemory
 from ..report.words import gib, plan_in_words, seconds
 from ..schedule.build import program_for
 from ..schedule.orders import schedule_named
-from ..schedule.step_time import exposed_reduce_s
 from ..simulate import program_peak_bytes, simulate, stage_peak_bytes
-from .problem import Costs, Problem
-from .rewriting import costs_of
+from .problem import Problem
+from .terms import costs_of, step_terms
 
-COMPUTE, REDUCTION, OPTIMIZER, WAITING = "compute", "gradient reduction not hidden", "optimizer", "waiting (bubbles)"
 # Of the plans that lost, how many are priced again, and the factors that are tried, the smallest first.
 MAX_REPRICED = 5
 FACTORS = (1.5, 2.0, 4.0)
@@ -34,8 +31,7 @@ LEAST_GAIN = 5e-3
 
 def with_terms(problem: Problem, plan: Plan) -> Plan:
     """The plan with the terms of its step time and the parts of its memory in its prediction."""
-    graph = plan.graph_of(problem.graph)
-    costs = problem.costs if graph is problem.graph else costs_of(problem, graph)
+    costs = costs_of(problem, plan.graph_of(problem.graph))
     stages = [costs.stage(plan, s) for s in range(len(plan.stages))]
     assert plan.prediction is not None
     return replace(
@@ -46,40 +42,6 @@ def with_terms(problem: Problem, plan: Plan) -> Plan:
             memory=stage_memory(plan, stages),
         ),
     )
-
-
-def step_terms(plan: Plan, stages: Sequence[StageCost], costs: Costs, step_time_s: float) -> tuple[Term, ...]:
-    """The step time in parts, the largest first, waiting last."""
-    found: dict[str, float] = {}
-    passes: dict[StageCost, dict[str, float]] = {}
-    for s, cost in enumerate(stages):
-        if cost not in passes:
-            passes[cost] = _pass_terms(plan, s, cost, costs)
-        for name, time_s in passes[cost].items():
-            found[name] = found.get(name, 0.0) + plan.microbatches * time_s
-        found[REDUCTION] = found.get(REDUCTION, 0.0) + exposed_reduce_s(cost)
-        found[OPTIMIZER] = found.get(OPTIMIZER, 0.0) + cost.optimizer_s
-    # Several stages of one set of ranks run one after the other.
-    terms = {name: time_s / plan.pipeline for name, time_s in found.items() if time_s > 0}
-    ordered = sorted(terms.items(), key=lambda term: -term[1])
-    return tuple(Term(*term) for term in (*ordered, (WAITING, max(0.0, step_time_s - sum(terms.values())))))
-
-
-def _pass_terms(plan: Plan, s: int, cost: StageCost, costs: Costs) -> dict[str, float]:
-    """Of one microbatch: compute, and each kind of collective."""
-    whole_s = cost.forward_s + cost.backward_s
-    breakdown = getattr(costs, "breakdown", None)
-    if breakdown is None:
-        return {COMPUTE: whole_s}
-    collectives = {_collective(name): sum(pair) for name, pair in breakdown(plan, s).collectives.items()}
-    return {COMPUTE: max(0.0, whole_s - sum(collectives.values())), **collectives}
-
-
-def _collective(name: str) -> str:
-    """The cost model's "inter/all_reduce" in words."""
-    where, _, kind = name.rpartition("/")
-    place = {"intra": " inside hosts", "inter": " between hosts"}.get(where, f" {where}".rstrip())
-    return f"{kind.replace('_', '-')}{place}"
 
 
 def stage_memory(plan: Plan, stages: Sequence[StageCost]) -> tuple[StageMemory, ...]:

@@ -25,8 +25,9 @@ from ..graph import Graph
 from ..plan import Plan, Prediction
 from .chains import LayoutChains
 from .constraints import SEARCHED_SCHEDULES
-from .problem import Costs, Problem
+from .problem import Problem
 from .rewriting_once import LEAST_SHARE, most_saved_s, planned_alike, rewriting_s
+from .terms import costs_of
 
 # Process seconds that it takes at most: so many, or as long as the search before it.
 LIMIT_S = 1.0
@@ -118,12 +119,6 @@ def on_graph(problem: Problem, graph: Graph) -> Problem:
     """The same problem of a graph that rewrites have made of its own. ValueError where what is pinned by name is no longer
     there."""
     return replace(problem, graph=graph, costs=costs_of(problem, graph), chains=LayoutChains())
-
-
-def costs_of(problem: Problem, graph: Graph) -> Costs:
-    """Prices of such a graph: the problem's model of it; made-up costs know one graph only."""
-    costs = problem.costs
-    return costs.of_graph(graph) if isinstance(costs, CostModel) else CostModel(graph, problem.cluster)
 
 
 def _time_s(plan: Plan) -> float:

@@ -19,6 +19,7 @@ from .candidates import NothingFits
 from .constraints import SEARCHED_SCHEDULES
 from .moves import CHEAP, may_shard
 from .problem import Problem
+from .rivals import Rivals
 from .sketch import Sketch
 from .unequal import MAX_SEEDED, pipelines
 from .unequal_moves import RanksJudge, every_grouping, sketch_on_ranks
@@ -109,7 +110,8 @@ def _finished(search: Alleviation, run: Callable[[], object]) -> Plan | None:
     short = f"; the search was cut short {problem.budget.cut_short}" if problem.budget.cut_short else ""
     words = plan_in_words(judged.plan)
     chosen = Candidate(words, prediction.step_time_s, prediction.peak_memory_bytes, f"chosen{short}")
-    return replace(judged.plan, prediction=prediction, candidates=(chosen,))
+    plan = replace(judged.plan, prediction=prediction)
+    return replace(plan, candidates=(chosen, *Rivals(problem, plan).rows(search.others())))
 
 
 def _nothing_found(problem: Problem) -> str:

@@ -25,9 +25,9 @@ from dataclasses import replace
 from ..plan import Candidate, Plan
 from ..report.words import plan_in_words
 from ..simulate import simulate
-from .candidates import MAX_CANDIDATES
 from .constraints import SEARCHED_SCHEDULES
 from .problem import Problem, goes_together
+from .rivals import Rivals
 from .stages import TOLERANCE
 from .unequal_bounds import Bounds
 from .unequal_moves import alleviated_on_ranks
@@ -46,6 +46,8 @@ FLOOR_SLACK = 0.95
 MAX_SEEDED = 8
 # Longer pipelines are not looked at: with more stages a device holds too little to be kept busy.
 MAX_STAGES = 20
+# Plans that lost, for the table of candidates.
+ENOUGH = 5
 
 
 def unequal(problem: Problem) -> Plan:
@@ -69,6 +71,8 @@ class _Unequal:
         self.open_bound_s = math.inf
         # Numbers of microbatches that have led to nothing better.
         self._futile: list[int] = []
+        # The tables of the best number of microbatches.
+        self._tables: dict[int, Bounds] = {}
         # Seconds that any plan takes, by number of microbatches.
         self._floors: dict[int, float] = {}
         self.near = min(self._microbatches(), key=lambda count: abs(math.log(count / problem.cluster.world_size)))
@@ -89,6 +93,7 @@ class _Unequal:
             if budget.cut_short:
                 raise budget.no_plan("auto")
             return self._nothing_fits()
+        self._represent()
         self._other_schedule()
         self._alleviate()
         return self._concluded()
@@ -137,9 +142,8 @@ class _Unequal:
 
     def _look_at(self, count: int) -> None:
         """All numbers of stages with so many microbatches, the least bound first."""
-        tables = Bounds(self.problem, self.room, self.finder, count, self.schedule, max(self.stages))
-        before_s = self.judge.best_s
-        bounds = sorted((tables.root_s(stages), stages) for stages in self.stages if self._may_have(stages, count))
+        tables, before_s = self._bounds(count), self.judge.best_s
+        bounds = sorted((tables.root_s(stages), stages) for stages in self._depths(count))
         for number, (bound_s, stages) in enumerate(bounds):
             if self._is_beaten(bound_s):
                 break
@@ -151,12 +155,17 @@ class _Unequal:
             self.open_bound_s = min(self.open_bound_s, Walk(tables, self.judge, stages, visits).run())
             if self.judge.best_s < best_s:
                 improve(self.judge, tables)
-        if self.judge.best_s >= before_s:
+        if self.judge.best_s < before_s:
+            self._tables = {count: tables}
+        else:
             self._futile.append(count)
 
-    def _may_have(self, stages: int, microbatches: int) -> bool:
-        """Whether the schedule runs so many microbatches through so many stages."""
-        return goes_together(self.schedule, stages, microbatches, 0)
+    def _bounds(self, count: int) -> Bounds:
+        return Bounds(self.problem, self.room, self.finder, count, self.schedule, max(self.stages))
+
+    def _depths(self, microbatches: int) -> list[int]:
+        """Numbers of stages that the schedule runs so many microbatches through."""
+        return [stages for stages in self.stages if goes_together(self.schedule, stages, microbatches, 0)]
 
     def _microbatches(self):
         rows, pinned = self.problem.graph.batch_size, self.problem.constraints.microbatches
@@ -188,6 +197,21 @@ class _Unequal:
         return pinned.pipeline in (None, plan.pipeline) and all(
             pinned.data in (None, stage.data) and stage.tensor in widths for stage in plan.stages
         )
+
+    def _represent(self) -> None:
+        """Give numbers of stages that only bounds ruled out a plan each, until the table of candidates has enough."""
+        count = self.judge.best.microbatches
+        if self._expired or count not in self._tables and not self.finder.is_exact:
+            return
+        tables = self._tables.get(count) or self._bounds(count)
+        seen = {plan.pipeline for plan in self.judge.tried.values()}
+        for bound_s, stages in sorted((tables.root_s(stages), stages) for stages in self._depths(count)):
+            if bound_s == math.inf or len(self.judge.tried) > ENOUGH:
+                return
+            if stages not in seen:
+                other = Judge(self.problem)
+                Walk(tables, other, stages, stages + MAX_VISITS_OF_SUMS).run()
+                self.judge.tried |= other.tried
 
     def _other_schedule(self) -> None:
         best = self.judge.best
@@ -230,11 +254,4 @@ class _Unequal:
         if self.problem.budget.cut_short:
             verdict += f"; the search was cut short {self.problem.budget.cut_short}"
         rows = [Candidate(plan_in_words(best), seconds, best.prediction.peak_memory_bytes, verdict)]
-        others = sorted(self.judge.tried.values(), key=lambda plan: plan.prediction.step_time_s)
-        for plan in others:
-            name, step_s = plan_in_words(plan), plan.prediction.step_time_s
-            if all(name != row.name for row in rows) and len(rows) < MAX_CANDIDATES:
-                rows.append(
-                    Candidate(name, step_s, plan.prediction.peak_memory_bytes, f"{step_s / seconds:.2f}x slower")
-                )
-        return replace(best, candidates=tuple(rows))
+        return replace(best, candidates=(*rows, *Rivals(self.problem, best).rows(self.judge.tried.values())))

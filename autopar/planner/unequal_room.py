@@ -1,9 +1,10 @@
 """Which devices of an unequal cluster the stages of a pipeline may take, in which order: a graph of what is taken.
 
 Hosts of one kind are alike, so a pipeline takes them in the order of their ranks. It goes through the cluster bloc by
-bloc. A bloc is one kind of hosts, of which a stage takes whole hosts or an aligned part of one (in large clusters half);
-or several kinds that are neighbours in speed, cut into as many equal units (some hosts of each) as their numbers have in
-common, of which a stage takes one or more, and shares its rows among unlike replicas. Blocs may come in any order:
+bloc. A bloc is one kind of hosts, of which a stage takes whole hosts or an aligned part of one (in large clusters half, in
+small ones of equal devices any part); or several kinds that are neighbours in speed, cut into as many equal units (some hosts
+of each) as their numbers have in common, of which a stage takes one or more, and shares its rows among unlike replicas. Blocs
+may come in any order:
 
     state    (kinds that are used up, the bloc that is open, how many of its devices are taken)
     move     the devices of one more stage                                                           `Room.moves`
@@ -121,8 +122,8 @@ class Room:
         width = len(units[0])
         first, inside = divmod(taken, width)
         if len(bloc) == 1:
-            for size in range(1, width):
-                if width % size == 0 and inside % size == 0 and size >= self._least_part(width):
+            for size in range(1, width - inside + (inside > 0)):
+                if self._is_part(width, inside, size):
                     ranks = tuple(units[first][inside : inside + size])
                     joined = inside + size < width
                     yield Move(ranks, (bloc, size), self._after(used, bloc, taken + size), joined)
@@ -132,8 +133,12 @@ class Room:
                 size = count * width
                 yield Move(ranks, (bloc, size), self._after(used, bloc, taken + size), False)
 
-    def _least_part(self, width: int) -> int:
-        return 1 if self.cluster.world_size <= MAX_WHOLE_PARTS else -(-width // 2)
+    def _is_part(self, width: int, inside: int, size: int) -> bool:
+        """Whether a stage may have so many devices of a host, `inside` of which are taken."""
+        small = self.cluster.world_size <= MAX_WHOLE_PARTS
+        if small and not self.cluster.hosts:
+            return True
+        return width % size == 0 and inside % size == 0 and (small or 2 * size >= width)
 
     def _after(self, used: frozenset[int], bloc: tuple[int, ...], taken: int) -> State:
         units = self._units(bloc)

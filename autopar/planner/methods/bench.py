@@ -26,6 +26,7 @@ from ...simulate import simulate
 from ..candidates import MAX_WALKED
 from ..pricing import Piece, StagePrices
 from ..problem import Chain, Costs, Problem, Shape
+from ..rivals import Rivals
 
 # Rows of the table of candidates that a method's plan carries.
 MAX_CANDIDATES = 8
@@ -325,7 +326,7 @@ class Bench:
         return replace(chosen, candidates=tuple(self._rows(rows, chosen)))
 
     def _rows(self, plans: Iterable[Plan], chosen: Plan) -> Iterator[Candidate]:
-        seen: set[str] = set()
+        seen, rivals = set(), Rivals(self.problem, chosen)
         for plan in plans:
             name = plan_in_words(plan)
             if name in seen or len(seen) >= MAX_CANDIDATES:
@@ -340,7 +341,7 @@ class Bench:
                 if self.problem.budget.cut_short:
                     verdict += f"; the search was cut short {self.problem.budget.cut_short}"
             else:
-                verdict = over or f"{step_s / chosen.prediction.step_time_s:.2f}x slower"
+                verdict = over or rivals.verdict(plan)
             yield Candidate(name, step_s, peak_bytes, verdict)
 
 
