@@ -125,7 +125,7 @@ class StageMemory:
 class Prediction:
     """What the search expected of the plan: step time (optimizer included) and peak bytes of the fullest rank.
 
-    lower_bound_s: no plan of the searched space is faster; None where the method proves nothing.
+    lower_bound_s: no plan of the searched space is faster, which the plan is part of; None where the method proves nothing.
     terms: where the step time goes. memory: of each stage. changes: sentences on what would make another plan the best.
     """
 

@@ -191,6 +191,9 @@ class WholeLayouts:
             costs.append(problem.costs.stage(plan, 0))
         return [cost.forward_s + cost.backward_s for cost in costs]
 
+    def least_s(self, problem: Problem, shape: Shape, most_bytes: float, enough_s: float) -> float:
+        return sum(self.pass_s(problem, shape.tensor, shape.shards))
+
 
 def whole_layout(block: Block, tensor: int) -> Layout:
     whole = (("R",) * len(names) for names in (block.inputs, block.outputs, block.parameters))

@@ -336,7 +336,7 @@ class CostModel:
             overlap = min(1.0, overlap * (self.constants.gather_overlap if stage.zero == 3 else self.constants.overlap))
         if stage.zero != 3:
             # Parameters that several blocks of the stage use are reduced once, and everything hides behind the whole.
-            trained = memory.trainable_bytes * self._reduced_share()
+            trained = memory.trainable_bytes * self.reduced_share
             loads = [BlockLoad(memory.local_bytes, trained, 0.0, backward_s)]
             return data_traffic(stage, loads, overlap, self.constants, self._collective_s)
         loads = []
@@ -345,10 +345,11 @@ class CostModel:
             flags = self._traits[run.block.index][0]
             trained = sum(size for size, is_trained in zip(sizes, flags, strict=True) if is_trained)
             passes = run.price.passes(run.recompute)[2]
-            loads.append(BlockLoad(sum(sizes), trained * self._reduced_share(), *passes, run.count))
+            loads.append(BlockLoad(sum(sizes), trained * self.reduced_share, *passes, run.count))
         return data_traffic(stage, loads, overlap, self.constants, self._collective_s)
 
-    def _reduced_share(self) -> float:
+    @property
+    def reduced_share(self) -> float:
         """Bytes of a gradient as it is reduced, per byte of its parameter as used."""
         return self.constants.reduced_bytes / 2.0 if self.constants.reduced_bytes and self._asynchronous else 1.0
 

@@ -21,6 +21,7 @@ from .alleviate import alleviated
 from .broad import Broad
 from .candidates import MAX_CANDIDATES, NothingFits, TooLarge, Tried, conclude, nothing_fits
 from .floors import Floors
+from .least_work import with_work_bound
 from .mixed import with_unequal_stages
 from .pricing import StagePrices
 from .problem import Chain, Problem, Shape
@@ -60,6 +61,10 @@ def auto(problem: Problem) -> Plan:
     planner/alleviate.py, rewritten by planner/rewriting.py, and with stages of different meshes (planner/mixed.py) where that
     makes it faster or is what fits. On clusters of unequal devices, and where equal stages cannot use all devices, that of
     planner/unequal.py. ValueError, with the smallest plan found, when none fits."""
+    return with_work_bound(problem, _best(problem))
+
+
+def _best(problem: Problem) -> Plan:
     if problem.cluster.hosts:
         return _on_ranks(problem)
     if not problem.has_shapes:
@@ -70,7 +75,19 @@ def auto(problem: Problem) -> Plan:
     except NothingFits as error:
         return _fitting_otherwise(problem, error, time.process_time() - start_s)
     plan = with_rewrites(problem, plan, _on_graph, time.process_time() - start_s)
-    return with_unequal_stages(problem, plan, time.process_time() - start_s)
+    return _proved(problem, with_unequal_stages(problem, plan, time.process_time() - start_s))
+
+
+def _proved(problem: Problem, plan: Plan) -> Plan:
+    """The plan with a closer bound, where it is the one that a bound was found for."""
+    if plan.prediction.lower_bound_s is None or plan.rewrites or problem.budget.expired():
+        return plan
+    try:
+        for prove in problem.provers:
+            plan = prove(plan)
+    except KeyboardInterrupt:
+        problem.budget.interrupted()
+    return plan
 
 
 def _on_ranks(problem: Problem) -> Plan:

@@ -15,6 +15,7 @@ from ..cost.collectives import collective_s
 from ..cost.compute import optimizer_s
 from ..cost.local import LocalShapes
 from ..cost.model import OPTIMIZER_BYTES_PER_ELEMENT, CostModel
+from ..cost.stage_memory import at_rest
 from ..graph import Op
 from ..schedule.orders import schedule_named
 from ..sharding.batch import batch_layout
@@ -23,6 +24,9 @@ from ..sharding.strategies import strategies
 from ..sharding.strategy import Strategy
 from .layout_costs import Seconds2
 from .problem import Problem, Shape
+
+# A size of a transfer from which on bandwidth alone counts.
+UNIT_BYTES = 2.0**26
 
 
 @dataclass(frozen=True)
@@ -188,3 +192,69 @@ class PassPrices(AxisPrices):
 
     def rest_s(self, parameter: str, placement: Placement) -> float:
         return 0.0
+
+
+class LeastPrices(AxisPrices):
+    """No more than what the cost model asks: where transfers are put together, latency counts once, and large ones have the
+    best protocol; so each parameter counts with what a byte of a large transfer takes, as far as it cannot hide."""
+
+    def conversion_s(self, tensor: str, have: Placement, want: Placement) -> Seconds2:
+        forward_s, backward_s = super().conversion_s(tensor, have, want)
+        is_parameter = self.problem.graph.tensors[tensor].role == "parameter"
+        if is_parameter and conversion(have, want).backward == "all_reduce":
+            ranks = self.shape.ranks(0)[: self.shape.tensor]
+            size = self._local.size_bytes(tensor, want, self.shape.tensor)
+            once_s = size * self._byte_s("all_reduce", ranks) / self.shape.microbatches
+            backward_s = min(backward_s, once_s + (forward_s if self.recompute else 0.0))
+        return forward_s, backward_s
+
+    def rest_s(self, parameter: str, placement: Placement) -> float:
+        if not self.problem.graph.tensors[parameter].requires_grad:
+            return 0.0
+        shape, model = self.shape, self._model
+        size = self._local.size_bytes(parameter, placement, shape.tensor)
+        held = size / shape.data if shape.zero else size
+        step_s = optimizer_s(self.problem.cluster.device, {held: 1}, model.corrections, model.constants)
+        if shape.data == 1:
+            return step_s / shape.microbatches
+        each_s, once_s = self._data_byte_s
+        return size * each_s + (step_s + size * once_s) / shape.microbatches
+
+    def rest_bytes(self, parameter: str, placement: Placement) -> float:
+        tensor, shape, constants = self.problem.graph.tensors[parameter], self.shape, self._model.constants
+        size, used_bytes = self._local.size_bytes(parameter, placement, shape.tensor), tensor.dtype.itemsize
+        rest = at_rest(tensor.at_rest.itemsize, used_bytes, constants)
+        elements = size / used_bytes
+        found = elements * rest.parameter / shape.data if shape.zero == 3 else min(size, elements * rest.parameter)
+        if tensor.requires_grad:
+            cuts_gradient = shape.zero > 1 or (shape.zero == 1 and constants.slices_at_rest and shape.microbatches == 1)
+            found += elements * rest.gradient / (shape.data if cuts_gradient else 1)
+            found += elements * rest.optimizer / (shape.data if shape.zero else 1)
+        return found / self.in_flight
+
+    @cached_property
+    def _data_byte_s(self) -> tuple[float, float]:
+        """Seconds that a byte of a parameter takes on the data axis: in every microbatch, and once per step."""
+        shape, model = self.shape, self._model
+        constants, ranks = model.constants, shape.ranks(0)[:: shape.tensor]
+        hides = self.problem.cluster.link(ranks).overlap
+        if self.problem.cluster.device.asynchronous:
+            hides = min(1.0, hides * (constants.gather_overlap if shape.zero == 3 else constants.overlap))
+        seen, reduced = 1 - hides, model.reduced_share
+        if not shape.zero:
+            return 0.0, seen * reduced * self._byte_s("all_reduce", ranks)
+        scatter_s = reduced * self._byte_s("reduce_scatter", ranks) * (seen if constants.scatter_hides else 1.0)
+        gather_s = self._byte_s("all_gather", ranks)
+        if shape.zero == 3:
+            often = constants.scatter_each or not constants.scatter_hides
+            return 2 * seen * gather_s + (scatter_s if often else 0.0), 0.0 if often else scatter_s
+        after_s = (1 - constants.update_overlap) * gather_s
+        return (scatter_s, after_s) if shape.zero == 2 else (0.0, scatter_s + after_s)
+
+    def _byte_s(self, kind: str, ranks: tuple[int, ...]) -> float:
+        model = self._model
+        one_s, two_s = (
+            collective_s(self.problem.cluster, kind, units * UNIT_BYTES, ranks, model.corrections, model.constants)
+            for units in (1, 2)
+        )
+        return (two_s - one_s) / UNIT_BYTES

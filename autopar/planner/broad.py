@@ -5,7 +5,8 @@
               memory holds it back, those that keep less; they serve the other shapes too; until the best few have theirs
     price     in the order of the estimates, the cuts into stages that the stage table points to, priced and simulated
               exactly; then, for the best few, the branch and bound over cuts, and layouts found for their very shape
-    prove     the least bound over all shapes is the bound of the whole space
+    prove     the least bound over all shapes is the bound of the whole space; where its best plan is what `auto` ends with, the
+              shape that has it gets a closer one, in turn, as far as the work set aside for it goes (planner/proofs.py)
 
 A tensor degree without chains stands with the costs of its largest divisor that has some, shared out further. The answer
 is deterministic: counts limit the work, not clocks, unless a time limit is given.
@@ -16,16 +17,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from ..plan import Plan
-from .candidates import TooLarge, Tried, conclude, nothing_fits
+from .candidates import TooLarge, Tried, chosen_verdict, conclude, nothing_fits
 from .outlines import Outline, ShapeArrays
 from .pricing import StagePrices
 from .problem import Chain, Problem, Shape
+from .proofs import Proof
 from .stages import StageSearch
 
 # Shapes that get chains of their own at most, and how many of the best degrees must have them; chains found where
@@ -45,6 +47,8 @@ NUM_CUT, CUT_VISITS = 3, 60
 NUM_OWN, OWN_CHAINS = 1, 3
 # Tensor degrees that are asked at most what no layout of theirs beats, for the bound alone.
 NUM_PROVED = 6
+# Work that the proof of the bound may take (planner/proofs.py), and where more is asked for.
+PROOF_WORK, MORE_PROOF_WORK = 80, 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,8 @@ class Broad:
             by_degree.setdefault(shape.tensor, []).append(shape)
         self.degrees = {tensor: _Degree(ShapeArrays.of(shapes), []) for tensor, shapes in sorted(by_degree.items())}
         self.plain = Outline(problem, self.prices, 1, Chain(), 1)
+        self.proof = Proof(problem, self.prices)
+        self._bounded: tuple[list[Shape], np.ndarray, np.ndarray] = ([], np.empty(0), np.empty(0))
         self._priced: list[tuple[Tried, StageSearch]] = []
         self.tight: list[TooLarge] = []
 
@@ -120,7 +126,18 @@ class Broad:
         best = min(self.tried, key=lambda one: one.step_time_s)
         if self._budget.cut_short:
             self.tight.clear()  # what would only fill the table of candidates is left out
+        self.problem.provers.append(self.prove)
         return conclude(self.problem, self.prices, best, self.tried, self.tight, self._bound_s(best.step_time_s))
+
+    def prove(self, plan: Plan) -> Plan:
+        """The best plan of the space, with a closer bound."""
+        step_s = plan.prediction.step_time_s
+        self.proof.left = MORE_PROOF_WORK if self.problem.thorough else PROOF_WORK
+        bound_s = max(plan.prediction.lower_bound_s or 0.0, self.proof.bound_s(*self._bounded, step_s))
+        chosen, *rest = plan.candidates
+        verdict = chosen_verdict(step_s, bound_s, self._budget.cut_short)
+        prediction = replace(plan.prediction, lower_bound_s=bound_s)
+        return replace(plan, prediction=prediction, candidates=(replace(chosen, verdict=verdict), *rest))
 
     @property
     def tried(self) -> list[Tried]:
@@ -271,37 +288,33 @@ class Broad:
         """No plan of the space is faster.
 
         What no layout beats serves a multiple of its degree, and smaller microbatches, too: they take no less of all ranks
-        together. The degree that holds the bound down is asked for it: first for the microbatches that chains were looked
-        for, then for the largest of its own that matter.
+        together. It is known of the degrees and microbatches that chains were looked for; the degree that holds the bound down
+        is asked for it, for the largest of its microbatches that matter.
         """
-        plain = self.plain
-        known = [(1, 1, plain.pass_s), (1, plain.rows, plain.rows * (plain.small.forward_s + plain.small.backward_s))]
         looked = [(t, shards) for t, degree in self.degrees.items() if t > 1 for shards, _ in degree.looked]
+        for one in dict.fromkeys(looked):
+            self.proof.learn(*one)
         left = 0 if self._budget.cut_short else NUM_PROVED
-        while True:
-            bounds = {tensor: self._bounds(tensor, known) for tensor in self.degrees}
-            tensor = min(bounds, key=lambda t: bounds[t].min())
-            near = (bounds[tensor] < best_s) & np.isfinite(bounds[tensor])
-            if tensor == 1 or not near.any():
+        parts = {tensor: self._bounds(tensor) for tensor in self.degrees}
+        while left:
+            tensor = min(parts, key=lambda t: parts[t][0].min())
+            near = parts[tensor][0] < best_s
+            shards = int(self.degrees[tensor].some.shards[near].min()) if near.any() else 0
+            if tensor == 1 or not shards or (tensor, shards) in self.proof.least:
                 break
-            serving = [one for one in dict.fromkeys(looked) if tensor % one[0] == 0]
-            looked = [one for one in looked if one not in serving]
-            if not serving and left:
-                serving, left = [(tensor, int(self.degrees[tensor].some.shards[near].min()))], left - 1
-            more = [self._least(*one) for one in serving]
-            if all(one in known for one in more):
-                break
-            known += more
-        return min(float(bound.min()) for bound in bounds.values())
+            self.proof.learn(tensor, shards)
+            parts |= {t: self._bounds(t) for t in parts if t % tensor == 0}
+            left -= 1
+        bounds, again = (np.concatenate(arrays) for arrays in zip(*parts.values(), strict=True))
+        shapes = [shape for degree in self.degrees.values() for shape in degree.some.shapes]
+        self._bounded = (shapes, bounds, again)
+        return min(best_s, float(bounds.min()))
 
-    def _least(self, tensor: int, shards: int) -> tuple[int, int, float]:
-        """(tensor, shards, what all ranks of a replica together take for the batch at least)."""
-        if tensor == 1:
-            return 1, 1, self.plain.pass_s
-        return tensor, shards, sum(self.problem.chains.pass_s(self.problem, tensor, shards)) * shards * tensor
-
-    def _bounds(self, tensor: int, known: list[tuple[int, int, float]]) -> np.ndarray:
-        """Of all shapes of a degree."""
-        some = self.degrees[tensor].some
+    def _bounds(self, tensor: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of all shapes of a degree: their bounds, and the shares of the forward that they compute again at least."""
+        some, plain = self.degrees[tensor].some, self.plain
+        small_s = plain.rows * (plain.small.forward_s + plain.small.backward_s)
+        known = [(1, 1, plain.pass_s), (1, plain.rows, small_s)]
+        known += [(*key, float(least_s.sum())) for key, least_s in self.proof.least.items()]
         serving = [np.where(some.shards >= shards, least_s, 0.0) for t, shards, least_s in known if tensor % t == 0]
-        return self.plain.bound(some, np.max(serving, axis=0))
+        return plain.bound(some, np.max(serving, axis=0)), plain.recomputed(some)

@@ -158,14 +158,17 @@ def nothing_fits(problem: Problem, prices: StagePrices, tight: Sequence[TooLarge
 def _candidate(one: Tried, best: Tried, open_bound_s: float, cut_short: str) -> Candidate:
     verdict = f"{one.step_time_s / best.step_time_s:.2f}x slower: {_reason(one, best)}"
     if one.plan == best.plan:
-        short = 1 - min(open_bound_s / best.step_time_s, 1.0)
-        why = f" {cut_short}" if cut_short else ""
-        verdict = (
-            "chosen"
-            if short < 5e-4
-            else f"chosen; the proof was cut short{why}, no plan is more than {short:.1%} faster"
-        )
+        verdict = chosen_verdict(best.step_time_s, open_bound_s, cut_short)
     return Candidate(plan_in_words(one.plan), one.step_time_s, one.peak_memory_bytes, verdict)
+
+
+def chosen_verdict(step_time_s: float, bound_s: float, cut_short: str) -> str:
+    """Of the chosen plan. cut_short: what ended the search early, "" if nothing did."""
+    short = 1 - min(bound_s / step_time_s, 1.0)
+    if short < 5e-4:
+        return "chosen"
+    why = f" {cut_short}" if cut_short else ""
+    return f"chosen; the proof was cut short{why}, no plan is more than {short:.1%} faster"
 
 
 def _reason(one: Tried, best: Tried) -> str:

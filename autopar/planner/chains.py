@@ -11,8 +11,8 @@ import math
 from collections.abc import Hashable, Iterator, Sequence
 
 from ..plan import Layout
-from .axis_prices import Answers, AxisPrices, PassPrices
-from .layout_chain import ChainSolution, chain_frontier, chain_layouts, smallest_chain
+from .axis_prices import Answers, AxisPrices, LeastPrices, PassPrices
+from .layout_chain import ChainSolution, chain_frontier, chain_layouts, least_objective, smallest_chain
 from .layout_elimination import Order
 from .layout_options import LayoutOptions, layout_options
 from .problem import Chain, Problem, Shape
@@ -21,6 +21,8 @@ from .two_axes import AxisPairs
 
 # Chains per shape and recompute choice, from the fastest to the smallest.
 MAX_CHAINS = 3
+# Weights of a byte that are tried in `least_s`, as shares of what takes the fastest layouts' time over the bytes allowed.
+WEIGHTS = (0.25, 0.0625, 0.5)
 
 
 class LayoutChains:
@@ -29,6 +31,7 @@ class LayoutChains:
     def __init__(self) -> None:
         self._options: dict[tuple, LayoutOptions] = {}
         self._basis: dict[tuple, LayoutOptions] = {}
+        self._least: dict[tuple, LayoutOptions] = {}
         self._fastest: dict[tuple, tuple[ChainSolution, LayoutOptions]] = {}
         self._frontiers: dict[int, tuple[ChainSolution, ...]] = {}
         self._made: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], Chain] = {}
@@ -138,6 +141,36 @@ class LayoutChains:
         outer, *inner = problem.model_axes(tensor) if tensor > 1 else (ModelAxis(1),)
         least_s = self._basis_of(problem, outer.degree, shards, "none").least_s()
         return [one_s / math.prod(axis.degree for axis in inner) for one_s in least_s]
+
+    def least_s(self, problem: Problem, shape: Shape, most_bytes: float, enough_s: float) -> float:
+        """Seconds per microbatch and rank, with a share of what happens once per step, of a replica's stages together: no
+        layouts take less that keep no more than `most_bytes`, whichever blocks recompute. No more is looked for than
+        `enough_s`.
+
+        most_bytes: per microbatch in flight; what lies at rest counts with its share of one on the first stage. By weak
+        duality, for any weight w of a byte: least (time + w bytes) - w most_bytes.
+        """
+        if len(problem.model_axes(shape.tensor)) > 1:
+            return 0.0
+        choices = problem.recompute_choices
+        # Computing again takes longer, so that it is of use to memory alone.
+        found_s = free_s = least_objective([self._least_of(problem, shape, choices[0])], 0.0)
+        for share in WEIGHTS if most_bytes < math.inf else ():
+            if found_s >= enough_s:
+                break
+            weight = share * free_s / max(most_bytes, 1.0)
+            options = [self._least_of(problem, shape, recompute) for recompute in choices]
+            found_s = max(found_s, least_objective(options, weight) - weight * most_bytes)
+        return found_s
+
+    def _least_of(self, problem: Problem, shape: Shape, recompute: str) -> LayoutOptions:
+        role = _role(problem, shape.tensor)
+        prices = LeastPrices(problem, shape, recompute == "full", self._answers_of(shape), role)
+        key = (shape.data, shape.tensor, shape.microbatches, shape.zero, recompute, prices.in_flight)
+        if key not in self._least:
+            basis = self._basis_of(problem, shape.tensor, shape.shards, recompute)
+            self._least[key] = layout_options(problem.graph, shape.tensor, prices, self._orders, basis)
+        return self._least[key]
 
     def _basis_of(self, problem: Problem, tensor: int, shards: int, recompute: str) -> LayoutOptions:
         """The programs without what happens once per step."""

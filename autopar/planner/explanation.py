@@ -18,7 +18,8 @@ from ..plan import Plan, Prediction, StageMemory
 from ..report.words import gib, plan_in_words, seconds
 from ..schedule.build import program_for
 from ..schedule.orders import schedule_named
-from ..simulate import program_peak_bytes, simulate, stage_peak_bytes
+from ..simulate import program_peak_bytes, stage_peak_bytes
+from .judge import Judge
 from .problem import Problem
 from .terms import costs_of, step_terms
 
@@ -123,7 +124,8 @@ def _faster(link, factor: float):
 def _best_on(problem: Problem, cluster: Cluster, plans: Sequence[Plan]) -> tuple[Plan, str] | None:
     """The plan that beats the first one on another cluster, and the figures; None where the first stays the best."""
     model = CostModel(problem.graph, cluster, getattr(problem.costs, "corrections", None))
-    times_s = [simulate(problem.graph, one, cluster, model=model).step_time_s for one in plans]
+    judge = Judge(problem, model)
+    times_s = [judge(one).time_s for one in plans]
     best = min(range(len(plans)), key=lambda i: (times_s[i], i))
     if times_s[best] > times_s[0] * (1 - LEAST_GAIN):
         return None

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..plan import Layout
-from ..sharding.placement import Placement
+from ..sharding.placement import REPLICATED, Placement
 from .layout_options import LayoutOptions, State
 
 # Joint placements of shared parameters that are enumerated at most; beyond it they are improved one at a time.
@@ -110,6 +110,28 @@ def chain_table(
         (entry, exit): chain_layouts(options, start, stop, entry, exit, shared_parameters, memory_weight)
         for entry, exit in pairs
     }
+
+
+def least_objective(choices: Sequence[LayoutOptions], memory_weight: float) -> float:
+    """No layouts of all blocks have less, whichever of `choices` each block has; the options have the same states.
+
+    Blocks that are too wide for tables stand with less than they take, and shared parameters are counted as if they lay
+    whole in every block that uses them but one.
+    """
+    graph, reach = choices[0].graph, np.zeros(1)
+    for index in range(len(graph.blocks)):
+        tables = [options.table(index, {}, memory_weight) for options in choices]
+        if any(table is None for table in tables):
+            least_s = min(options.objective_s(index, None, None, {}, memory_weight) for options in choices)
+            reach = np.full(len(choices[0].states(index + 1)), reach.min() + least_s)
+        else:
+            reach = (reach[:, None] + np.minimum.reduce(tables)).min(axis=0)
+    twice_s, prices = 0.0, [options.costs for options in choices]
+    for name in graph.shared_parameters:
+        uses = sum(name in block.parameters for block in graph.blocks)
+        rests = [one.rest_s(name, REPLICATED) + memory_weight * one.rest_bytes(name, REPLICATED) for one in prices]
+        twice_s += (uses - 1) * max(rests)
+    return float(reach.min()) - twice_s
 
 
 def chain_frontier(

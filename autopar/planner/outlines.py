@@ -270,12 +270,9 @@ class Outline:
         times = (self._fullest_of(some) * (count - 1) + stages) / stages
         return (limited_s + besides_s) * times + tail_s, (pass_s + besides_s) * times + tail_s
 
-    def bound(self, some: ShapeArrays, whole_s: np.ndarray) -> np.ndarray:
-        """Of the outline without a model axis: no plan of these shapes takes fewer seconds, however it is laid out,
-        because no layout keeps less than its share; infinite where none fits.
-
-        whole_s: what the batch takes at least, of all ranks of a replica together.
-        """
+    def recomputed(self, some: ShapeArrays) -> np.ndarray:
+        """Of the outline without a model axis: the share of the forward that plans of these shapes compute again at least;
+        infinite where none fits."""
         assert self.tensor == self.shards == 1
         rests = self._rests_of(some)
         held, kept, least = self._memory(some, rests)
@@ -286,8 +283,15 @@ class Outline:
         room = np.minimum(
             (limit * some.pipeline - held) / some.last_held, limit * some.inverse_held - held / some.first_held
         )
-        share = self._share_again(kept, least, room)
-        part = TIME_SLACK / some.tensor
+        return self._share_again(kept, least, room)
+
+    def bound(self, some: ShapeArrays, whole_s: np.ndarray) -> np.ndarray:
+        """Of the outline without a model axis: no plan of these shapes takes fewer seconds, however it is laid out,
+        because no layout keeps less than its share; infinite where none fits.
+
+        whole_s: what the batch takes at least, of all ranks of a replica together.
+        """
+        share, part = self.recomputed(some), TIME_SLACK / some.tensor
         pass_s = part * (whole_s + share * self.large.forward_s)
         spread_s = pass_s / some.shards / (1 - (1 - 1 / some.microbatches) ** some.pipeline)
         # Which blocks recompute is not known, so what the fullest stage takes is counted without.

@@ -132,7 +132,7 @@ class StagePrices:
 
     def _where(self, shape: Shape, stage: int) -> tuple:
         """How the ranks of a stage and of the next one lie on hosts, relative to its first rank."""
-        key = (shape.pipeline, shape.data * shape.tensor, stage)
+        key = (shape.pipeline, shape.data * shape.tensor, shape.spacing, stage)
         if key not in self._hosts:
             ranks = shape.ranks(stage)
             after = shape.ranks(stage + 1) if stage + 1 < shape.pipeline else ()

@@ -9,7 +9,7 @@ a plan without the stages; `Problem.shapes` lists those that the constraints all
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
@@ -66,6 +66,13 @@ class ChainSource(Protocol):
         """
         ...
 
+    def least_s(self, problem: Problem, shape: Shape, most_bytes: float, enough_s: float) -> float:
+        """Per microbatch, of all blocks on one rank of each stage, with a share of what happens once per step.
+
+        No layouts are faster that keep no more than `most_bytes`; see planner/chains.py.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -84,6 +91,9 @@ class Problem:
     space: Space = Space()
     # Plans that were priced and lost, the best first, for `explanation.changes`; the methods put them here.
     kept: list[Plan] = field(default_factory=list, compare=False)
+    # What gives a method's plan a closer bound, for as much work as `thorough` allows; asked at the end, for its time.
+    provers: list[Callable[[Plan], Plan]] = field(default_factory=list, compare=False)
+    thorough: bool = False
 
     def __post_init__(self) -> None:
         # Blocks of one kind are planned as one, so kinds are parted where pins tell them apart.

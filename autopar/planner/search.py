@@ -85,7 +85,7 @@ def search(
         until its first. stop: an event (anything with is_set) that ends it at once, from another thread. Ctrl-C ends it
         too. What ended a search early stands in the verdict of the plan's first candidate, with how much faster a plan
         could be at most where the method knows. what_if: also price the best plans that lost on other clusters, to say in
-        `plan.prediction.changes` what would change the choice (some seconds on a large model).
+        `plan.prediction.changes` what would change the choice, and look for a closer bound (some seconds on a large model).
     constraints: data=, tensor=, pipeline= (degrees), microbatches=, schedule= (see schedule/orders.py), zero= (0 to 3),
         recompute= ("none", "selective" or "full") pin one choice each. memory_limit_bytes= is what a plan may use of each
         device, or memory_reserve= what it must leave free (a float: share; a whole number: bytes; 0.1 by default).
@@ -110,7 +110,7 @@ def search(
     _check_space(method, space, pinned)
     budget = Budget(time_limit_s, stop, progress)
     costs = model or CostModel(graph, cluster)
-    problem = Problem(graph, cluster, costs, LayoutChains(), pinned, budget=budget, space=space)
+    problem = Problem(graph, cluster, costs, LayoutChains(), pinned, budget=budget, space=space, thorough=what_if)
     with _no_collections():
         plan = replace(METHODS[method](problem), precision=graph.precision)
     own = problem.pins.on(plan.graph_of(graph))

@@ -30,6 +30,11 @@ class Shape:
         return tuple(range(stage * width, (stage + 1) * width))
 
     @property
+    def spacing(self) -> int:
+        """From one rank of a stage to the next."""
+        return 1
+
+    @property
     def group(self) -> tuple[int, int, int, int]:
         """What the table of candidates has one row for."""
         return (self.pipeline, self.data, self.tensor, self.zero)
@@ -39,6 +44,27 @@ class Shape:
             f"pipeline {self.pipeline} x data {self.data} x tensor {self.tensor}, {self.microbatches} "
             f"microbatch{'es' if self.microbatches > 1 else ''}, {self.schedule}, zero {self.zero}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class LoneShape(Shape):
+    """Of a shape with model ranks the first of every replica, alone: without a model axis, and `apart` ranks from the next."""
+
+    apart: int
+
+    @classmethod
+    def of(cls, shape: Shape) -> LoneShape:
+        return cls(
+            shape.pipeline, shape.data, 1, shape.microbatches, shape.schedule, shape.zero, shape.tensor
+        )  # fmt: skip
+
+    @property
+    def spacing(self) -> int:
+        return self.apart
+
+    def ranks(self, stage: int) -> tuple[int, ...]:
+        width = self.data * self.apart
+        return tuple(range(stage * width, (stage + 1) * width, self.apart))
 
 
 @dataclass(frozen=True, eq=False)

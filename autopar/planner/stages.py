@@ -121,12 +121,16 @@ class StageSearch:
 
     def __init__(self, problem: Problem, shape: Shape, chain: Chain, prices: StagePrices) -> None:
         self.problem, self.shape, self.chain, self._prices = problem, shape, chain, prices
-        self._limit_bytes = problem.memory_limit_bytes
+        self._limit_bytes = self._limit()
         self.num_blocks = len(problem.graph.blocks)
         self._options: dict[tuple[int, Piece], Option] = {}
         self._ways: dict[int, Ways] = {}
         self.table = self._tabulate([self.ways(stage) for stage in range(shape.pipeline)])
         self.root_bound_s = self.table.root_s
+
+    def _limit(self) -> float:
+        """Bytes that a stage may need."""
+        return self.problem.memory_limit_bytes
 
     def ways(self, stage: int) -> Ways:
         """The best way for every run of blocks as `stage`.
@@ -265,17 +269,14 @@ class StageSearch:
         num_stages, num_blocks, count = self.shape.pipeline, self.num_blocks, self.shape.microbatches
         passing, drain, work = (np.full((num_stages + 1, num_blocks + 1), math.inf) for _ in range(3))
         passing[num_stages, num_blocks] = drain[num_stages, num_blocks] = work[num_stages, num_blocks] = 0.0
-        is_1f1b, root_s = self.shape.schedule == "1f1b", math.inf
+        root_s = math.inf
         for stage in reversed(range(num_stages)):
             way, stops, starts = ways[stage], self.stops(stage), self.starts(stage)
             own_s, pass_s = count * way.compute_s, way.pass_s
             trip_s = pass_s + passing[stage + 1, stops]
             drain_s = np.maximum(own_s, pass_s + drain[stage + 1, stops])
             drain_s = np.maximum(drain_s, trip_s + (count - 1) * way.send_s)
-            if is_1f1b:
-                last = num_stages - 1
-                cycle_s = cycles_s(way.forward_s, way.backward_s, stage, last, trip_s, 0.0, num_stages, count)
-                drain_s = np.maximum(drain_s, cycle_s)
+            drain_s = np.maximum(drain_s, self._cycle_s(way, stage, trip_s))
             work_s = np.maximum(own_s + way.tail_s, way.forward_s + way.send_s + work[stage + 1, stops])
             if stage == 0:
                 root_s = float(np.maximum(drain_s + way.tail_s, work_s).min())
@@ -283,6 +284,13 @@ class StageSearch:
             drain[stage, starts] = drain_s.min(axis=1)
             work[stage, starts] = work_s.min(axis=1)
         return Table(passing, drain, work, root_s)
+
+    def _cycle_s(self, way: Ways, stage: int, trip_s: np.ndarray) -> np.ndarray | float:
+        """Bound (3) from `stage` to the last."""
+        if self.shape.schedule != "1f1b":
+            return 0.0
+        num_stages, count = self.shape.pipeline, self.shape.microbatches
+        return cycles_s(way.forward_s, way.backward_s, stage, num_stages - 1, trip_s, 0.0, num_stages, count)
 
 
 def cycles_s(forward_s, backward_s, a, e, trip_s, warmup_s, num_stages: int, count: int) -> np.ndarray:
