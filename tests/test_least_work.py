@@ -35,8 +35,9 @@ def problem_of(name: str, cluster: Cluster) -> Problem:
     return Problem(graph, cluster, CostModel(graph, cluster), LayoutChains())
 
 
-@pytest.mark.parametrize("cluster", CLUSTERS)
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize(
+    ("name", "cluster"), [("llama", "cpu"), ("gpt2", "h100"), ("experts", "cpu"), ("experts", "h100")]
+)
 def test_no_plan_is_faster(name: str, cluster: str) -> None:
     problem = problem_of(name, CLUSTERS[cluster])
     draw, ratios = random.Random(0), []

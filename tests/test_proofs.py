@@ -94,8 +94,15 @@ def check(problem: Problem, draw: random.Random) -> tuple[int, dict[str, list[fl
     return count, ratios
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "tied"])
-@pytest.mark.parametrize(("preset", "hosts", "per_host"), [("h100-80gb", 2, 8), ("v100-16gb", 3, 4), ("cpu", 2, 6)])
+PRESETS = [("h100-80gb", 2, 8), ("v100-16gb", 3, 4), ("cpu", 2, 6)]
+EVERY = [(name, *preset) for name in ("llama", "gpt2", "tied") for preset in PRESETS]
+QUICK = [("llama", *PRESETS[0]), ("gpt2", *PRESETS[2]), ("tied", *PRESETS[1])]
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "hosts", "per_host"),
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in EVERY],
+)
 def test_no_plan_is_faster_than_a_bound(graphs, name: str, preset: str, hosts: int, per_host: int) -> None:
     """On 12 and 16 devices, with room enough and with what a plan needs."""
     draw = random.Random(f"{name} {preset}")
@@ -126,7 +133,7 @@ def test_no_plan_of_made_up_costs_is_faster_than_a_bound(seed: int) -> None:
         assert count > 3 or limit_bytes
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_no_plan_is_faster_than_a_bound_where_it_just_fits(graphs, name: str) -> None:
     """The limit is what the plan needs, under layouts that are fast and that keep little."""
     free, count = real_problem(graphs[name], "cpu", 2, 6), 0

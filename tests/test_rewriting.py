@@ -69,7 +69,9 @@ def test_products_are_joined_where_that_is_faster(pins) -> None:
     line = simulate(rewritten(graph, plan.rewrites), plan, cluster)
     assert line.step_time_s == pytest.approx(plan.prediction.step_time_s, rel=1e-9)
     assert max(line.peak_memory_bytes.values()) == plan.prediction.peak_memory_bytes
-    assert [row.verdict for row in plan.candidates][0] == "chosen" and plan.prediction.lower_bound_s is None
+    assert [row.verdict for row in plan.candidates][0] == "chosen"
+    # that of the rewritten graph, which has less to do
+    assert plan.prediction.lower_bound_s <= min(plan.prediction.step_time_s, plain.prediction.lower_bound_s)
 
 
 @pytest.mark.parametrize("pins", [{}, {"tensor": 2, "pipeline": 2}])

@@ -17,12 +17,13 @@ from ..schedule.orders import schedule_named
 from .alleviate import Alleviation
 from .candidates import NothingFits
 from .constraints import SEARCHED_SCHEDULES
+from .groupings import every_grouping
 from .moves import CHEAP, may_shard
 from .problem import Problem
 from .rivals import Rivals
 from .sketch import Sketch
 from .unequal import MAX_SEEDED, pipelines
-from .unequal_moves import RanksJudge, every_grouping, sketch_on_ranks
+from .unequal_moves import RanksJudge, sketch_on_ranks
 from .wide import is_small
 
 # Process seconds that the moves take at most.

@@ -7,21 +7,15 @@ what it has above (below) its limit counts as above (below) the least limit of a
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import replace
-
 from ..cost.mixed import rank_classes
 from ..cost.types import StageCost
 from ..plan import Plan
-from ..schedule.orders import schedule_named
 from .alleviate import Alleviation
 from .judge import Judge, group_peak_bytes
 from .meshes import Mesh, MeshLayouts, has_asked_axes, team_of
-from .moves import CHEAP, Moves, laps_of
+from .moves import CHEAP
 from .problem import Problem
-from .sketch import Sketch, Team
-from .unequal_room import Room
-from .unequal_ways import WayFinder
+from .sketch import Sketch
 
 # Process seconds that it takes at most.
 LIMIT_S = 0.5
@@ -72,48 +66,6 @@ def alleviated_on_ranks(problem: Problem, plan: Plan) -> Plan | None:
     search = Alleviation(problem, limit_s, CHEAP, RanksJudge(problem))
     found = search.run_from([sketch], plan.prediction.step_time_s)
     return found.judged.plan if found is not None else None
-
-
-def every_grouping(problem: Problem, moves: Moves) -> list[Sketch]:
-    """Every way to group all devices, in two groups or more, with every mesh that a group may have, for the pinned schedule;
-    those first whose devices together are fastest. In models of few blocks with every cut, in others of one stage each.
-
-    moves: what knows how long blocks take on a group."""
-    pinned, rows, num_blocks = problem.constraints, problem.graph.batch_size, len(problem.graph.blocks)
-    chosen = schedule_named(pinned.schedule)
-    room, finder, layouts = Room(problem.cluster), WayFinder(problem), MeshLayouts(problem.as_equal)
-    counts = [count for count in range(1, rows + 1) if rows % count == 0 and pinned.microbatches in (None, count)]
-    most = pinned.pipeline or min(problem.cluster.world_size, num_blocks)
-    found: list[tuple[float, Sketch]] = []
-    for count in counts[: 1 if problem.time_conflict else None]:
-        for path in room.pipelines(most):
-            if len(path) < 2 or pinned.pipeline not in (None, len(path)):
-                continue
-            ways = [_teams(finder, layouts, move.ranks, count) for move in path]
-            for teams in itertools.product(*ways):
-                one = Sketch((*range(1, len(teams)), num_blocks), teams, count, "1f1b")
-                # Microbatches per second, if no device ever waited.
-                speed = sum(1 / sum(moves.block_s(one, team)) for team in teams)
-                if not finder.is_exact:
-                    found.append((count / speed, one))
-                    continue
-                for virtual in laps_of(chosen):
-                    for cuts in itertools.combinations(range(1, num_blocks), virtual * len(teams) - 1):
-                        found.append((count / speed, replace(one, stops=(*cuts, num_blocks), schedule=chosen.name)))
-    return [sketch for _, sketch in sorted(found, key=lambda one: one[0])]
-
-
-def _teams(finder: WayFinder, layouts: MeshLayouts, ranks: tuple[int, ...], microbatches: int) -> list[Team]:
-    found = []
-    for data, tensor, shares in finder.meshes(ranks, microbatches):
-        mesh = Mesh(data, tensor, shares)
-        for zero in finder.zeros(data):
-            try:
-                rows = layouts.fastest(mesh, microbatches, zero)
-            except ValueError:  # nothing is legal for so many shares of the batch
-                continue
-            found.append(team_of(mesh, ranks, rows, zero))
-    return found
 
 
 def sketch_on_ranks(problem: Problem, plan: Plan) -> Sketch | None:
