@@ -26,7 +26,7 @@ from .mixed import with_unequal_stages
 from .pricing import StagePrices
 from .problem import Chain, Problem, Shape
 from .rewriting import with_rewrites
-from .scheduled import is_scheduled, scheduled, scheduled_on_ranks
+from .scheduled import scheduled, scheduled_on_ranks
 from .stages import TOLERANCE, StageSearch
 from .unequal import unequal
 
@@ -93,7 +93,7 @@ def _proved(problem: Problem, plan: Plan) -> Plan:
 def _on_ranks(problem: Problem) -> Plan:
     """The best plan found whose stages have any devices."""
     laps = schedule_named(problem.constraints.schedule or "1f1b").virtual
-    return unequal(problem) if laps == 1 else scheduled_on_ranks(problem, _core)
+    return unequal(problem, _best) if laps == 1 else scheduled_on_ranks(problem, _core)
 
 
 def _of_unlike_stages(problem: Problem) -> Plan:
@@ -110,7 +110,7 @@ def _of_unlike_stages(problem: Problem) -> Plan:
 
 def _on_graph(problem: Problem) -> Plan:
     """The best plan of the graph as it is."""
-    if is_scheduled(problem):
+    if problem.constraints.is_scheduled:
         return scheduled(problem, _core)
     start_s = time.process_time()
     plan, others = _core(problem)

@@ -85,6 +85,11 @@ class Constraints:
         given = (("context", self.context), ("expert", self.expert))
         return tuple((name, degree) for name, degree in given if degree is not None and degree > 1)
 
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a schedule is pinned that the searches do not choose among by themselves."""
+        return self.schedule not in (None, *SEARCHED_SCHEDULES)
+
     def _check_reserve(self) -> None:
         given = self.memory_reserve
         if given is None:

@@ -26,7 +26,6 @@ from .mixes import Mixes
 from .moves import may_shard
 from .problem import Problem
 from .rewriting import on_graph
-from .scheduled import is_scheduled
 from .sketch import Sketch
 from .wide import search_sketches
 from .wide_mixes import is_tiny, mixed_sketches
@@ -95,7 +94,7 @@ def _pipelines(search: Alleviation, plan: Plan, many: bool, until_s: float) -> I
         return search.is_over or time.process_time() >= until_s
 
     problem = search.problem
-    schedule, is_proposed = problem.constraints.schedule or "1f1b", not is_scheduled(problem)
+    schedule, is_proposed = problem.constraints.schedule or "1f1b", not problem.constraints.is_scheduled
     if search.best is not None:
         yield search.best.sketch
     layouts = MeshLayouts(problem)

@@ -16,7 +16,6 @@ from ..report.words import plan_in_words
 from ..schedule.orders import schedule_named
 from .alleviate import Alleviation
 from .candidates import NothingFits
-from .constraints import SEARCHED_SCHEDULES
 from .groupings import every_grouping
 from .moves import CHEAP, may_shard
 from .problem import Problem
@@ -32,11 +31,6 @@ LIMIT_S = 2.0
 MAX_STARTS = 3
 
 Core = Callable[[Problem], tuple[Plan, list[Plan]]]
-
-
-def is_scheduled(problem: Problem) -> bool:
-    """Whether the schedule that is pinned, if any, is one of those."""
-    return problem.constraints.schedule not in (None, *SEARCHED_SCHEDULES)
 
 
 def scheduled(problem: Problem, core: Core) -> Plan:

@@ -20,12 +20,12 @@ starts from.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from ..plan import Candidate, Plan
 from ..report.words import plan_in_words
 from ..simulate import simulate
-from .constraints import SEARCHED_SCHEDULES
 from .problem import Problem, goes_together
 from .rivals import Rivals
 from .stages import TOLERANCE
@@ -50,9 +50,12 @@ MAX_STAGES = 20
 ENOUGH = 5
 
 
-def unequal(problem: Problem) -> Plan:
-    """The best plan found; ValueError, with the smallest for what all devices have in common, when none fits."""
-    return _Unequal(problem).run()
+def unequal(problem: Problem, on_equal: Callable[[Problem], Plan]) -> Plan:
+    """The best plan found; ValueError, with the smallest for what all devices have in common, when none fits.
+
+    on_equal: the search for equal devices.
+    """
+    return _Unequal(problem, on_equal).run()
 
 
 def pipelines(problem: Problem) -> list[Plan]:
@@ -63,10 +66,13 @@ def pipelines(problem: Problem) -> list[Plan]:
 
 
 class _Unequal:
-    """least_stages: that a pipeline has."""
+    """on_equal: what finds plans for equal devices, if those may serve. least_stages: that a pipeline has."""
 
-    def __init__(self, problem: Problem, least_stages: int = 1) -> None:
+    def __init__(
+        self, problem: Problem, on_equal: Callable[[Problem], Plan] | None = None, least_stages: int = 1
+    ) -> None:
         self.problem = problem
+        self._on_equal = on_equal if problem.cluster.hosts else None
         self.room, self.finder, self.judge = Room(problem.cluster), WayFinder(problem), Judge(problem)
         self.open_bound_s = math.inf
         # Numbers of microbatches that have led to nothing better.
@@ -103,8 +109,8 @@ class _Unequal:
         return self.problem.budget.expired(has_plan=self.judge.best is not None)
 
     def _search(self) -> None:
-        if self.problem.cluster.hosts and self.problem.cluster.world_size <= MAX_SEEDED:
-            self._seed()
+        if self._on_equal is not None and self.problem.cluster.world_size <= MAX_SEEDED:
+            self._seed(self._on_equal)
         self.look()
 
     def look(self) -> None:
@@ -176,14 +182,14 @@ class _Unequal:
     def _is_beaten(self, bound_s: float) -> bool:
         return bound_s >= self.judge.best_s * (1 - TOLERANCE)
 
-    def _seed(self) -> None:
-        from .auto import auto
+    def _seed(self, on_equal: Callable[[Problem], Plan]) -> None:
         from .methods.metis import metis
         from .methods.whale import whale
 
         # Those make no axes with roles, and choose among fewer schedules.
-        others = () if self.problem.constraints.roles or self.schedule not in SEARCHED_SCHEDULES else (metis, whale)
-        for method, problem in ((auto, self.problem.as_equal), *((other, self.problem) for other in others)):
+        pinned = self.problem.constraints
+        others = () if pinned.roles or pinned.is_scheduled else (metis, whale)
+        for method, problem in ((on_equal, self.problem.as_equal), *((other, self.problem) for other in others)):
             try:
                 plan = method(problem)
             except ValueError:  # it finds none; others may
@@ -228,10 +234,8 @@ class _Unequal:
 
     def _nothing_fits(self) -> Plan:
         """Where what all devices have in common has a plan, that one; else the error that names the smallest of these."""
-        from .auto import auto
-
-        if self.problem.cluster.hosts:
-            plan = auto(self.problem.as_equal)
+        if self._on_equal is not None:
+            plan = self._on_equal(self.problem.as_equal)
             if self._is_allowed(plan):
                 return plan
         raise ValueError(
