@@ -11,7 +11,7 @@ bound; and where that does not, its pipelines are walked (planner/unequal_walk.p
 is left out. In others a walk has a number of visits, and numbers of microbatches beyond one that led to nothing better are
 left; then the gap between the best plan and the least bound of what was left out is told.
 
-At the end the best plan is changed by moves (planner/unequal_moves.py).
+At the end the best plans are changed by moves (planner/unequal_moves.py).
 
 On small clusters the plans of Metis, of Whale, and of the exact search for what all devices have in common are where it
 starts from.
@@ -228,7 +228,8 @@ class _Unequal:
     def _alleviate(self) -> None:
         """Change the best plan by moves."""
         if not self._expired:
-            found = alleviated_on_ranks(self.problem, self.judge.best)
+            tried = sorted(self.judge.tried.values(), key=lambda plan: plan.prediction.step_time_s)
+            found = alleviated_on_ranks(self.problem, self.judge.best, tried)
             if found is not None:
                 self.judge.offer(replace(found, prediction=None))
 

@@ -7,18 +7,21 @@ what it has above (below) its limit counts as above (below) the least limit of a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from ..cost.mixed import rank_classes
 from ..cost.types import StageCost
 from ..plan import Plan
+from ..schedule.orders import schedule_named
 from .alleviate import Alleviation
 from .judge import Judge, group_peak_bytes
 from .meshes import Mesh, MeshLayouts, has_asked_axes, team_of
-from .moves import CHEAP
+from .moves import CHEAP, may_shard
 from .problem import Problem
 from .sketch import Sketch
 
-# Process seconds that it takes at most.
-LIMIT_S = 0.5
+# Process seconds that it takes at most, and plans that it starts from.
+LIMIT_S, MAX_STARTS = 1.0, 12
 
 
 class RanksJudge(Judge):
@@ -57,15 +60,24 @@ class RanksJudge(Judge):
         return self._of_ranks[key]
 
 
-def alleviated_on_ranks(problem: Problem, plan: Plan) -> Plan | None:
-    """A plan faster than `plan`, which has its prediction; None if none was found."""
-    sketch = sketch_on_ranks(problem, plan)
-    if sketch is None:
-        return None
+def alleviated_on_ranks(problem: Problem, plan: Plan, others: Iterable[Plan] = ()) -> Plan | None:
+    """A plan faster than `plan`, which has its prediction; None if none was found. others: next best plans, the best first, to
+    start from too. Each start is tried with every ZeRO level, of which the walks know two."""
     limit_s = min(LIMIT_S, problem.budget.left_s)
     search = Alleviation(problem, limit_s, CHEAP, RanksJudge(problem))
-    found = search.run_from([sketch], plan.prediction.step_time_s)
+    found = search.run_from(_starts(problem, [plan, *others][:MAX_STARTS]), plan.prediction.step_time_s)
     return found.judged.plan if found is not None else None
+
+
+def _starts(problem: Problem, plans: Iterable[Plan]) -> Iterator[Sketch]:
+    pinned = problem.constraints.zero
+    for plan in plans:
+        sketch = sketch_on_ranks(problem, plan)
+        if sketch is None:
+            continue
+        yield sketch
+        if pinned is None and may_shard(schedule_named(plan.schedule)):
+            yield from (sketch.with_teams(zero=zero) for zero in range(4))
 
 
 def sketch_on_ranks(problem: Problem, plan: Plan) -> Sketch | None:
