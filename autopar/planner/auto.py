@@ -61,7 +61,10 @@ def auto(problem: Problem) -> Plan:
     planner/alleviate.py, rewritten by planner/rewriting.py, and with stages of different meshes (planner/mixed.py) where that
     makes it faster or is what fits. On clusters of unequal devices, and where equal stages cannot use all devices, that of
     planner/unequal.py. ValueError, with the smallest plan found, when none fits."""
-    return with_work_bound(problem, _best(problem))
+    try:
+        return with_work_bound(problem, _best(problem))
+    finally:
+        problem.provers.clear()  # these know the problem, and would keep all of the search alive
 
 
 def _best(problem: Problem) -> Plan:

@@ -40,6 +40,11 @@ class LayoutChains:
         self._answers: dict[tuple[int, int], Answers] = {}
         self._pairs: AxisPairs | None = None
 
+    def close(self) -> None:
+        """Forget everything. What is kept knows the problem, and the problem knows this: a circle that only Python's cycle
+        collector would free, in half a second."""
+        self.__init__()
+
     def of(self, problem: Problem, shape: Shape) -> Iterator[Chain]:
         """Distinct chains for `shape`, the fastest first; the empty chain where there is no tensor axis."""
         # Also those for blocks that may not recompute: prices of layouts leave out overlap, so that one which is found for

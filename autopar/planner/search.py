@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -110,16 +110,17 @@ def search(
     _check_space(method, space, pinned)
     budget = Budget(time_limit_s, stop, progress)
     costs = model or CostModel(graph, cluster)
-    problem = Problem(graph, cluster, costs, LayoutChains(), pinned, budget=budget, space=space, thorough=what_if)
-    with _no_collections():
+    chains = LayoutChains()
+    problem = Problem(graph, cluster, costs, chains, pinned, budget=budget, space=space, thorough=what_if)
+    with _no_collections(), closing(chains):
         plan = replace(METHODS[method](problem), precision=graph.precision)
-    own = problem.pins.on(plan.graph_of(graph))
-    if lacking := own.refusal(plan) or refusal(pinned.roles, own.graph, plan):
-        raise ValueError(
-            f"method={method!r} finds no plan of {graph.name} that keeps {pinned}: in its best one {lacking}; use fewer of "
-            "these constraints, or another method"
-        )
-    return explained(problem, plan, what_if)
+        own = problem.pins.on(plan.graph_of(graph))
+        if lacking := own.refusal(plan) or refusal(pinned.roles, own.graph, plan):
+            raise ValueError(
+                f"method={method!r} finds no plan of {graph.name} that keeps {pinned}: in its best one {lacking}; use fewer "
+                "of these constraints, or another method"
+            )
+        return explained(problem, plan, what_if)
 
 
 @contextmanager
