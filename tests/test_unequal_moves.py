@@ -73,3 +73,15 @@ def test_few_microbatches_want_a_schedule_that_walks_do_not_have(monkeypatch) ->
     assert max(line.peak_memory_bytes.values()) == after.prediction.peak_memory_bytes
     pinned = replace(problem, constraints=Constraints(pipeline=4, microbatches=4, schedule="1f1b"))
     assert auto(pinned).schedule == "1f1b"
+
+
+def test_an_interrupt_of_the_moves_leaves_the_plan_before(monkeypatch) -> None:
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autopar.planner.unequal.MAX_SEEDED", 0)
+    monkeypatch.setattr("autopar.planner.unequal.alleviated_on_ranks", interrupted)
+    problem = unequal_problem("deep", [CPU, half_as_fast(CPU, 2.0)], microbatches=4)
+    plan = auto(problem)
+    plan.validate(problem.graph, problem.cluster)
+    assert "cut short by an interrupt" in plan.candidates[0].verdict

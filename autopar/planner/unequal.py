@@ -99,9 +99,12 @@ class _Unequal:
             if budget.cut_short:
                 raise budget.no_plan("auto")
             return self._nothing_fits()
-        self._represent()
-        self._other_schedule()
-        self._alleviate()
+        try:
+            self._represent()
+            self._other_schedule()
+            self._alleviate()
+        except KeyboardInterrupt:
+            budget.interrupted()
         return self._concluded()
 
     @property
@@ -207,7 +210,7 @@ class _Unequal:
     def _represent(self) -> None:
         """Give numbers of stages that only bounds ruled out a plan each, until the table of candidates has enough."""
         count = self.judge.best.microbatches
-        if self._expired or count not in self._tables and not self.finder.is_exact:
+        if self._expired or (count not in self._tables and not self.finder.is_exact):
             return
         tables = self._tables.get(count) or self._bounds(count)
         seen = {plan.pipeline for plan in self.judge.tried.values()}
@@ -226,7 +229,7 @@ class _Unequal:
             self.judge.offer(replace(best, schedule="gpipe" if best.schedule == "1f1b" else "1f1b", prediction=None))
 
     def _alleviate(self) -> None:
-        """Change the best plan by moves."""
+        """Change the best plans by moves."""
         if not self._expired:
             tried = sorted(self.judge.tried.values(), key=lambda plan: plan.prediction.step_time_s)
             found = alleviated_on_ranks(self.problem, self.judge.best, tried)

@@ -1,4 +1,4 @@
-"""Bottleneck alleviation on clusters of unequal devices: the moves of planner/alleviate.py, from the best plan of the walks.
+"""Bottleneck alleviation on clusters of unequal devices: the moves of planner/alleviate.py, from the best plans of the walks.
 
 Groups keep their devices and meshes; schedules, ZeRO by group, microbatches, cuts, and recomputation block by block are what
 moves change. Stages are priced by the devices of their very ranks, and each rank's peak is held against its own device:
