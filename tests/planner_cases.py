@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
+from models import build_gpt2, build_llama, build_tied_lm
 
+from autopar import capture
 from autopar.cluster.spec import Cluster, Device, Link
+from autopar.cost.model import CostModel
 from autopar.cost.types import StageCost
 from autopar.graph import Block, Graph, Op, Ref, Tensor
 from autopar.plan import Layout, Plan
+from autopar.planner.chains import LayoutChains
 from autopar.planner.methods.exhaustive import every_plan
 from autopar.planner.pricing import Piece, assemble
 from autopar.planner.problem import Chain, Constraints, Problem, Shape
@@ -246,3 +250,18 @@ def small_enough(seed: int, most_plans: int, plans: Callable[[Problem], Iterator
         if 1 < count <= most_plans:
             return problem
     raise AssertionError("no small problem was drawn")
+
+
+def language_models() -> dict[str, Graph]:
+    """Captured models of several layers, by name."""
+    return {
+        "llama": capture(*build_llama(layers=5)),
+        "gpt2": capture(*build_gpt2(layers=4)),
+        "tied": capture(*build_tied_lm(layers=4)),
+    }
+
+
+def real_problem(graph: Graph, preset: str, hosts: int = 2, per_host: int = 8, **pinned) -> Problem:
+    """With the cost model of a preset."""
+    cluster = Cluster.preset(preset, hosts=hosts, devices_per_host=per_host)
+    return Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), Constraints(**pinned))

@@ -9,35 +9,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from models import build_gpt2, build_llama, build_tied_lm
-from planner_cases import MadeUpCosts, WholeLayouts, chain_graph, small_cluster
+from planner_cases import MadeUpCosts, WholeLayouts, chain_graph, language_models, real_problem, small_cluster
 
-from autopar import capture
-from autopar.cluster.spec import Cluster
-from autopar.cost.model import CostModel
-from autopar.graph import Graph
 from autopar.planner.auto import _Auto
 from autopar.planner.broad import Broad, broad
 from autopar.planner.chains import LayoutChains
 from autopar.planner.outlines import Outline, ShapeArrays
 from autopar.planner.pricing import StagePrices
-from autopar.planner.problem import Chain, Constraints, Problem
+from autopar.planner.problem import Chain, Problem
 from autopar.planner.stages import StageSearch
 from autopar.simulate import simulate
 
-
-@pytest.fixture(scope="module")
-def graphs() -> dict[str, Graph]:
-    return {
-        "llama": capture(*build_llama(layers=5)),
-        "gpt2": capture(*build_gpt2(layers=4)),
-        "tied": capture(*build_tied_lm(layers=4)),
-    }
-
-
-def real_problem(graph: Graph, preset: str, hosts: int = 2, **pinned) -> Problem:
-    cluster = Cluster.preset(preset, hosts=hosts, devices_per_host=8)
-    return Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), Constraints(**pinned))
+graphs = pytest.fixture(scope="module")(language_models)
 
 
 def limited(problem: Problem, limit_bytes: int) -> Problem:
@@ -70,7 +53,9 @@ def test_estimates_are_near_and_bounds_below(graphs, name: str, preset: str) -> 
     for degree in search.degrees.values():
         for outline, _ in degree.outlines:
             estimates, _ = outline.estimate(degree.some)
-            bounds = search.plain.bound(degree.some, np.full(len(degree.some.shapes), search.plain.pass_s))
+            bounds = search.plain.bound(
+                degree.some, np.full(len(degree.some.shapes), search.plain.pass_s), search.plain.recomputed(degree.some)
+            )
             chosen = random.Random(0).sample(range(len(estimates)), min(12, len(estimates)))
             for i in chosen:
                 shape = degree.some.shapes[i]

@@ -123,6 +123,7 @@ def check_no_worse(problem: Problem, best_s: float) -> Plan | None:
     line = simulate(problem.graph, plan, problem.cluster)
     assert line.step_time_s == pytest.approx(plan.prediction.step_time_s, rel=1e-9)
     assert problem.excess_bytes(line.peak_memory_bytes) <= 0
+    assert plan.prediction.peak_memory_bytes == max(line.peak_memory_bytes.values())
     # Plans that it starts from may lie outside the space.
     assert plan.prediction.step_time_s <= best_s * (1 + 1e-9), plan.explain()
     assert plan.candidates[0].verdict == "chosen"

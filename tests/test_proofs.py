@@ -9,15 +9,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from models import build_gpt2, build_llama, build_tied_lm
-from planner_cases import MadeUpCosts, WholeLayouts, chain_graph, small_cluster
+from planner_cases import MadeUpCosts, WholeLayouts, chain_graph, language_models, real_problem, small_cluster
 
-from autopar import capture
-from autopar.cluster.spec import Cluster
-from autopar.cost.model import CostModel
-from autopar.graph import Graph
+from autopar.planner.axis_prices import LeastPrices
 from autopar.planner.broad import Broad
-from autopar.planner.chains import LayoutChains
 from autopar.planner.layout_chain import chain_frontier
 from autopar.planner.problem import Constraints, Problem, Shape
 from autopar.planner.proofs import Proof
@@ -27,18 +22,7 @@ from autopar.planner.stages import StageSearch
 NUM_SHAPES = 24
 
 
-@pytest.fixture(scope="module")
-def graphs() -> dict[str, Graph]:
-    return {
-        "llama": capture(*build_llama(layers=5)),
-        "gpt2": capture(*build_gpt2(layers=4)),
-        "tied": capture(*build_tied_lm(layers=4)),
-    }
-
-
-def real_problem(graph: Graph, preset: str, hosts: int, per_host: int, **pinned) -> Problem:
-    cluster = Cluster.preset(preset, hosts=hosts, devices_per_host=per_host)
-    return Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), Constraints(**pinned))
+graphs = pytest.fixture(scope="module")(language_models)
 
 
 def bounds_of(search: Broad, shape: Shape) -> Iterator[tuple[str, float]]:
@@ -156,7 +140,7 @@ def test_no_layouts_within_so_many_bytes_take_less(graphs, name: str) -> None:
     chains, num_blocks, count = problem.chains, len(graphs[name].blocks), 0
     for shape in (Shape(1, 4, 4, 2, "1f1b", 3), Shape(2, 4, 2, 2, "1f1b", 1)):
         for recompute in ("none", "full"):
-            for one in chain_frontier(chains._least_of(problem, shape, recompute), 0, num_blocks):
+            for one in chain_frontier(chains._options_of(problem, shape, recompute, LeastPrices), 0, num_blocks):
                 assert chains.least_s(problem, shape, one.memory_bytes, math.inf) <= one.time_s * (1 + 1e-9)
                 count += 1
     assert count > 5

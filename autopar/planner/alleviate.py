@@ -187,8 +187,7 @@ class Alleviation:
         """What was found to fit and is not the best, with predictions."""
         for found in self._seen.values():
             if found is not None and found.judged.plan != self.best.judged.plan:
-                said = Prediction(found.time_s, max(found.judged.peaks_bytes))
-                yield replace(found.judged.plan, prediction=said)
+                yield replace(found.judged.plan, prediction=self.judge.prediction(found.judged))
 
     def _climb_all(self, starts: Sequence[Found]) -> None:
         for start in sorted(starts, key=_time)[:MAX_ROUNDS]:

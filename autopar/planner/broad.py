@@ -317,4 +317,5 @@ class Broad:
         known = [(1, 1, plain.pass_s), (1, plain.rows, small_s)]
         known += [(*key, float(least_s.sum())) for key, least_s in self.proof.least.items()]
         serving = [np.where(some.shards >= shards, least_s, 0.0) for t, shards, least_s in known if tensor % t == 0]
-        return plain.bound(some, np.max(serving, axis=0)), plain.recomputed(some)
+        again = plain.recomputed(some)
+        return plain.bound(some, np.max(serving, axis=0), again), again

@@ -31,7 +31,6 @@ class LayoutChains:
     def __init__(self) -> None:
         self._options: dict[tuple, LayoutOptions] = {}
         self._basis: dict[tuple, LayoutOptions] = {}
-        self._least: dict[tuple, LayoutOptions] = {}
         self._fastest: dict[tuple, tuple[ChainSolution, LayoutOptions]] = {}
         self._frontiers: dict[int, tuple[ChainSolution, ...]] = {}
         self._made: dict[tuple[tuple[Layout, ...], tuple[Layout, ...]], Chain] = {}
@@ -159,23 +158,14 @@ class LayoutChains:
             return 0.0
         choices = problem.recompute_choices
         # Computing again takes longer, so that it is of use to memory alone.
-        found_s = free_s = least_objective([self._least_of(problem, shape, choices[0])], 0.0)
+        found_s = free_s = least_objective([self._options_of(problem, shape, choices[0], LeastPrices)], 0.0)
         for share in WEIGHTS if most_bytes < math.inf else ():
             if found_s >= enough_s:
                 break
             weight = share * free_s / max(most_bytes, 1.0)
-            options = [self._least_of(problem, shape, recompute) for recompute in choices]
+            options = [self._options_of(problem, shape, recompute, LeastPrices) for recompute in choices]
             found_s = max(found_s, least_objective(options, weight) - weight * most_bytes)
         return found_s
-
-    def _least_of(self, problem: Problem, shape: Shape, recompute: str) -> LayoutOptions:
-        role = _role(problem, shape.tensor)
-        prices = LeastPrices(problem, shape, recompute == "full", self._answers_of(shape), role)
-        key = (shape.data, shape.tensor, shape.microbatches, shape.zero, recompute, prices.in_flight)
-        if key not in self._least:
-            basis = self._basis_of(problem, shape.tensor, shape.shards, recompute)
-            self._least[key] = layout_options(problem.graph, shape.tensor, prices, self._orders, basis)
-        return self._least[key]
 
     def _basis_of(self, problem: Problem, tensor: int, shards: int, recompute: str) -> LayoutOptions:
         """The programs without what happens once per step."""
@@ -186,10 +176,11 @@ class LayoutChains:
             self._basis[key] = layout_options(problem.graph, tensor, prices, self._orders)
         return self._basis[key]
 
-    def _options_of(self, problem: Problem, shape: Shape, recompute: str) -> LayoutOptions:
-        role = _role(problem, shape.tensor)
-        prices = AxisPrices(problem, shape, recompute == "full", self._answers_of(shape), role)
-        key = (shape.data, shape.tensor, shape.microbatches, shape.zero, recompute, prices.in_flight)
+    def _options_of(
+        self, problem: Problem, shape: Shape, recompute: str, kind: type[AxisPrices] = AxisPrices
+    ) -> LayoutOptions:
+        prices = kind(problem, shape, recompute == "full", self._answers_of(shape), _role(problem, shape.tensor))
+        key = (kind, shape.data, shape.tensor, shape.microbatches, shape.zero, recompute, prices.in_flight)
         if key not in self._options:
             basis = self._basis_of(problem, shape.tensor, shape.shards, recompute)
             self._options[key] = layout_options(problem.graph, shape.tensor, prices, self._orders, basis)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from ..plan_validate import RECOMPUTE
-from ..schedule.orders import SCHEDULES
+from ..schedule.orders import SCHEDULES, Schedule
 from .pins import checked_layout, checked_stage
 
 # What the searches choose among by themselves; `Space` says what else a method makes when it is pinned.
@@ -89,6 +89,10 @@ class Constraints:
     def is_scheduled(self) -> bool:
         """Whether a schedule is pinned that the searches do not choose among by themselves."""
         return self.schedule not in (None, *SEARCHED_SCHEDULES)
+
+    def may_have(self, schedule: Schedule) -> bool:
+        """Whether a plan may have it: one without a flush only if it is pinned."""
+        return schedule.flushes if self.schedule is None else self.schedule == schedule.name
 
     def _check_reserve(self) -> None:
         given = self.memory_reserve

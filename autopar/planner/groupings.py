@@ -22,13 +22,12 @@ def every_grouping(problem: Problem, moves: Moves) -> list[Sketch]:
 
     moves: what knows how long blocks take on a group.
     """
-    pinned, rows, num_blocks = problem.constraints, problem.graph.batch_size, len(problem.graph.blocks)
+    pinned, num_blocks = problem.constraints, len(problem.graph.blocks)
     chosen = schedule_named(pinned.schedule)
     room, finder, layouts = Room(problem.cluster), WayFinder(problem), MeshLayouts(problem.as_equal)
-    counts = [count for count in range(1, rows + 1) if rows % count == 0 and pinned.microbatches in (None, count)]
     most = pinned.pipeline or min(problem.cluster.world_size, num_blocks)
     found: list[tuple[float, Sketch]] = []
-    for count in counts[: 1 if problem.time_conflict else None]:
+    for count in problem.microbatch_counts():
         for path in room.pipelines(most):
             if len(path) < 2 or pinned.pipeline not in (None, len(path)):
                 continue

@@ -14,13 +14,19 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..cost.types import StageCost
-from ..plan import Layout, Plan, Stage
+from ..plan import Layout, Plan, Prediction, Stage
 from ..schedule.build import program_for
 from ..schedule.orders import schedule_named
 from ..schedule.residency import residency
 from ..schedule.step_time import exposed_reduce_s, step_time_s
 from ..simulate import program_peak_bytes, stream_batch_s
 from .problem import Costs, Problem
+
+
+def plan_time_s(plan: Plan, costs: Sequence[StageCost]) -> float:
+    """The step time of a plan whose stages cost that, or what a batch of its stream takes."""
+    of_step = step_time_s if schedule_named(plan.schedule).flushes else stream_batch_s
+    return of_step(plan.pipeline, plan.microbatches, plan.schedule, costs)
 
 
 def group_peak_bytes(plan: Plan, group: int, costs: Sequence[StageCost]) -> int:
@@ -44,8 +50,7 @@ class Judged:
     @cached_property
     def time_s(self) -> float:
         """The simulator's step time."""
-        of_step = step_time_s if schedule_named(self.plan.schedule).flushes else stream_batch_s
-        return of_step(self.plan.pipeline, self.plan.microbatches, self.plan.schedule, self.costs)
+        return plan_time_s(self.plan, self.costs)
 
     @cached_property
     def floor_s(self) -> float:
@@ -109,6 +114,10 @@ class Judge:
     def peak_bytes(self, plan: Plan, group: int, costs: list[StageCost]) -> int:
         """The peak of one rank of a group whose stages cost that."""
         return group_peak_bytes(plan, group, costs)
+
+    def prediction(self, judged: Judged) -> Prediction:
+        """What is expected of a plan that it has judged."""
+        return Prediction(judged.time_s, max(judged.peaks_bytes))
 
     def cost(self, plan: Plan, s: int) -> StageCost:
         """The cost model's answer for stage `s`."""

@@ -23,7 +23,6 @@ from ..schedule.orders import schedule_named
 from .alleviate import BACK_OFF, Alleviation, Found, chosen_over
 from .meshes import MeshLayouts, may_differ
 from .mixes import Mixes
-from .moves import may_shard
 from .problem import Problem
 from .rewriting import on_graph
 from .sketch import Sketch
@@ -102,7 +101,7 @@ def _pipelines(search: Alleviation, plan: Plan, many: bool, until_s: float) -> I
     pinned = problem.constraints.zero
     used = max(stage.zero for stage in plan.stages)
     zeros = (pinned,) if pinned is not None else (used,) if many else tuple(dict.fromkeys((0, used)))
-    zeros = zeros if may_shard(schedule_named(schedule)) else (0,)
+    zeros = zeros if schedule_named(schedule).may_shard else (0,)
     tensors = {stage.tensor for stage in plan.stages} if many else None
     for count in _counts(problem, plan.microbatches)[: MAX_COUNTS_MANY if many else MAX_COUNTS]:
         mixes = Mixes(problem, search.judge, layouts, count, tensors, is_over)
@@ -116,8 +115,5 @@ def _pipelines(search: Alleviation, plan: Plan, many: bool, until_s: float) -> I
 
 
 def _counts(problem: Problem, near: int) -> list[int]:
-    """Numbers of microbatches that the batch allows, the nearest first."""
-    rows, pinned = problem.graph.batch_size, problem.constraints.microbatches
-    if pinned is not None or problem.time_conflict:
-        return [pinned or 1]
-    return sorted((c for c in range(1, rows + 1) if rows % c == 0), key=lambda c: abs(math.log(c / near)))
+    """Numbers of microbatches, the nearest first."""
+    return sorted(problem.microbatch_counts(), key=lambda c: abs(math.log(c / near)))

@@ -49,11 +49,10 @@ class Moves:
     def orders(self, now: Sketch) -> Iterator[Sketch]:
         """The sketch under the other schedules, or under the one that is pinned; without a flush only if it is."""
         groups, num_blocks = len(now.teams), now.stops[-1]
-        pinned = self.problem.constraints.schedule
         if groups == 1:
             return
         for name, chosen in SCHEDULES.items():
-            if not (chosen.flushes if pinned is None else pinned == name):
+            if not self.problem.constraints.may_have(chosen):
                 continue
             microbatches = self._microbatches_under(chosen, now)
             if microbatches is None:
@@ -67,7 +66,7 @@ class Moves:
                 if virtual != now.virtual:
                     stops = self.balanced_stops(now, name, groups * virtual)
                 other = replace(now, schedule=name, stops=stops, microbatches=microbatches)
-                if not may_shard(chosen) and any(team.zero for team in now.teams):
+                if not chosen.may_shard and any(team.zero for team in now.teams):
                     if self.problem.constraints.zero:
                         continue
                     other = other.with_teams(zero=0)
@@ -97,7 +96,7 @@ class Moves:
     # -- storage over the data axis
 
     def store(self, now: Sketch, judged: Judged) -> Iterator[Sketch]:
-        if not may_shard(SCHEDULES[now.schedule]):
+        if not SCHEDULES[now.schedule].may_shard:
             return
         pinned = self.problem.constraints.zero
         levels = (0, 1, 2, 3) if pinned is None else (pinned,)
@@ -211,11 +210,6 @@ class Moves:
 def laps_of(chosen: Schedule) -> Iterator[int]:
     """Stages per group that are tried under a schedule."""
     yield from (chosen.virtual,) if chosen.virtual else range(2, MOST_VIRTUAL + 1)
-
-
-def may_shard(chosen: Schedule) -> bool:
-    """Whether the runtime shards parameters, gradients or optimizer state over data ranks under a schedule."""
-    return chosen.flushes and not chosen.splits_backward
 
 
 def balanced(weights: Sequence[float], num_parts: int) -> tuple[int, ...]:

@@ -285,13 +285,13 @@ class Outline:
         )
         return self._share_again(kept, least, room)
 
-    def bound(self, some: ShapeArrays, whole_s: np.ndarray) -> np.ndarray:
+    def bound(self, some: ShapeArrays, whole_s: np.ndarray, share: np.ndarray) -> np.ndarray:
         """Of the outline without a model axis: no plan of these shapes takes fewer seconds, however it is laid out,
         because no layout keeps less than its share; infinite where none fits.
 
-        whole_s: what the batch takes at least, of all ranks of a replica together.
+        whole_s: what the batch takes at least, of all ranks of a replica together. share: as `recomputed` says.
         """
-        share, part = self.recomputed(some), TIME_SLACK / some.tensor
+        part = TIME_SLACK / some.tensor
         pass_s = part * (whole_s + share * self.large.forward_s)
         spread_s = pass_s / some.shards / (1 - (1 - 1 / some.microbatches) ** some.pipeline)
         # Which blocks recompute is not known, so what the fullest stage takes is counted without.

@@ -262,7 +262,7 @@ class Problem:
                 continue
             if not self.allows_tensor(tensor, data):
                 continue
-            for microbatches in self._microbatches(data):
+            for microbatches in self.microbatch_counts(data):
                 for zero in self._zeros(data):
                     for schedule in self._schedules(pipeline, microbatches):
                         if goes_together(schedule, pipeline, microbatches, zero):
@@ -289,7 +289,8 @@ class Problem:
         for tensor in _choices(1 if len(roles) == MOST_AXES and pinned is None else pinned, most // own):
             yield own * tensor
 
-    def _microbatches(self, data: int) -> Iterator[int]:
+    def microbatch_counts(self, data: int = 1) -> Iterator[int]:
+        """Into how many microbatches the rows of each of `data` ranks may be cut, ascending."""
         rows = self.graph.batch_size // data
         for count in _choices(self.constraints.microbatches, rows):
             if rows % count == 0 and (count == 1 or not self.time_conflict):
@@ -366,7 +367,7 @@ def goes_together(schedule: str, pipeline: int, microbatches: int, zero: int) ->
         chosen.check_microbatches(pipeline, microbatches)
     except ValueError:
         return False
-    return zero == 0 or (chosen.flushes and not chosen.splits_backward)
+    return zero == 0 or chosen.may_shard
 
 
 def _choices(pinned: int | None, limit: int) -> Iterator[int]:

@@ -8,11 +8,9 @@ from functools import cached_property
 
 from ..plan import Candidate, Plan
 from ..report.words import plan_in_words
+from .candidates import MAX_CANDIDATES
 from .problem import Problem
 from .terms import COMPUTE, terms_of
-
-# Rows of the table of candidates, the chosen plan's among them.
-MAX_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,6 @@ class Rivals:
         seen = {plan_in_words(self.chosen)}
         for plan in sorted(others, key=lambda one: one.prediction.step_time_s):
             name, said = plan_in_words(plan), plan.prediction
-            if name not in seen and len(seen) < MAX_ROWS:
+            if name not in seen and len(seen) < MAX_CANDIDATES:
                 seen.add(name)
                 yield Candidate(name, said.step_time_s, said.peak_memory_bytes, self.verdict(plan))

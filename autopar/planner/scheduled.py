@@ -17,7 +17,7 @@ from ..schedule.orders import schedule_named
 from .alleviate import Alleviation
 from .candidates import NothingFits
 from .groupings import every_grouping
-from .moves import CHEAP, may_shard
+from .moves import CHEAP
 from .problem import Problem
 from .rivals import Rivals
 from .sketch import Sketch
@@ -75,7 +75,7 @@ def _of_equal(problem: Problem, core: Core) -> Sketch | None:
 def _freed(problem: Problem, depth: int | None) -> Problem:
     """The problem under 1F1B, with what can be put under the schedule; None: pipelines of any depth."""
     pinned = problem.constraints
-    zero = pinned.zero if may_shard(schedule_named(pinned.schedule)) else 0
+    zero = pinned.zero if schedule_named(pinned.schedule).may_shard else 0
     return replace(problem, constraints=replace(pinned, schedule=None, pipeline=depth, zero=zero), kept=[])
 
 
@@ -101,7 +101,7 @@ def _finished(search: Alleviation, run: Callable[[], object]) -> Plan | None:
     if search.best is None:
         return None
     judged = search.best.judged
-    prediction = Prediction(judged.time_s, max(judged.peaks_bytes))
+    prediction = search.judge.prediction(judged)
     short = f"; the search was cut short {problem.budget.cut_short}" if problem.budget.cut_short else ""
     words = plan_in_words(judged.plan)
     chosen = Candidate(words, prediction.step_time_s, prediction.peak_memory_bytes, f"chosen{short}")

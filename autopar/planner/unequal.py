@@ -81,7 +81,9 @@ class _Unequal:
         self._tables: dict[int, Bounds] = {}
         # Seconds that any plan takes, by number of microbatches.
         self._floors: dict[int, float] = {}
-        self.near = min(self._microbatches(), key=lambda count: abs(math.log(count / problem.cluster.world_size)))
+        self.near = min(
+            problem.microbatch_counts(), key=lambda count: abs(math.log(count / problem.cluster.world_size))
+        )
         pinned = problem.constraints
         self.schedule = pinned.schedule or "1f1b"
         most = min(MAX_STAGES, len(problem.graph.blocks), problem.cluster.world_size)
@@ -118,7 +120,7 @@ class _Unequal:
 
     def look(self) -> None:
         """Look at every number of microbatches that may be better than the best plan."""
-        counts, left = list(self._microbatches()), []
+        counts, left = list(self.problem.microbatch_counts()), []
         with self.problem.budget.bar("planning", " counts", len(counts)) as bar:
             for count in sorted(counts, key=lambda count: abs(math.log(count / self.near))):
                 if self._expired or (not self.finder.is_exact and self._is_past(count)):
@@ -175,12 +177,6 @@ class _Unequal:
     def _depths(self, microbatches: int) -> list[int]:
         """Numbers of stages that the schedule runs so many microbatches through."""
         return [stages for stages in self.stages if goes_together(self.schedule, stages, microbatches, 0)]
-
-    def _microbatches(self):
-        rows, pinned = self.problem.graph.batch_size, self.problem.constraints.microbatches
-        for count in [pinned] if pinned else range(1, rows + 1):
-            if rows % count == 0 and (count == 1 or not self.problem.time_conflict):
-                yield count
 
     def _is_beaten(self, bound_s: float) -> bool:
         return bound_s >= self.judge.best_s * (1 - TOLERANCE)

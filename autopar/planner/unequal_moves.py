@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ..cost.mixed import rank_classes
+from ..cost.mixed import RankClass, rank_classes
 from ..cost.types import StageCost
-from ..plan import Plan
+from ..plan import Plan, Prediction
 from ..schedule.orders import schedule_named
 from .alleviate import Alleviation
-from .judge import Judge, group_peak_bytes
+from .judge import Judge, Judged, group_peak_bytes
 from .meshes import Mesh, MeshLayouts, has_asked_axes, team_of
-from .moves import CHEAP, may_shard
+from .moves import CHEAP
 from .problem import Problem
 from .sketch import Sketch
 
@@ -33,13 +33,23 @@ class RanksJudge(Judge):
 
     def peak_bytes(self, plan: Plan, group: int, costs: list[StageCost]) -> int:
         """The peak of the rank that has least left, counted so that the problem's limit is its own."""
-        problem, members = self.problem, [s for s, stage in enumerate(plan.stages) if stage.ranks == plan.groups[group]]
-        found = []
-        for one in rank_classes(problem.cluster, plan.stages[members[0]]):
-            own = [self._cost(plan, s, one.ranks[0]) for s in members]
-            room_bytes = min(map(problem.memory_limit_of, one.ranks)) - problem.memory_limit_bytes
-            found.append(group_peak_bytes(plan, group, own) - room_bytes)
-        return max(found)
+        problem, peaks = self.problem, self._class_peaks(plan, group)
+        return max(
+            peak + problem.memory_limit_bytes - min(map(problem.memory_limit_of, one.ranks)) for one, peak in peaks
+        )
+
+    def prediction(self, judged: Judged) -> Prediction:
+        plan = judged.plan
+        peaks = (peak for group in range(plan.pipeline) for _, peak in self._class_peaks(plan, group))
+        return Prediction(judged.time_s, max(peaks))
+
+    def _class_peaks(self, plan: Plan, group: int) -> list[tuple[RankClass, int]]:
+        """The peak of a rank of each class of a group."""
+        members = [s for s, stage in enumerate(plan.stages) if stage.ranks == plan.groups[group]]
+        return [
+            (one, group_peak_bytes(plan, group, [self._cost(plan, s, one.ranks[0]) for s in members]))
+            for one in rank_classes(self.problem.cluster, plan.stages[members[0]])
+        ]
 
     def cost(self, plan: Plan, s: int) -> StageCost:
         return self._cost(plan, s, None)
@@ -76,7 +86,7 @@ def _starts(problem: Problem, plans: Iterable[Plan]) -> Iterator[Sketch]:
         if sketch is None:
             continue
         yield sketch
-        if pinned is None and may_shard(schedule_named(plan.schedule)):
+        if pinned is None and schedule_named(plan.schedule).may_shard:
             yield from (sketch.with_teams(zero=zero) for zero in range(4))
 
 

@@ -15,10 +15,8 @@ import numpy as np
 
 from ..cost.mixed import rank_classes
 from ..plan import Plan, Prediction
-from ..schedule.orders import schedule_named
-from ..schedule.step_time import step_time_s
-from ..simulate import simulate, stream_batch_s
-from .judge import group_peak_bytes
+from ..simulate import simulate
+from .judge import group_peak_bytes, plan_time_s
 from .problem import Problem
 from .stages import TOLERANCE
 from .unequal_bounds import TIME_SLACK, Bounds
@@ -58,8 +56,7 @@ class Judge:
         if plan.pipeline < len(plan.stages):
             return self._offer_simulated(plan)
         costs = [self.problem.costs.stage(plan, s) for s in range(len(plan.stages))]
-        of_step = step_time_s if schedule_named(plan.schedule).flushes else stream_batch_s
-        seconds = of_step(len(costs), plan.microbatches, plan.schedule, costs)
+        seconds = plan_time_s(plan, costs)
         key = (len(costs), plan.microbatches, plan.stages[0].data, plan.stages[0].tensor)
         before = self.tried.get(key)
         better = seconds < self.best_s * (1 - TOLERANCE)

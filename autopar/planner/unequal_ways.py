@@ -21,7 +21,6 @@ from ..plan import Plan, Recompute, Stage, same_recompute
 from ..schedule.orders import schedule_named
 from .constraints import SEARCHED_ZEROS
 from .methods.bench import split_rows
-from .moves import may_shard
 from .problem import Chain, Problem, Shape
 from .replicas import replica_speeds
 from .runs import FIELDS, Runs, figures
@@ -98,7 +97,7 @@ class WayFinder:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.num_blocks = len(problem.graph.blocks)
-        self._may_shard = may_shard(schedule_named(problem.constraints.schedule or "1f1b"))
+        self._may_shard = schedule_named(problem.constraints.schedule or "1f1b").may_shard
         self._ways: dict[tuple, tuple[Way, ...]] = {}
         self._chains: dict[tuple[int, int], Chain] = {}
 

@@ -63,7 +63,7 @@ def wide_shapes(problem: Problem) -> Iterator[WideShape]:
                 continue
             most = num_blocks // shape.pipeline
             for virtual in (chosen.virtual,) if chosen.virtual else range(2, most + 1):
-                for zero in range(4) if shape.data > 1 and not chosen.splits_backward else range(1):
+                for zero in range(4) if shape.data > 1 and chosen.may_shard else range(1):
                     found = WideShape(replace(shape, schedule=name, zero=zero), virtual)
                     if virtual <= most and pinned.zero in (None, zero) and found not in seen:
                         seen.add(found)

@@ -43,15 +43,11 @@ def unlike_meshes(problem: Problem, microbatches: int) -> Iterator[Meshes]:
 
 def _settings(problem: Problem) -> Iterator[tuple[Meshes, int, str, int]]:
     """(meshes, microbatches, schedule, zero)."""
-    pinned, rows = problem.constraints, problem.graph.batch_size
-    counts = [pinned.microbatches] if pinned.microbatches else [c for c in range(1, rows + 1) if rows % c == 0]
-    for count in counts:
-        if rows % count or (count > 1 and problem.time_conflict):
-            continue
+    pinned = problem.constraints
+    for count in problem.microbatch_counts():
         for meshes in unlike_meshes(problem, count):
             for name, chosen in SCHEDULES.items():
-                asked = chosen.flushes if pinned.schedule is None else pinned.schedule == name
-                if not asked or chosen.virtual != 1:
+                if not pinned.may_have(chosen) or chosen.virtual != 1:
                     continue
                 shards = any(mesh.data > 1 for mesh in meshes)
                 zeros = SEARCHED_ZEROS if pinned.zero is None else (pinned.zero,)

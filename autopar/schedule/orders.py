@@ -79,6 +79,11 @@ class Schedule:
         """Whether backwards come in two halves."""
         return self.deferred(0, 1, 1, max(self.virtual, 1)) > 0
 
+    @property
+    def may_shard(self) -> bool:
+        """Whether the runtime shards parameters, gradients or optimizer state over data ranks under it."""
+        return self.flushes and not self.splits_backward
+
     def group_of(self, stage: int, num_groups: int) -> int:
         """The group that runs a stage."""
         lap, place = divmod(stage, num_groups)
