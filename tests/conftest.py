@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: runs on CUDA devices, with --cuda only")
     config.addinivalue_line("markers", "slow: left out of the tiers unless --slow is given")
     config.addinivalue_line("markers", "processes: starts processes of its own; tests that use `pool` have it implied")
-    config.addinivalue_line("markers", "alone: starts processes and holds what they do against a clock")
+    config.addinivalue_line("markers", "alone: held against a clock, so nothing runs beside it")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

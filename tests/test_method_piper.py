@@ -19,33 +19,47 @@ from autopar.planner.methods.piper_dag import dag_plan_time_s, piper_dag
 from autopar.planner.methods.piper_pieces import DagStage, tails
 
 
-def test_equals_the_optima_of_its_own_program():
-    """Each row within 0.1%, in less processor time together; one by one the machine, which may be shared, has some room."""
-    dag, _ = read_piper(peer("piper/bert32a100.json"))
+def own_rows() -> list[tuple[LayerMachine, dict[str, str]]]:
     rows = list(csv.DictReader(peer("piper/optima.csv").open()))
     assert len(rows) == 20
-    total_s = 0.0
-    for row in rows:
-        gib = 2.0**30
-        machine = LayerMachine(
+    gib = 2.0**30
+    return [
+        (LayerMachine(
             int(row["devices"]), float(row["memory_GiB"]) * gib, float(row["bandwidth_GiB_per_s"]) * gib,
             int(row["microbatches"]),
-        )  # fmt: skip
-        took_s, wanted_s = math.inf, float(row["time_per_sample"])
-        for _ in range(3):
-            start_s = time.process_time()
-            plan = piper_dag(dag, machine)
-            took_s = min(took_s, time.process_time() - start_s)
-            if took_s < float(row["planner_s"]):
-                break
-        assert took_s < 1.5 * float(row["planner_s"]) + 0.01, row
-        total_s += took_s
+        ), row)
+        for row in rows
+    ]  # fmt: skip
+
+
+def test_equals_the_optima_of_its_own_program():
+    dag, _ = read_piper(peer("piper/bert32a100.json"))
+    for machine, row in own_rows():
+        plan, wanted_s = piper_dag(dag, machine), float(row["time_per_sample"])
         if wanted_s < 0:
             assert plan is None, row
         else:
-            assert plan.time_s <= wanted_s * 1.001, row
+            assert plan.time_s <= wanted_s * 1.00001, row
             assert dag_plan_time_s(dag, machine, plan.stages) == pytest.approx(plan.time_s, rel=1e-9), row
-    assert total_s < sum(float(row["planner_s"]) for row in rows)
+
+
+@pytest.mark.alone
+def test_takes_less_time_than_its_own_program():
+    """Processor seconds on each row, the best of a few rounds; two thirds of them all together."""
+    dag, _ = read_piper(peer("piper/bert32a100.json"))
+    rows = own_rows()
+    wanted_s = [float(row["planner_s"]) for _, row in rows]
+    took_s = [math.inf] * len(rows)
+    for _ in range(8):
+        for i, (machine, _) in enumerate(rows):
+            start_s = time.process_time()
+            piper_dag(dag, machine)
+            took_s[i] = min(took_s[i], time.process_time() - start_s)
+        if all(took < wanted for took, wanted in zip(took_s, wanted_s, strict=True)):
+            break
+    slow = [row for (_, row), took, wanted in zip(rows, took_s, wanted_s, strict=True) if took >= wanted]
+    assert not slow
+    assert sum(took_s) < sum(wanted_s) * 2 / 3
 
 
 def random_dag(draw: random.Random, num_layers: int, degrees=(1, 2), num_choices: int = 2) -> LayerDag:

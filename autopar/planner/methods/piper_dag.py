@@ -36,9 +36,13 @@ import numpy as np
 
 from ..inputs.layer_dag import LayerDag, LayerMachine
 from .piper_pieces import DagStage, Pieces, tails
+from .piper_swaps import run_starts
 
 # The answer is within this share of the optimum of the recursion above.
 TOLERANCE = 1e-5
+# The first cap is so much above a bound that leaves memory out; three times as much if no plan keeps it, and so on up
+# to the most, after which there is none.
+FIRST_EXCESS, MOST_EXCESS = 0.02, 5.0
 
 _NEVER = np.int32(2**30)
 
@@ -48,6 +52,14 @@ class DagPlan:
     """Stages from the first to the last; time_s per sample, of the slowest of them."""
 
     stages: tuple[DagStage, ...]
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A DagPlan whose stages are (candidate, the sum of its data degree and of those behind it)."""
+
+    stages: tuple[tuple[int, int], ...]
     time_s: float
 
 
@@ -68,25 +80,37 @@ def piper_dag(
     pieces = Pieces(dag, machine, tails(dag), data, all_devices)
     if not pieces.num_candidates:
         return None
-    least_s, cap_s = pieces.least_time_s(), pieces.least_time_s() * 1.02
-    most_s = pieces.most_time_s()
-    best = None
+    found = _least_cap(pieces, is_over)
+    if found is None:
+        return None
+    stages = tuple(pieces.stage(candidate, behind) for candidate, behind in found.stages)
+    return DagPlan(stages, found.time_s)
+
+
+def _least_cap(pieces: Pieces, is_over: Callable[[], bool]) -> _Found | None:
+    lower_s, most_s = pieces.least_time_s(), pieces.most_time_s()
+    # the stages that a plan may consist of
+    among = np.arange(pieces.num_candidates)
+    least_s, best, excess = lower_s, None, FIRST_EXCESS
     while best is None:
-        best = _solve(pieces, cap_s, is_over)
+        cap_s = lower_s * (1 + excess) if excess < MOST_EXCESS else most_s * (1 + TOLERANCE)
+        caps = _Caps(pieces, among, cap_s)
+        best = caps.solve(is_over)
         if best is None and (cap_s > most_s or is_over()):
             return None
         if best is None:
-            least_s, cap_s = cap_s, cap_s * (1.1 if cap_s < 2 * pieces.least_time_s() else 100)
+            least_s, excess = cap_s, excess * 3
     # A plan is often better than the cap that it was found under, and the optimum at once: so every other time the cap
     # is what would prove that, and else the middle.
-    proves = True
+    proves, among = True, caps.kept
     while best.time_s > least_s * (1 + TOLERANCE) and not is_over():
         cap_s = best.time_s * (1 - TOLERANCE) if proves else math.sqrt(least_s * best.time_s)
-        found = _solve(pieces, cap_s, is_over)
+        caps = _Caps(pieces, among, cap_s)
+        found = caps.solve(is_over)
         if found is None:
             least_s, proves = cap_s, False
         else:
-            best, proves = found, not proves
+            best, proves, among = found, not proves, caps.kept
     return best
 
 
@@ -128,30 +152,21 @@ def dag_plan_time_s(dag: LayerDag, machine: LayerMachine, stages: Sequence[DagSt
     return slowest_s
 
 
-def _solve(pieces: Pieces, cap_s: float, is_over: Callable[[], bool]) -> DagPlan | None:
-    """A plan whose stages all take at most cap_s per sample; None if there is none, or the time is over."""
-    kept = np.flatnonzero(pieces.c_own_s <= cap_s * pieces.c_data)
-    in_flight = pieces.in_flight(kept, cap_s)
-    kept, in_flight = kept[in_flight > 0], in_flight[in_flight > 0]
-    return _Caps(pieces, kept, in_flight).solve(is_over)
-
-
 class _Caps:
     """The recursion for s_T over the candidates that keep a cap. Levels: tails of one size, which do not depend on
     each other."""
 
-    def __init__(self, pieces: Pieces, kept: np.ndarray, in_flight: np.ndarray) -> None:
-        self.pieces, self.num_devices = pieces, pieces.machine.num_devices
-        self.kept = kept
-        self.outer, self.inner = pieces.c_outer[kept], pieces.c_inner[kept]
-        self.data, self.devices = pieces.c_data[kept], pieces.c_devices[kept]
-        # s <= most: the stage fits, and keeps the cap, with so much behind it
-        self.most = np.minimum(in_flight.astype(np.int64) * self.data, pieces.most_behind).astype(np.int32)
+    def __init__(self, pieces: Pieces, among: np.ndarray, cap_s: float) -> None:
+        self.pieces, self.num_devices, self.cap_s = pieces, pieces.machine.num_devices, cap_s
+        self.kept = among
 
-    def solve(self, is_over: Callable[[], bool]) -> DagPlan | None:
+    def solve(self, is_over: Callable[[], bool]) -> _Found | None:
         num_tails = len(self.pieces.members)
-        if not len(self.kept) or not self._bound_front_and_back(num_tails):
-            return None
+        # what is hopeless even with free swaps needs no table of them
+        for swaps_are_free in (False,) if self.pieces.has_tables(self.kept) else (True, False):
+            self._admit(self.pieces.in_flight(self.kept, self.cap_s, swaps_are_free))
+            if not len(self.kept) or not self._bound_front_and_back(num_tails):
+                return None
         width = int((self.num_devices - self.front[self.lo < _NEVER] - self.lo[self.lo < _NEVER]).max()) + 1
         # column 0 stands for too few devices, column j + 1 for lo + j of them
         table = np.full((num_tails, width + 1), _NEVER, np.int32)
@@ -170,6 +185,14 @@ class _Caps:
         if table[-1, last] >= _NEVER:
             return None
         return self._trace(table, shift)
+
+    def _admit(self, in_flight: np.ndarray) -> None:
+        self.kept, in_flight = self.kept[in_flight > 0], in_flight[in_flight > 0]
+        pieces, kept = self.pieces, self.kept
+        self.outer, self.inner = pieces.c_outer[kept], pieces.c_inner[kept]
+        self.data, self.devices = pieces.c_data[kept], pieces.c_devices[kept]
+        # s <= most: the stage fits, and keeps the cap, with so much behind it
+        self.most = np.minimum(in_flight.astype(np.int64) * self.data, pieces.most_behind).astype(np.int32)
 
     def _bound_front_and_back(self, num_tails: int) -> bool:
         """lo[I]: fewest devices for tail I, front[I]: for all before it, both as if every tail had its least s; drops
@@ -204,17 +227,15 @@ class _Caps:
         """(first, last + 1 candidate, where each tail's begin within, the tails) per size of tail."""
         if not len(self.outer):
             return []
-        heads = np.flatnonzero(np.r_[True, self.outer[1:] != self.outer[:-1]])
+        heads = run_starts(self.outer)
         owners = self.outer[heads]
-        sizes = self.pieces.size_of[owners]
-        cuts = np.flatnonzero(np.r_[True, sizes[1:] != sizes[:-1]])
-        ends = np.r_[cuts[1:], len(heads)]
-        stops = np.r_[heads, len(self.outer)]
-        return [
-            (int(heads[a]), int(stops[b]), heads[a:b] - heads[a], owners[a:b]) for a, b in zip(cuts, ends, strict=True)
-        ]
+        firsts = run_starts(self.pieces.size_of[owners])
+        lasts, stops = np.append(firsts[1:], len(heads)), np.append(heads, len(self.outer))
+        begins, ends = heads[firsts].tolist(), stops[lasts].tolist()
+        parts = zip(begins, ends, firsts.tolist(), lasts.tolist(), strict=True)
+        return [(begin, end, heads[a:b] - begin, owners[a:b]) for begin, end, a, b in parts]
 
-    def _trace(self, table: np.ndarray, shift: np.ndarray) -> DagPlan:
+    def _trace(self, table: np.ndarray, shift: np.ndarray) -> _Found:
         stages, slowest_s = [], 0.0
         tail, column = len(table) - 1, self.num_devices - int(self.lo[-1]) + 1
         while tail:
@@ -223,8 +244,8 @@ class _Caps:
             behind = table[self.inner[begin:end], index] + self.data[begin:end]
             legal = (behind <= self.most[begin:end]) & (behind == table[tail, column])
             chosen = begin + int(np.flatnonzero(legal)[0])
-            stage, time_s = self.pieces.stage(int(self.kept[chosen]), int(table[tail, column]))
-            stages.append(stage)
-            slowest_s = max(slowest_s, time_s)
+            candidate, num_behind = int(self.kept[chosen]), int(table[tail, column])
+            stages.append((candidate, num_behind))
+            slowest_s = max(slowest_s, self.pieces.time_s(candidate, num_behind))
             tail, column = int(self.inner[chosen]), int(max(column + shift[chosen], 0))
-        return DagPlan(tuple(stages), slowest_s)
+        return _Found(tuple(stages), slowest_s)

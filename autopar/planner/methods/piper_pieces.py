@@ -1,8 +1,8 @@
 """Every stage that Piper may form: pairs of tails of a DAG x tensor degree x data degree, as arrays.
 
-For each piece S = I - I' and tensor degree: its time with the fastest choices, what data parallelism adds, how many
-samples in flight fit with the fastest choices and with the smallest, and what the swaps between cost (the inner
-minimum of TPS in `piper_dag`).                                                              `Pieces`, `tails`
+For each piece S = I - I' and tensor degree: its time with the fastest choices, what data parallelism adds, and how many
+samples in flight fit with the fastest choices and with the smallest. What the swaps between cost, the inner minimum of
+TPS in `piper_dag`, is in `piper_swaps`, and is tabulated here once it is asked for.         `Pieces`, `tails`
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..inputs.layer_dag import LayerDag, LayerMachine
+from .piper_swaps import Swaps, least_from_here
 
 # Piper's own limit on downsets.
 MAX_TAILS = 40_000
@@ -80,11 +81,12 @@ class Pieces:
         self.inside = (members[outer] - members[inner]).astype(np.float64)
         source, target = (self.inside[:, [getattr(e, end) for e in dag.edges]] for end in ("source", "target"))
         self.arrives, self.leaves = target * (1 - source), source * (1 - target)
+        self.swaps: list[Swaps] = []
         tables = [self._at_degree(t) for t in self.degrees]
         self.base_s, self.resync_s, self.fits_fast, self.fits = (
             np.stack([table[i] for table in tables], axis=1) for i in range(4)
         )
-        self._tabulate_extra()
+        self.start, self.extra_s = np.full(self.fits.shape, -1, np.int64), np.zeros(0)
         self._list_candidates(data)
 
     # -- one degree: time and memory of every piece
@@ -111,25 +113,10 @@ class Pieces:
         base_s = self.inside @ fast[0] + comm / machine.bandwidth_bytes_per_s
         resync_s = 4 * (self.inside @ weight) / machine.samples / machine.bandwidth_bytes_per_s
         each, rest = self.inside @ fast[1], self.inside @ fast[2]
-        most = np.full(len(base_s), self.most_behind, np.int64)
-        fits_fast = np.clip(_floor((machine.memory_bytes - rest) / np.maximum(each, 1e-30)), 0, most)
-        fits_fast = np.where(rest > machine.memory_bytes, 0, fits_fast).astype(np.int32)
-        # a choice that frees no memory at any y is never swapped in
-        fits = fits_fast.copy()
-        open_rows = np.flatnonzero(fits_fast < most)
-        low, high = fits_fast[open_rows].astype(np.int64), most[open_rows]
-        while (low < high).any():
-            middle = (low + high + 1) // 2
-            freed = np.maximum(saved[1][None] * middle[:, None] + saved[2][None], 0.0)
-            need = each[open_rows] * middle + rest[open_rows] - machine.memory_bytes
-            ok = (self.inside[open_rows] * freed).sum(1) >= need * (1 - 1e-12)
-            low, high = np.where(ok, middle, low), np.where(ok, high, middle - 1)
-        fits[open_rows] = low
-        illegal = self.inside @ (1 - legal) > 0
-        fits_fast[illegal] = 0
-        fits[illegal] = 0
-        self._kept = {**getattr(self, "_kept", {}), t: (each, rest, saved)}
-        return base_s, resync_s, fits_fast, fits
+        swaps = Swaps(self.inside, each, rest, saved, machine.memory_bytes, self.most_behind)
+        self.swaps.append(swaps)
+        runs = self.inside @ (1 - legal) == 0
+        return base_s, resync_s, swaps.fits_fast * runs, swaps.fits * runs
 
     def _edge_bytes(self, t: int, legal: np.ndarray) -> np.ndarray:
         arriving, leaving = np.zeros(len(self.dag.edges)), np.zeros(len(self.dag.edges))
@@ -141,43 +128,22 @@ class Pieces:
 
     # -- swapped choices
 
-    def _tabulate_extra(self) -> None:
-        """extra_s[start[p, t] + y - fits_fast[p, t] - 1]: what the swaps cost that y samples in flight need."""
-        counts = self.fits - self.fits_fast
-        self.start = np.concatenate([[0], np.cumsum(counts.ravel())])[:-1].reshape(counts.shape)
-        self.extra_s = np.zeros(int(counts.sum()))
-        for i, t in enumerate(self.degrees):
-            later = np.full(len(self.inside), np.inf)
-            if not counts[:, i].any():
-                continue
-            for y in range(int(self.fits[:, i].max()), 0, -1):
-                rows = np.flatnonzero((self.fits_fast[:, i] < y) & (y <= self.fits[:, i]))
-                if len(rows):
-                    # what fits with more in flight fits with y
-                    later[rows] = np.minimum(later[rows], self._swap(t, y, rows)[0])
-                    self.extra_s[self.start[rows, i] + y - self.fits_fast[rows, i] - 1] = later[rows]
-
-    def _swap(self, t: int, y: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(extra seconds [rows], swapped layers [rows, layers]) that y samples in flight need, least time per byte
-        first."""
-        each, rest, saved = self._kept[t]
-        slower_s, freed = -saved[0], saved[1] * y + saved[2]
-        order = np.argsort(np.where(freed > 0, slower_s / np.maximum(freed, 1e-300), np.inf), kind="stable")
-        order = order[freed[order] > 0]
-        inside = self.inside[rows][:, order]
-        need = each[rows] * y + rest[rows] - self.machine.memory_bytes
-        need *= 1 - 1e-12
-        sums = np.cumsum(inside * freed[order], axis=1)
-        position = np.minimum((sums < need[:, None]).sum(1), len(order) - 1)
-        left = need - sums[np.arange(len(rows)), position] + (inside * freed[order])[np.arange(len(rows)), position]
-        places = np.arange(len(order))
-        enough = (inside > 0) & (places >= position[:, None]) & (freed[order] >= left[:, None])
-        last = np.where(enough, slower_s[order], np.inf).argmin(1)
-        taken = (inside > 0) & (places < position[:, None])
-        taken[np.arange(len(rows)), last] = True
-        swapped = np.zeros((len(rows), len(freed)), bool)
-        swapped[:, order] = taken
-        return (taken * slower_s[order]).sum(1), swapped
+    def _tabulate_extra(self, piece: np.ndarray, degree: np.ndarray) -> None:
+        """Fill in start[p, t] and extra_s[start[p, t] + y - fits_fast[p, t] - 1] of pairs (p, t) that may be asked for:
+        what the swaps cost that y samples in flight need."""
+        tables, known = [self.extra_s], len(self.extra_s)
+        unknown = self.start[piece, degree] < 0
+        for i, swaps in enumerate(self.swaps):
+            pieces = np.unique(piece[unknown & (degree == i)])
+            fast, counts = self.fits_fast[pieces, i], (self.fits - self.fits_fast)[pieces, i]
+            stops = np.cumsum(counts)
+            self.start[pieces, i] = known + stops - counts
+            row = np.repeat(np.arange(len(pieces)), counts)
+            y = fast[row] + 1 + np.arange(len(row)) - (stops - counts)[row]
+            # what fits with more in flight fits with y
+            tables.append(least_from_here(swaps.cost_s(pieces[row], y), stops[row]))
+            known += len(row)
+        self.extra_s = np.concatenate(tables)
 
     # -- candidates
 
@@ -208,17 +174,21 @@ class Pieces:
 
     def most_time_s(self) -> float:
         """No plan with these candidates is slower."""
-        slowest = float(self.extra_s.max()) if len(self.extra_s) else 0.0
-        return float(self.c_own_s.max()) + slowest
+        return float(self.c_own_s.max()) + max(float(swaps.slower_s.sum()) for swaps in self.swaps)
 
-    def in_flight(self, kept: np.ndarray, cap_s: float) -> np.ndarray:
-        """y_T of candidates: the most samples in flight with which they keep the cap."""
-        piece, degree = self.c_piece[kept], self.c_degree[kept]
-        budget_s = cap_s * self.c_data[kept] - self.c_own_s[kept]
-        fast = self.fits_fast[piece, degree].astype(np.int64)
-        low, high = fast.copy(), self.fits[piece, degree].astype(np.int64)
-        offset = self.start[piece, degree] - fast - 1
+    def in_flight(self, candidates: np.ndarray, cap_s: float, swaps_are_free: bool = False) -> np.ndarray:
+        """y_T of candidates: the most samples in flight, of those a pipeline may need, with which they keep the cap; 0
+        where they never do. swaps_are_free: a bound on it, without tables."""
+        piece, degree, data = self.c_piece[candidates], self.c_degree[candidates], self.c_data[candidates]
+        budget_s = cap_s * data - self.c_own_s[candidates]
+        most = np.where(budget_s < 0, 0, -(-self.most_behind // data))
+        fast = self.fits_fast[piece, degree]
+        low, high = np.minimum(fast, most), np.minimum(self.fits[piece, degree], most)
+        if swaps_are_free:
+            return high
         open_rows = np.flatnonzero(low < high)
+        self._tabulate_extra(piece[open_rows], degree[open_rows])
+        offset = self.start[piece, degree] - fast - 1
         while len(open_rows):
             middle = (low[open_rows] + high[open_rows] + 1) // 2
             ok = self.extra_s[offset[open_rows] + middle] <= budget_s[open_rows]
@@ -227,36 +197,39 @@ class Pieces:
             open_rows = open_rows[low[open_rows] < high[open_rows]]
         return low
 
-    def stage(self, candidate: int, behind: int) -> tuple[DagStage, float]:
-        """The stage of a candidate with `behind` = its s, and its time per sample."""
+    def has_tables(self, candidates: np.ndarray) -> bool:
+        """Whether what the swaps of most of them cost is known."""
+        return np.count_nonzero(self.start[self.c_piece[candidates], self.c_degree[candidates]] < 0) * 2 < len(
+            candidates
+        )
+
+    def time_s(self, candidate: int, behind: int) -> float:
+        """Seconds per sample of a candidate with `behind` = its s, which `in_flight` has allowed."""
+        piece, i, data = int(self.c_piece[candidate]), int(self.c_degree[candidate]), int(self.c_data[candidate])
+        more = math.ceil(behind / data) - int(self.fits_fast[piece, i])
+        extra_s = float(self.extra_s[self.start[piece, i] + more - 1]) if more > 0 else 0.0
+        return (float(self.c_own_s[candidate]) + extra_s) / data
+
+    def stage(self, candidate: int, behind: int) -> DagStage:
+        """The stage of such a candidate."""
         piece, i = int(self.c_piece[candidate]), int(self.c_degree[candidate])
         data, t = int(self.c_data[candidate]), self.degrees[int(self.c_degree[candidate])]
         y, fast = math.ceil(behind / data), int(self.fits_fast[piece, i])
-        layers = np.flatnonzero(self.inside[piece])
-        extra_s, swapped = 0.0, np.zeros(len(self.dag.layers), bool)
+        swapped = np.zeros(len(self.dag.layers), bool)
         if y > fast:
             # the swaps of a larger y may be the cheaper ones
-            ways = []
-            for more in range(y, int(self.fits[piece, i]) + 1):
-                found_s, found = self._swap(t, more, np.array([piece]))
-                ways.append((float(found_s[0]), more, found[0]))
-                if found_s[0] <= self.extra_s[self.start[piece, i] + y - fast - 1] * (1 + 1e-12):
-                    break
-            extra_s, _, swapped = min(ways, key=lambda way: way[:2])
+            ways = np.arange(y, self.fits[piece, i] + 1)
+            costs_s = self.swaps[i].cost_s(np.full(len(ways), piece), ways)
+            swapped = self.swaps[i].swapped(piece, int(ways[costs_s.argmin()]))
         names = []
-        for v in layers:
+        for v in np.flatnonzero(self.inside[piece]):
             choices = sorted(self.dag.layers[v].at[t].choices, key=_by_time)
             names.append(choices[-1 if swapped[v] else 0].name)
-        stage = DagStage(tuple(map(int, layers)), data, t, tuple(names))
-        return stage, (float(self.c_own_s[candidate]) + extra_s) / data
+        return DagStage(tuple(map(int, np.flatnonzero(self.inside[piece]))), data, t, tuple(names))
 
 
 def _by_time(choice) -> float:
     return choice.time_s
-
-
-def _floor(values: np.ndarray) -> np.ndarray:
-    return np.floor(np.minimum(values * (1 + 1e-12), 2.0**31))
 
 
 def _pairs(members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
