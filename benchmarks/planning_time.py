@@ -3,7 +3,7 @@
     python benchmarks/planning_time.py                      all instances, five searches each
     python benchmarks/planning_time.py llama-3-8b --runs 1  one of them, once
     python benchmarks/planning_time.py --piper FOLDER       Piper's own inputs, against the times of its own program:
-                                                            FOLDER has bert32a100.json and optima.csv
+                                                            FOLDER has its *.json and optima.csv
 
 Models are built from configs on the meta device, so neither weights nor devices are needed. Capture does not count.
 Each instance has a process of its own, so that its peak memory is its own; torch and transformers are part of it.
@@ -159,10 +159,13 @@ def measure(instance: Instance, runs: int) -> dict[str, Any]:
 
 
 def piper_rows(folder: Path, runs: int) -> None:
-    """Print each row of Piper's table: seconds and optimum of its program, and of ours."""
-    dag, _ = read_piper(folder / "bert32a100.json")
-    print(f"{'devices':>7} {'GiB':>4} {'median':>9} {'its own':>9} {'ratio':>6}  optimum against its own")
-    for row in csv.DictReader((folder / "optima.csv").open()):
+    """Print each row of Piper's tables, the given one and `piper_own.csv`: seconds and optimum of its program, and of ours."""
+    print(
+        f"{'model':>10} {'devices':>7} {'GiB':>4} {'median':>10} {'its own':>10} {'ratio':>6}  optimum against its own"
+    )
+    tables = (folder / "optima.csv", Path(__file__).with_name("piper_own.csv"))
+    for row in (row for table in tables for row in csv.DictReader(table.open())):
+        dag, _ = read_piper(folder / f"{row['model']}.json")
         devices, memory_gib = int(row["devices"]), float(row["memory_GiB"])
         bandwidth = float(row["bandwidth_GiB_per_s"]) * 2**30
         machine = LayerMachine(devices, memory_gib * 2**30, bandwidth, int(row["microbatches"]))
@@ -180,7 +183,8 @@ def piper_rows(folder: Path, runs: int) -> None:
             same = "nothing fits" if plan is None and wanted_s < 0 else f"{plan} against {wanted_s}"
         else:
             same = f"{plan.time_s / wanted_s - 1:+.4%}"
-        print(f"{devices:7} {memory_gib:4g} {median_s:7.4f} s {theirs_s:7.4f} s {median_s / theirs_s:6.2f}  {same}")
+        figures = f"{median_s:8.4f} s {theirs_s:8.4f} s {median_s / theirs_s:6.3f}"
+        print(f"{row['model']:>10} {devices:7} {memory_gib:4g} {figures}  {same}", flush=True)
 
 
 def main() -> None:

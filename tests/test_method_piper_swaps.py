@@ -25,7 +25,11 @@ def by_hand(layers: list[int], need: float, slower_s: np.ndarray, freed: np.ndar
 def test_swaps_are_those_of_a_plain_loop(seed):
     draw = np.random.default_rng(seed)
     num_layers, num_pieces, most = int(draw.integers(2, 12)), 40, 16
-    inside = (draw.random((num_pieces, num_layers)) < 0.6).astype(float)
+    # a piece is what a set of layers has beyond one within it
+    outer_sets = draw.random((num_pieces, num_layers)) < 0.8
+    inner_sets = outer_sets & (draw.random((num_pieces, num_layers)) < 0.3)
+    members, index = np.concatenate([outer_sets, inner_sets]), np.arange(num_pieces)
+    inside = (outer_sets & ~inner_sets).astype(float)
     fast = np.stack([draw.uniform(1, 3, num_layers), draw.uniform(0, 4, num_layers)])
     # some layers free nothing, some only what does not grow with y, some need more that does not
     saved = np.stack([
@@ -35,7 +39,7 @@ def test_swaps_are_those_of_a_plain_loop(seed):
     ])  # fmt: skip
     each, rest = inside @ fast[0], inside @ fast[1]
     memory = float(draw.uniform(20, 60))
-    swaps = Swaps(inside, each, rest, saved, memory, most)
+    swaps = Swaps(members, index, index + num_pieces, each, rest, saved, memory, most)
     rows, ys = [], []
     for row in range(num_pieces):
         layers = np.flatnonzero(inside[row])
@@ -46,6 +50,9 @@ def test_swaps_are_those_of_a_plain_loop(seed):
             if need > 0 and y <= swaps.fits[row] and freed[layers].sum() >= need:
                 rows.append(row)
                 ys.append(y)
+            elif need > 0:
+                # nor is it ever had for less than the least price
+                assert y > swaps.fits[row]
         smallest = np.maximum(np.outer(np.arange(1, most + 1), saved[1]) + saved[2], 0)[:, layers].sum(1)
         fits = each[row] * np.arange(1, most + 1) + rest[row] - smallest <= memory
         assert swaps.fits[row] == 0 or fits[swaps.fits[row] - 1]
@@ -56,6 +63,7 @@ def test_swaps_are_those_of_a_plain_loop(seed):
         wanted_s, wanted = by_hand(list(np.flatnonzero(inside[row])), need, -saved[0], freed)
         assert cost_s == pytest.approx(wanted_s, rel=1e-9)
         assert set(np.flatnonzero(swaps.swapped(row, y))) == wanted
+        assert swaps.affordable(np.array([row]), np.array([wanted_s]))[0] >= y
     if seed > 1:
         assert rows
 

@@ -35,16 +35,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..inputs.layer_dag import LayerDag, LayerMachine
-from .piper_pieces import DagStage, Pieces, tails
+from .piper_pieces import DagStage, Pieces, least_time_s, tails
 from .piper_swaps import run_starts
 
 # The answer is within this share of the optimum of the recursion above.
 TOLERANCE = 1e-5
-# The first cap is so much above a bound that leaves memory out; three times as much if no plan keeps it, and so on up
-# to the most, after which there is none.
-FIRST_EXCESS, MOST_EXCESS = 0.02, 5.0
+# The first cap is so much above a bound that leaves memory out; three times as much if no plan keeps it, and so on up to
+# the most, after which there is none.
+FIRST_EXCESS, MOST_EXCESS = 0.02, 2.0
+# Of so many tails all pairs are looked at once; of more, those only that a cap leaves, anew for each, and so the next cap
+# is but twice as far.
+MAX_FREE, MOST_EXCESS_OF_MANY = 1500, 0.2
 
-_NEVER = np.int32(2**30)
+_NEVER = np.int32(2**29)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,32 +80,41 @@ def piper_dag(
     none yet.
     ValueError: a graph with too many tails, or layers with more than two choices (as in Piper's own program).
     """
-    pieces = Pieces(dag, machine, tails(dag), data, all_devices)
-    if not pieces.num_candidates:
-        return None
-    found = _least_cap(pieces, is_over)
-    if found is None:
-        return None
-    stages = tuple(pieces.stage(candidate, behind) for candidate, behind in found.stages)
-    return DagPlan(stages, found.time_s)
+    members = tails(dag)
+
+    def pieces_under(cap_s: float) -> Pieces:
+        return Pieces(dag, machine, members, data, all_devices, cap_s, is_over)
+
+    def plan_of(pieces: Pieces, found: _Found) -> DagPlan:
+        return DagPlan(tuple(pieces.stage(candidate, behind) for candidate, behind in found.stages), found.time_s)
+
+    all_pieces = pieces_under(math.inf) if len(members) <= MAX_FREE else None
+    most_excess = MOST_EXCESS if all_pieces else MOST_EXCESS_OF_MANY
+    lower_s, excess = least_time_s(dag, machine), FIRST_EXCESS
+    least_s, best = lower_s, None
+    while best is None or best.time_s > least_s * (1 + TOLERANCE):
+        cap_s = math.inf if excess > most_excess else lower_s * (1 + excess)
+        if best is not None:
+            cap_s = math.sqrt(least_s * best.time_s)
+        pieces = all_pieces or pieces_under(cap_s)
+        caps = _Caps(pieces, np.arange(pieces.num_candidates), cap_s)
+        found = caps.solve(is_over, bound_first=True)
+        if found is None and (cap_s == math.inf or is_over()):
+            break
+        if found is None:
+            least_s, excess = cap_s, excess * (3 if all_pieces else 2)
+        elif cap_s < math.inf or all_pieces:
+            return plan_of(pieces, _refine(pieces, caps.kept, found, least_s, is_over))
+        else:
+            best = plan_of(pieces, found)
+    return best
 
 
-def _least_cap(pieces: Pieces, is_over: Callable[[], bool]) -> _Found | None:
-    lower_s, most_s = pieces.least_time_s(), pieces.most_time_s()
-    # the stages that a plan may consist of
-    among = np.arange(pieces.num_candidates)
-    least_s, best, excess = lower_s, None, FIRST_EXCESS
-    while best is None:
-        cap_s = lower_s * (1 + excess) if excess < MOST_EXCESS else most_s * (1 + TOLERANCE)
-        caps = _Caps(pieces, among, cap_s)
-        best = caps.solve(is_over)
-        if best is None and (cap_s > most_s or is_over()):
-            return None
-        if best is None:
-            least_s, excess = cap_s, excess * 3
+def _refine(pieces: Pieces, among: np.ndarray, best: _Found, least_s: float, is_over: Callable[[], bool]) -> _Found:
+    """The optimum, given a plan and a time that none goes below. among: the stages that a better one may consist of."""
     # A plan is often better than the cap that it was found under, and the optimum at once: so every other time the cap
     # is what would prove that, and else the middle.
-    proves, among = True, caps.kept
+    proves = True
     while best.time_s > least_s * (1 + TOLERANCE) and not is_over():
         cap_s = best.time_s * (1 - TOLERANCE) if proves else math.sqrt(least_s * best.time_s)
         caps = _Caps(pieces, among, cap_s)
@@ -160,11 +172,11 @@ class _Caps:
         self.pieces, self.num_devices, self.cap_s = pieces, pieces.machine.num_devices, cap_s
         self.kept = among
 
-    def solve(self, is_over: Callable[[], bool]) -> _Found | None:
+    def solve(self, is_over: Callable[[], bool], bound_first: bool = False) -> _Found | None:
         num_tails = len(self.pieces.members)
-        # what is hopeless even with free swaps needs no table of them
-        for swaps_are_free in (False,) if self.pieces.has_tables(self.kept) else (True, False):
-            self._admit(self.pieces.in_flight(self.kept, self.cap_s, swaps_are_free))
+        # what is hopeless even at the least price of swaps needs no table of them
+        for is_bound in (True, False) if bound_first else (False,):
+            self._admit(self.pieces.in_flight(self.kept, self.cap_s, is_bound))
             if not len(self.kept) or not self._bound_front_and_back(num_tails):
                 return None
         width = int((self.num_devices - self.front[self.lo < _NEVER] - self.lo[self.lo < _NEVER]).max()) + 1
@@ -197,25 +209,25 @@ class _Caps:
     def _bound_front_and_back(self, num_tails: int) -> bool:
         """lo[I]: fewest devices for tail I, front[I]: for all before it, both as if every tail had its least s; drops
         candidates that need more than there are. False if that leaves nothing."""
-        lo, least = np.full(num_tails, _NEVER, np.int32), np.full(num_tails, _NEVER, np.int32)
-        lo[0] = least[0] = 0
-        for begin, end, starts, owners in self._levels():
-            sub = self.inner[begin:end]
-            behind = least[sub] + self.data[begin:end]
-            bad = behind > self.most[begin:end]
-            need = lo[sub] + self.devices[begin:end]
-            behind[bad] = _NEVER
-            need[bad] = _NEVER
-            least[owners] = np.minimum.reduceat(behind, starts)
-            lo[owners] = np.minimum.reduceat(need, starts)
+        levels = self._levels()
+        # rows: least s, fewest devices
+        fewest, steps = np.full((2, num_tails), _NEVER, np.int32), np.stack([self.data, self.devices])
+        fewest[:, 0] = 0
+        for begin, end, starts, owners in levels:
+            sums = fewest[:, self.inner[begin:end]] + steps[:, begin:end]
+            np.copyto(sums, _NEVER, where=sums[0] > self.most[begin:end])
+            fewest[:, owners] = np.minimum.reduceat(sums, starts, axis=1)
+        least, lo = fewest
         if lo[-1] > self.num_devices:
             return False
-        self._keep((least[self.inner] + self.data <= self.most) & (lo[self.inner] < _NEVER))
+        runs = (least[self.inner] + self.data <= self.most) & (lo[self.inner] < _NEVER)
+        step = np.where(runs, self.devices, _NEVER)
         front = np.full(num_tails, _NEVER, np.int32)
         front[-1] = 0
-        for begin, end, _, _ in reversed(self._levels()):
-            np.minimum.at(front, self.inner[begin:end], front[self.outer[begin:end]] + self.devices[begin:end])
-        self._keep(lo[self.inner] + self.devices + front[self.outer] <= self.num_devices)
+        for begin, end, _, _ in reversed(levels):
+            np.minimum.at(front, self.inner[begin:end], front[self.outer[begin:end]] + step[begin:end])
+        front = np.minimum(front, _NEVER)
+        self._keep(runs & (lo[self.inner] + self.devices + front[self.outer] <= self.num_devices))
         self.lo, self.front = np.where(front < _NEVER, lo, _NEVER), front
         return bool(len(self.kept))
 

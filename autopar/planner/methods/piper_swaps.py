@@ -3,13 +3,14 @@
 A stage starts from its fastest choices; while y samples in flight do not fit, layers are swapped in the order of least
 time per byte freed, and the last swap is the cheapest one that suffices.                                   `Swaps`
 
-A layer v frees a_v y + b_v bytes, so along one order of the layers the bytes freed by the first n of a piece are
-A_n y + B_n, with running sums A and B of the piece alone: where enough is freed is found by bisection over n, for
-all pieces and y that share the order at once.
+A layer v frees a_v y + b_v bytes, so along one order of the layers the first n that are in a tail free A_n y + B_n. A
+stage is the difference of two tails, and frees the difference: where enough is freed is found by bisection over n, for
+all stages and y that share the order at once, without a row of layers per stage.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,25 +22,44 @@ _ROUNDING = 1e-12
 
 
 class Swaps:
-    """inside [pieces, layers]: 1 where a layer is in a piece; each, rest [pieces]: bytes with the fastest choices, y * each
-    + rest; saved [3, layers]: seconds (at most 0), bytes per sample, bytes, that the smaller choice saves."""
+    """members [tails, layers]; a piece is the tail `outer` without the tail `inner` [pieces]; each, rest [pieces]: its
+    bytes with the fastest choices are y * each + rest; saved [3, layers]: seconds (at most 0), bytes per sample, and
+    bytes that the smaller choice saves."""
 
     def __init__(
         self,
-        inside: np.ndarray,
+        members: np.ndarray,
+        outer: np.ndarray,
+        inner: np.ndarray,
         each: np.ndarray,
         rest: np.ndarray,
         saved: np.ndarray,
         memory_bytes: float,
         most: int,
     ) -> None:
-        self.inside, self.each, self.rest, self.memory_bytes = inside, each, rest, memory_bytes
+        self.members, self.outer, self.inner = members.astype(bool), outer, inner
+        self.each, self.rest, self.memory_bytes = each, rest, memory_bytes
         self.slower_s, self.freed_each, self.freed_rest = -saved[0], saved[1], saved[2]
-        self.fits_fast = self._most_with_fastest(most)
-        self.fits = self._most_with_smallest(most)
         self.ways = np.zeros(most + 1, np.int64)
         self.orders: list[np.ndarray] = []
+        self.last_line: dict[int, _Line] = {}
         self._order(most)
+        self.fits_fast = self._most_with_fastest(most)
+        self.fits = self._most_with_smallest(most)
+
+    def _order(self, most: int) -> None:
+        """ways[y]: the index in `orders` of the layers that free bytes at y, least time per byte first."""
+        freed = self.freed_each * np.arange(1, most + 1)[:, None] + self.freed_rest
+        price = np.where(freed > 0, self.slower_s / np.maximum(freed, 1e-300), np.inf)
+        table = np.argsort(price, axis=1, kind="stable")
+        useful = (freed > 0).sum(1)
+        self.least_price = float(price.min(initial=math.inf))
+        known: dict[bytes, int] = {}
+        for y in range(1, most + 1):
+            order = table[y - 1, : useful[y - 1]]
+            self.ways[y] = known.setdefault(order.tobytes(), len(known))
+            if len(known) > len(self.orders):
+                self.orders.append(order)
 
     def _most_with_fastest(self, most: int) -> np.ndarray:
         room = self.memory_bytes - self.rest
@@ -49,76 +69,94 @@ class Swaps:
     def _most_with_smallest(self, most: int) -> np.ndarray:
         fits = self.fits_fast.copy()
         rows = np.flatnonzero(fits < most)
-        low, high = fits[rows].astype(np.int64), np.full(len(rows), most)
-        freed = np.maximum(self.freed_each * np.arange(most + 1)[:, None] + self.freed_rest, 0.0)
+        outer, inner, low, high = self.outer[rows], self.inner[rows], fits[rows], np.full(len(rows), most, np.int32)
+        each, rest = (
+            np.stack([self.members[:, order] @ per[order] for order in self.orders])
+            for per in (self.freed_each, self.freed_rest)
+        )
         while (low < high).any():
             middle = (low + high + 1) // 2
+            way = self.ways[middle]
+            freed = (each[way, outer] - each[way, inner]) * middle + rest[way, outer] - rest[way, inner]
             need = self.each[rows] * middle + self.rest[rows] - self.memory_bytes
-            ok = np.einsum("pv,pv->p", self.inside[rows], freed[middle]) >= need * (1 - _ROUNDING)
+            ok = freed >= need * (1 - _ROUNDING)
             low, high = np.where(ok, middle, low), np.where(ok, high, middle - 1)
         fits[rows] = low
         return fits
 
-    def _order(self, most: int) -> None:
-        """ways[y]: the index in `orders` of the layers that free bytes at y, least time per byte first."""
-        freed = self.freed_each * np.arange(1, most + 1)[:, None] + self.freed_rest
-        price = np.where(freed > 0, self.slower_s / np.maximum(freed, 1e-300), np.inf)
-        table = np.argsort(price, axis=1, kind="stable")
-        useful = (freed > 0).sum(1)
-        known: dict[bytes, int] = {}
-        for y in range(1, most + 1):
-            order = table[y - 1, : useful[y - 1]]
-            self.ways[y] = known.setdefault(order.tobytes(), len(known))
-            if len(known) > len(self.orders):
-                self.orders.append(order)
+    def affordable(self, rows: np.ndarray, budget_s: np.ndarray) -> np.ndarray:
+        """No more samples in flight than these are had for so much extra time: every byte at the cheapest layer's price."""
+        if not math.isfinite(self.least_price):
+            return self.fits_fast[rows]
+        room = self.memory_bytes - self.rest[rows] + budget_s / max(self.least_price, 1e-300)
+        return _floor(room / np.maximum(self.each[rows], 1e-30) * (1 + 1e-9)).astype(np.int64)
 
     def cost_s(self, rows: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Extra seconds of pieces `rows` (ascending) that hold y samples in flight, fits_fast < y <= fits."""
+        """Extra seconds of pieces `rows` that hold y samples in flight, fits_fast < y <= fits."""
         found = np.zeros(len(rows))
-        for part in _parts(len(rows), self.inside.shape[1]):
-            ways = self.ways[y[part]]
-            for way in np.unique(ways):
-                at = part.start + np.flatnonzero(ways == way)
-                found[at] = self._least(self.orders[way], rows[at], y[at])[0]
+        ways = self.ways[y]
+        for way in np.unique(ways):
+            at = np.flatnonzero(ways == way)
+            line = self._line(way)
+            for part in _parts(len(at), self.members.shape[1]):
+                found[at[part]] = line.least(rows[at[part]], y[at[part]])[0]
         return found
 
     def swapped(self, row: int, y: int) -> np.ndarray:
         """[layers] whether its smaller choice is taken, of one piece with y samples in flight."""
-        order = self.orders[self.ways[y]]
-        _, before, last = self._least(order, np.array([row]), np.array([y]))
-        first = order[: before[0]]
-        taken = np.zeros(self.inside.shape[1], bool)
-        taken[first] = self.inside[row, first] > 0
+        line = self._line(self.ways[y])
+        _, before, last = line.least(np.array([row]), np.array([y]))
+        first = line.order[: before[0]]
+        taken = np.zeros(self.members.shape[1], bool)
+        taken[first] = self.members[self.outer[row], first] & ~self.members[self.inner[row], first]
         taken[last[0]] = True
         return taken
 
-    def _least(self, order: np.ndarray, rows: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(extra seconds, how many of `order` are swapped if inside, and the layer that is swapped last), per entry."""
-        heads = run_starts(rows)
-        owner = np.repeat(np.arange(len(heads)), np.diff(heads, append=len(rows)))
-        inside = self.inside[rows[heads]][:, order]
-        each, rest, slower_s = (
-            np.cumsum(inside * per[order], axis=1) for per in (self.freed_each, self.freed_rest, self.slower_s)
+    def _line(self, way: int) -> _Line:
+        # often one order serves all y
+        if way not in self.last_line:
+            self.last_line = {way: _Line(self, self.orders[way])}
+        return self.last_line[way]
+
+
+class _Line:
+    """One order of the layers: what the first n of them in a tail free and cost, [tails, n + 1] each."""
+
+    def __init__(self, swaps: Swaps, order: np.ndarray) -> None:
+        self.swaps, self.order = swaps, order
+        among = swaps.members[:, order]
+        self.each, self.rest, self.slower_s = (
+            np.concatenate([np.zeros((len(among), 1)), np.cumsum(among * per[order], axis=1)], axis=1)
+            for per in (swaps.freed_each, swaps.freed_rest, swaps.slower_s)
         )
-        need = (self.each[rows] * y + self.rest[rows] - self.memory_bytes) * (1 - _ROUNDING)
-        low, high = np.zeros(len(rows), np.int64), np.full(len(rows), len(order) - 1)
+        # places of the order, cheapest layer first
+        self.by_time = np.argsort(swaps.slower_s[order], kind="stable").astype(np.int32)
+        self.cheapest = order[self.by_time]
+        self.among = among[:, self.by_time]
+
+    def least(self, rows: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(extra seconds, how many of `order` are swapped if inside, and the layer that is swapped last), per entry."""
+        swaps, outer, inner = self.swaps, self.swaps.outer[rows], self.swaps.inner[rows]
+        need = (swaps.each[rows] * y + swaps.rest[rows] - swaps.memory_bytes) * (1 - _ROUNDING)
+
+        def freed(n: np.ndarray) -> np.ndarray:
+            return (self.each[outer, n] - self.each[inner, n]) * y + self.rest[outer, n] - self.rest[inner, n]
+
+        low, high = np.zeros(len(rows), np.int32), np.full(len(rows), len(self.order) - 1, np.int32)
         while (low < high).any():
             middle = (low + high) // 2
-            enough = each[owner, middle] * y + rest[owner, middle] >= need
+            enough = freed(middle + 1) >= need
             low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
-        before = np.maximum(low - 1, 0)
-        freed = np.where(low > 0, each[owner, before] * y + rest[owner, before], 0.0)
-        left = need - freed - _ROUNDING * need
+        left = need - freed(low) - _ROUNDING * swaps.memory_bytes
         # the cheapest of those from there on that frees what is left
-        by_time = np.argsort(self.slower_s[order], kind="stable")
-        able = self.freed_each[order[by_time]] * y[:, None]
-        able += self.freed_rest[order[by_time]]
+        able = swaps.freed_each[self.cheapest] * y[:, None]
+        able += swaps.freed_rest[self.cheapest]
         able = able >= left[:, None]
-        able &= (inside[:, by_time] > 0)[owner]
-        able &= by_time.astype(np.int32) >= low.astype(np.int32)[:, None]
-        last = order[by_time[able.argmax(1)]]
-        cost_s = np.where(low > 0, slower_s[owner, before], 0.0) + self.slower_s[last]
-        return cost_s, low, last
+        able &= self.among[outer] > self.among[inner]
+        able &= self.by_time >= low[:, None]
+        last = self.cheapest[able.argmax(1)]
+        before_s = self.slower_s[outer, low] - self.slower_s[inner, low]
+        return before_s + swaps.slower_s[last], low, last
 
 
 def run_starts(values: np.ndarray) -> np.ndarray:
