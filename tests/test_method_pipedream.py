@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from method_cases import peer, small_problem
 
-from autopar.planner.inputs.pipedream_text import read_pipedream
+from autopar.planner.inputs.pipedream_text import ProfiledGraph, ProfiledNode, read_pipedream
+from autopar.planner.methods import pipedream_heads
 from autopar.planner.methods.pipedream import pipedream
+from autopar.planner.methods.pipedream_heads import chain_heads, heads_of
 from autopar.planner.methods.pipedream_levels import (
     Level,
     Replicated,
     best_cuts,
-    chain_heads,
-    heads_of,
     pipedream_levels,
     stages_time_s,
 )
@@ -27,15 +27,24 @@ from autopar.planner.methods.pipedream_levels import (
 BANDWIDTH = 25e9 / 8
 
 
-@pytest.mark.parametrize(("model", "devices"), [("vgg16", 4), ("vgg16", 8), ("vgg16", 16), ("resnet50", 16)])
-def test_no_worse_than_the_authors_plans(model, devices):
+AUTHORS_PLANS = [
+    "gnmt_12gpus", "gnmt_4gpus", "gnmt_large_16gpus", "gnmt_large_4gpus", "resnet50_16gpus", "resnet50_2gpus",
+    "resnet50_4gpus", "resnet50_8gpus", "vgg16_16gpus", "vgg16_2gpus", "vgg16_4gpus", "vgg16_8gpus",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AUTHORS_PLANS)
+def test_no_worse_than_the_authors_plans(name):
     """Their objective for their replicas, cut where that is best for them, against ours, with and without transfers."""
+    model = name.rpartition("_")[0]
     heads = heads_of(read_pipedream(peer(f"pipedream/profiles/{model}.txt")))
-    plan = json.loads(peer(f"pipedream/author_plans/{model}_{devices}gpus.json").read_text())
+    plan = json.loads(peer(f"pipedream/author_plans/{name}.json").read_text())
     replicas = [len(ranks) for ranks in plan["stage_to_rank_map"].values()]
+    devices = sum(replicas)
     for transfers in (False, True):
         for bandwidth in (1e9, BANDWIDTH):
             theirs = best_cuts(heads, replicas, bandwidth, transfers)
+            assert math.isfinite(theirs.time_s)
             assert stages_time_s(heads, theirs.stages, bandwidth, transfers) == pytest.approx(theirs.time_s)
             ours = pipedream_levels(heads, [Level(devices, bandwidth)], transfers=transfers)
             assert stages_time_s(heads, ours.stages, bandwidth, transfers) == pytest.approx(ours.time_s)
@@ -43,7 +52,38 @@ def test_no_worse_than_the_authors_plans(model, devices):
     if model == "vgg16":
         # the replicated front and the one device for the fully connected layers
         assert replicas == [devices - 1, 1]
+    if model in ("vgg16", "gnmt_large"):
         assert [stage.replicas for stage in ours.stages] == replicas
+
+
+@pytest.mark.parametrize("model", ["densenet121", "inception_v3", "resnext50"])
+def test_the_other_profiles_are_planned(model):
+    """Inception has 221,565 heads: parts of it with too many stay whole."""
+    graph = read_pipedream(peer(f"pipedream/profiles/{model}.txt"))
+    heads, whole_s = heads_of(graph), sum(n.forward_s + n.backward_s for n in graph.nodes)
+    plan = pipedream_levels(heads, [Level(4, 1e12)])
+    assert stages_time_s(heads, plan.stages, 1e12) == pytest.approx(plan.time_s)
+    assert whole_s / 4 <= plan.time_s < whole_s / 4 * 1.1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fewer_heads_are_heads(seed, monkeypatch):
+    """Whatever the limit: heads from none to all layers, all of which contain what their members need."""
+    draw = random.Random(seed)
+    num = draw.randrange(4, 12)
+    edges = [(u, v) for v in range(1, num) for u in range(v) if draw.random() < 1.5 / (v + 1)]
+    graph = ProfiledGraph(tuple(ProfiledNode(str(v), "", 2.0**v, 0.0, 1.0, 0.0) for v in range(num)), tuple(edges))
+    members = [int(time_s) for time_s in heads_of(graph).time_s]
+    for limit in (len(members) - 1, len(members) // 2, 3):
+        monkeypatch.setattr(pipedream_heads, "MAX_HEADS", limit)
+        try:
+            fewer = [int(time_s) for time_s in heads_of(graph).time_s]
+        except ValueError as error:
+            assert "in a row" in str(error)
+            continue
+        assert fewer[0] == 0 and fewer[-1] == 2**num - 1
+        assert set(fewer) <= set(members) and len(set(fewer)) == len(fewer) <= limit
+        assert not any(head >> v & 1 and not head >> u & 1 for head in fewer for u, v in edges)
 
 
 def random_heads(draw: random.Random, num: int):

@@ -16,7 +16,8 @@ from dataclasses import replace
 from ...plan import Plan
 from ..problem import Problem, Shape
 from .bench import Bench, Part, split_rows
-from .pipedream_levels import Heads, Level, PipeDreamPlan, chain_heads, pipedream_levels
+from .pipedream_heads import Heads, chain_heads
+from .pipedream_levels import Level, PipeDreamPlan, pipedream_levels
 
 
 def pipedream(problem: Problem) -> Plan:

@@ -1,7 +1,7 @@
 """PipeDream's partitioning: stages x replicas for a steady asynchronous 1F1B pipeline, level by level of bandwidth.
 
-A head j is a set of layers that contains all predecessors of its members; a stage i..j is what head j has beyond head
-i. With T(i..j) the time of a minibatch on one device, W its parameter bytes, a_j the bytes that cross the end of j,
+A stage i..j is what head j of the model has beyond head i (`pipedream_heads`). With T(i..j) the time of a minibatch on
+one device, W its parameter bytes, a_j the bytes that cross the end of j,
 
     stage(i..j, m)  = [T(i..j) + 4 (m-1)/m W(i..j) / B] / m                                         `_stage_s`
     A(i..j, m)      = min( stage(i..j, m),
@@ -23,23 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..inputs.pipedream_text import ProfiledGraph
-
-MAX_HEADS = 2_000
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """Cumulative figures per head, smallest first; row 0 is the empty head.
-
-    within[i, j]: head i is part of head j. output_bytes: of the tensors that leave a head.
-    """
-
-    within: np.ndarray
-    time_s: np.ndarray
-    parameter_bytes: np.ndarray
-    activation_bytes: np.ndarray
-    output_bytes: np.ndarray
+from .pipedream_heads import Heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,43 +47,6 @@ class Replicated:
 class PipeDreamPlan:
     stages: tuple[Replicated, ...]
     time_s: float
-
-
-def heads_of(graph: ProfiledGraph) -> Heads:
-    """The heads of a profiled graph. ValueError when there are too many."""
-    before = [0] * len(graph.nodes)
-    for source, target in graph.edges:
-        before[target] |= 1 << source
-    found, level = [], {0}
-    while level:
-        found += sorted(level)
-        if len(found) > MAX_HEADS:
-            raise ValueError(f"the graph has more than {MAX_HEADS} heads; join nodes that run side by side")
-        level = {h | 1 << v for h in level for v in range(len(before)) if not h >> v & 1 and not before[v] & ~h}
-    members = np.array([[h >> v & 1 for v in range(len(before))] for h in found], float)
-    nodes = graph.nodes
-    leaves = np.zeros_like(members)
-    for source, target in graph.edges:
-        leaves[:, source] = np.maximum(leaves[:, source], members[:, source] * (1 - members[:, target]))
-    return Heads(
-        within=(members @ (1 - members).T == 0) & ~np.eye(len(found), dtype=bool),
-        time_s=members @ [n.forward_s + n.backward_s for n in nodes],
-        parameter_bytes=members @ [n.parameter_bytes for n in nodes],
-        activation_bytes=members @ [n.activation_bytes for n in nodes],
-        output_bytes=leaves @ [n.activation_bytes for n in nodes],
-    )
-
-
-def chain_heads(
-    time_s: Sequence[float],
-    parameter_bytes: Sequence[float],
-    activation_bytes: Sequence[float],
-    output_bytes: Sequence[float],
-) -> Heads:
-    """The heads of a chain of layers: its prefixes."""
-    sums = [np.concatenate([[0.0], np.cumsum(v)]) for v in (time_s, parameter_bytes, activation_bytes)]
-    order = np.arange(len(sums[0]))
-    return Heads(order[:, None] < order[None, :], *sums, np.concatenate([[0.0], output_bytes]))
 
 
 def pipedream_levels(
