@@ -236,6 +236,12 @@ def test_all_devices_are_used_when_asked():
     assert len(piper_dag(dag, LayerMachine(6, 1e9, 0.01, 6)).stages) < len(plan.stages)
 
 
+def test_a_layer_that_needs_more_devices_than_there_are_has_no_plan():
+    dag = random_dag(random.Random(3), 4, degrees=(4,))
+    assert piper_dag(dag, LayerMachine(2, 1e9, 1.0, 4)) is None
+    assert piper_dag(dag, LayerMachine(4, 1e9, 1.0, 4)) is not None
+
+
 def test_the_evaluation_refuses_what_is_no_plan():
     dag, machine = random_dag(random.Random(2), 4, num_choices=1), LayerMachine(4, 1e9, 1.0, 4)
     names = ("plain",)

@@ -80,6 +80,8 @@ def piper_dag(
     none yet.
     ValueError: a graph with too many tails, or layers with more than two choices (as in Piper's own program).
     """
+    if any(min(layer.at) > machine.num_devices for layer in dag.layers):
+        return None
     members = tails(dag)
 
     def pieces_under(cap_s: float) -> Pieces:

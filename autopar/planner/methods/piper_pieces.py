@@ -112,8 +112,8 @@ class Pieces:
         choices = [
             [(t, c) for t, at in layer.at.items() if t <= num_devices for c in at.choices] for layer in self.dag.layers
         ]
-        work_s = np.array([min((t * c.time_s for t, c in of), default=0.0) for of in choices])
-        bytes_ = np.array([min((c.each_bytes + c.rest_bytes for _, c in of), default=0.0) for of in choices])
+        work_s = np.array([min(t * c.time_s for t, c in of) for of in choices])
+        bytes_ = np.array([min(c.each_bytes + c.rest_bytes for _, c in of) for of in choices])
         self.shares, self.held = self.members @ (work_s / cap_s), self.members @ bytes_
         sizes = self.size_of
         full = self.held / self.machine.memory_bytes
