@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.testing._internal import common_methods_invocations as invocations
+from torch.testing._internal import common_utils
 
 from autopar.graph import Graph, Op, Ref, Tensor, map_refs
 from autopar.ops import resolve
@@ -67,15 +69,31 @@ def place(whole: torch.Tensor, placement: Placement, degree: int) -> list[torch.
     return hand_out(whole, placement, degree)
 
 
-def check_strategy(graph: Graph, values: Sequence[torch.Tensor], strategy: Strategy, degree: int) -> str:
-    """Run the op split by `strategy` and as a whole; what differs, "" if nothing does."""
+@dataclass(frozen=True)
+class Whole:
+    """An op run as a whole: its outputs, random gradients of those that have any, and the gradients of its inputs."""
+
+    outputs: list[torch.Tensor]
+    seeds: list[torch.Tensor | None]
+    gradients: list[Any]
+
+    @classmethod
+    def run(cls, graph: Graph, values: Sequence[torch.Tensor]) -> Whole:
+        (op,) = graph.ops
+        leaves = [v.detach().clone().requires_grad_(v.requires_grad) for v in values]
+        outputs = _call(resolve(op.target), op.args, op.kwargs, leaves)
+        seeds = [torch.randn_like(v) if v.requires_grad else None for v in outputs]
+        return cls([v.detach() for v in outputs], seeds, _gradients(outputs, seeds, leaves))
+
+
+def check_strategy(
+    graph: Graph, values: Sequence[torch.Tensor], strategy: Strategy, degree: int, run_whole: Whole | None = None
+) -> str:
+    """Run the op split by `strategy`; what differs from the whole op, "" if nothing does."""
     (op,) = graph.ops
     whole = whole_strategies(analysis(graph).rule(op), analysis(graph).gradient(op))[0]
-    leaves = [v.detach().clone().requires_grad_(v.requires_grad) for v in values]
-    expected = _call(resolve(op.target), op.args, op.kwargs, leaves)
-    flows = [v.requires_grad for v in expected]
-    seeds = [torch.randn_like(v) if f else None for v, f in zip(expected, flows, strict=True)]
-    wanted = _gradients(expected, seeds, leaves)
+    run_whole = run_whole or Whole.run(graph, values)
+    expected, seeds, wanted = run_whole.outputs, run_whole.seeds, run_whole.gradients
 
     local_inputs = [place(v.detach(), p, degree) for v, p in zip(values, strategy.inputs, strict=True)]
     local_seeds = [
@@ -96,7 +114,7 @@ def check_strategy(graph: Graph, values: Sequence[torch.Tensor], strategy: Strat
     results = on_every_rank(degree, run, bool(call.axes))
     tolerance = 1e-6 if any(t.dtype == torch.float32 for t in expected) else 1e-8
     for i, placement in enumerate(strategy.outputs):
-        problem = _compare([r[0][i].detach() for r in results], placement, expected[i].detach(), tolerance)
+        problem = _compare([r[0][i].detach() for r in results], placement, expected[i], tolerance)
         if problem:
             return f"output {i} ({placement}): {problem}"
     for i, placement in enumerate(strategy.inputs):
@@ -144,12 +162,14 @@ def check_sample(sample: Sample, degrees: Sequence[int] = (2, 3)) -> tuple[int, 
     except Exception as error:
         return 0, [f"{target} {[tuple(v.shape) for v in values]} {op.args}: its rule raises {error!r}"]
     count, wrong = 0, []
+    run_whole = None
     for degree in degrees:
         passing = [partial_strategy(rule, g, found.gradient(op)) for g in rule.linear]
         for strategy in (*strategies(graph, op, degree), *passing):
             count += strategy.key not in ("-", "shared")
             try:
-                problem = check_strategy(graph, values, strategy, degree)
+                run_whole = run_whole or Whole.run(graph, values)
+                problem = check_strategy(graph, values, strategy, degree, run_whole)
             except Exception as error:
                 problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if problem:
@@ -230,13 +250,19 @@ def _resolved(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Samp
 def op_samples(per_op: int = 24) -> Iterator[Sample]:
     """Samples of every op of torch's database that has a rule, in float64 and with sizes that 2 and 3 divide."""
     sizes = {"S": 6, "M": 12, "L": 24, "XS": 3}
-    # Samples are seeded one by one, and each time devices that were never used put the seed off, with a formatted stack.
-    devices = [mock.patch.object(device, "manual_seed_all") for device in (torch.cuda, torch.xpu, torch.mtia)]
+    # Samples are seeded one by one, and each time devices that were never used put the seed off, with a formatted stack;
+    # and each looks through the whole stack for a unittest.TestCase.
+    asides = [mock.patch.object(device, "manual_seed_all", _nothing) for device in (torch.cuda, torch.xpu, torch.mtia)]
+    asides.append(mock.patch.object(common_utils, "extract_test_fn", _nothing))
     with contextlib.ExitStack() as patches:
-        for patch in (mock.patch.multiple(invocations, **sizes), *devices):
+        for patch in (mock.patch.multiple(invocations, **sizes), *asides):
             patches.enter_context(patch)
         for info in invocations.op_db:
             yield from _samples(info, per_op)
+
+
+def _nothing(*_: Any) -> None:
+    pass
 
 
 def _samples(info: Any, per_op: int) -> Iterator[Sample]:
@@ -246,12 +272,8 @@ def _samples(info: Any, per_op: int) -> Iterator[Sample]:
         return
     if info.name not in _ADAPTERS and not hasattr(torch.ops.aten, packet):
         return
-    try:
-        drawn = list(info.sample_inputs("cpu", torch.float64, requires_grad=info.supports_autograd))
-    except Exception:
-        return  # a generator that cannot do with other sizes
     taken = 0
-    for sample in drawn:
+    for sample in _drawn(info):
         try:
             if info.name in _ADAPTERS:
                 case = _ADAPTERS[info.name](sample.input, *sample.args, **sample.kwargs)
@@ -265,9 +287,18 @@ def _samples(info: Any, per_op: int) -> Iterator[Sample]:
             )
         except Exception:
             continue  # what torch's own call does before the operator; not ours to check
-        if usable and taken < per_op:
-            taken += 1
+        if usable:
             yield case
+            taken += 1
+        if taken == per_op:
+            return
+
+
+def _drawn(info: Any) -> Iterator[Any]:
+    try:
+        yield from info.sample_inputs("cpu", torch.float64, requires_grad=info.supports_autograd)
+    except Exception:
+        return  # a generator that cannot do with other sizes
 
 
 _UNARY = """absolute arccos arccosh arcsin arcsinh arctan arctanh negative fix log_sigmoid
