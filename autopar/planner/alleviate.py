@@ -127,7 +127,7 @@ def differences(old: Plan, new: Plan) -> str:
     one, other = parts(old), parts(new)
     found = [name for name in one if one[name] != other[name]] or ["layouts"]
     if "schedule" in found and one["schedule"][1] != other["schedule"][1]:
-        found.remove("stages")
+        found = [name for name in found if name != "stages"]
     return ", ".join(found[:-1]) + (" and " if len(found) > 1 else "") + found[-1]
 
 

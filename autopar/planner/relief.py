@@ -28,7 +28,7 @@ CHOICES: tuple[Recompute, ...] = ("none", "selective", "full")
 def recompute_choices(problem: Problem) -> tuple[Recompute, ...]:
     """What a block may do, the fastest first."""
     pinned = problem.constraints.recompute
-    return (pinned,) if pinned else CHOICES
+    return (pinned,) if pinned else tuple(choice for choice in CHOICES if choice in problem.space.recompute)
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,8 +104,8 @@ def aceso_layers(profile: AcesoProfile, num_layers: int, microbatch_size: int) -
 
     The first row stands in front of the layers, the last two behind them. At each tensor degree a layer takes, op by
     op, the faster of the algorithms; its second choice recomputes its forward. Transient memory (what ops reserve while
-    they run, the activations of the one layer that is computed again) is left out: take it off the machine's memory.
-    ValueError for a size that was not profiled.
+    they run, the activations of the one layer that is computed again) is in the peaks of a choice alone: for a planner that
+    looks at each_bytes and rest_bytes only, take it off the machine's memory. ValueError for a size that was not profiled.
     """
     sizes = sorted({size for size, _, _ in profile.tables})
     if microbatch_size not in sizes:
@@ -133,8 +133,11 @@ def _layer_at(ops: list[ProfiledOp], edges: dict[int, float]) -> LayerAt:
     activations = sum(op.activation_bytes for op in ops)
     kept = min(ops[0].input_bytes, activations)
     rest = STATE_PER_WEIGHT_BYTE * weights
+    forward_peak = max(op.forward_reserved_bytes for op in ops)
+    backward_peak = max(op.backward_reserved_bytes for op in ops)
+    again_peak = activations - kept + max(forward_peak, backward_peak)
     choices = (
-        Choice("keep", forward_s + backward_s, activations, rest),
-        Choice("recompute", 2 * forward_s + backward_s, kept, rest),
+        Choice("keep", forward_s + backward_s, activations, rest, forward_s, forward_peak, backward_peak),
+        Choice("recompute", 2 * forward_s + backward_s, kept, rest, forward_s, forward_peak, again_peak),
     )
     return LayerAt(choices, weights, edges)

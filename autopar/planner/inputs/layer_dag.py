@@ -10,13 +10,18 @@ from dataclasses import dataclass
 class Choice:
     """One way to run a layer on one sample (or microbatch): with recomputation, say, or without.
 
-    time_s: forward and backward. A stage that holds y samples in flight needs y * each_bytes + rest_bytes for it.
+    time_s: forward and backward; forward_s: the forward alone, None where the profile does not tell. A stage that holds y
+    samples in flight needs y * each_bytes + rest_bytes for it; forward_peak_bytes, backward_peak_bytes: what comes and goes
+    besides while one sample's forward (backward) runs, 0 where the profile does not tell or rest_bytes has it.
     """
 
     name: str
     time_s: float
     each_bytes: float
     rest_bytes: float
+    forward_s: float | None = None
+    forward_peak_bytes: float = 0.0
+    backward_peak_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from .layer_dag import Choice, Edge, Layer, LayerAt, LayerDag
 from .text import number, read_text
 
 _EXPECTED = "a PipeDream graph (lines 'node -- description -- forward_compute_time=..., ...', then edges)"
@@ -66,6 +67,21 @@ def read_pipedream(path: str | Path) -> ProfiledGraph:
     order = _ordered(path, [name for name in nodes if name not in left_out], kept)
     index = {name: i for i, name in enumerate(order)}
     return ProfiledGraph(tuple(nodes[name] for name in order), tuple((index[s], index[t]) for s, t in kept))
+
+
+def pipedream_layers(graph: ProfiledGraph, state_per_parameter_byte: float) -> LayerDag:
+    """The profile as layers for one device and one minibatch, whose outputs are what is kept and sent.
+
+    state_per_parameter_byte: bytes at rest per byte of parameters: 3 for a weight, its gradient and the momentum of SGD, 4
+    with Adam's two moments.
+    """
+    layers = []
+    for node in graph.nodes:
+        time_s, rest_bytes = node.forward_s + node.backward_s, state_per_parameter_byte * node.parameter_bytes
+        choice = Choice("keep", time_s, node.activation_bytes, rest_bytes, node.forward_s)
+        layers.append(Layer(node.name, {1: LayerAt((choice,), node.parameter_bytes, {})}))
+    edges = tuple(Edge(s, t, graph.nodes[s].activation_bytes) for s, t in graph.edges)
+    return LayerDag(tuple(layers), edges)
 
 
 def _node(path: str | Path, at: int, line: str, parts: list[str]) -> ProfiledNode:

@@ -23,6 +23,8 @@ MAX_TAILS = 40_000
 MAX_PIECES, MAX_CANDIDATES = 16_000_000, 48_000_000
 # Tails that are held against all others at once.
 _BLOCK = 512
+# More than any count of stages, in which int32 still has room for sums of it.
+_MANY = 2**29
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,4 +350,4 @@ def _by_time(choice) -> float:
 
 
 def _up(shares: np.ndarray) -> np.ndarray:
-    return np.ceil(shares * (1 - 1e-9)).astype(np.int32)
+    return np.ceil(np.minimum(shares, _MANY) * (1 - 1e-9)).astype(np.int32)
