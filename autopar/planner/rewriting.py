@@ -3,12 +3,13 @@ the rewritten graph has a faster plan.
 
 Rewrites come in groups, because isomorphic blocks have them alike. First all groups together are tried, then each alone;
 from the best of these on, one more group at a time as long as that is faster. A rewritten graph is planned by the same
-search, in the degrees and microbatches of the best plan so far, as what joining products is worth depends on how they are
-split (Unger et al., "Unity", OSDI 2022; planner/methods/unity.py searches other degrees too). Meshes that differ by stage
-are left as they are, and so are graphs whose modules are pinned by name.
+search: all groups together in all degrees, as what joining products is worth depends on how they are split (Unger et al.,
+"Unity", OSDI 2022), and so is each alone while there is time; others in the degrees and microbatches of the best plan so
+far. Meshes that differ by stage are left as they are, and so are graphs whose modules are pinned by name.
 
 On many devices products are large, and what a rewrite saves is small against the time to plan anew: there all groups are
-tried together only, in the shape of the plan that was found, if they can be worth it (planner/rewriting_once.py).
+tried together only, in the shape of the plan that was found, if they can be worth it (planner/rewriting_once.py); and in all
+shapes where the search takes no longer than LIMIT_S.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 from ..capture.rewrites import find_rewrites, rewritten
 from ..cost.model import CostModel
@@ -31,6 +31,8 @@ from .terms import costs_of
 
 # Process seconds that it takes at most: so many, or as long as the search before it.
 LIMIT_S = 1.0
+# A search that takes no longer is run again whatever rewrites may be worth.
+QUICK_S = 0.5
 # What is faster by less is as fast: other ops round differently, so the graph stays as it is for so little.
 LEAST_GAIN = 1e-3
 
@@ -51,16 +53,20 @@ def with_rewrites(problem: Problem, plan: Plan, search: Callable[[Problem], Plan
     alone = [[group] for group in groups]
     from_plain = ([groups] if len(groups) > 1 else []) + alone
     if problem.is_large:
-        from_plain, alone = [groups] if groups and _may_pay(problem, plan, groups) else [], []
+        is_tried = groups and (spent_s <= QUICK_S or _may_pay(problem, plan, groups))
+        from_plain, alone = [groups] if is_tried else [], []
     try:
         for is_plain, more in [*((True, more) for more in from_plain), *((False, more) for more in alone)]:
             rewrites, graph = _applied(problem.graph, plan.rewrites if is_plain else best.rewrites, more)
             if graph.fingerprint in seen:
                 continue
             seen.add(graph.fingerprint)
-            found = (planned_alike if problem.is_large else partial(_planned, search))(problem, graph, best)
-            if found is not None and _time_s(found) < _time_s(best) * (1 - LEAST_GAIN):
-                best = replace(found, rewrites=rewrites)
+            ways = [planned_alike(problem, graph, best)] if problem.is_large else []
+            if not problem.is_large or spent_s <= LIMIT_S:
+                ways.append(_planned(search, problem, graph, None if is_plain else best))
+            for found in ways:
+                if found is not None and _time_s(found) < _time_s(best) * (1 - LEAST_GAIN):
+                    best = replace(found, rewrites=rewrites)
             if time.process_time() >= ends_s or problem.budget.expired():
                 break
     except KeyboardInterrupt:
@@ -93,21 +99,23 @@ def _applied(graph: Graph, done: tuple[str, ...], more: Sequence[tuple[str, ...]
     return done, made
 
 
-def _planned(search: Callable[[Problem], Plan], problem: Problem, graph: Graph, best: Plan) -> Plan | None:
-    """The best plan of a rewritten graph in the degrees of `best`; None where none is legal or fits."""
-    stage, pinned = best.stages[0], problem.constraints
-    besides = math.prod(degree for _, degree in pinned.roles)
-    degrees = replace(
-        pinned, data=stage.data, tensor=stage.tensor // besides, pipeline=best.pipeline, microbatches=best.microbatches,
-        schedule=pinned.schedule or (best.schedule if best.schedule not in SEARCHED_SCHEDULES else None), rewrites=False,
-    )  # fmt: skip
+def _planned(search: Callable[[Problem], Plan], problem: Problem, graph: Graph, like: Plan | None) -> Plan | None:
+    """The best plan of a rewritten graph, in the degrees of `like` if that is given; None where none is legal or fits."""
+    pinned = replace(problem.constraints, rewrites=False)
+    if like is not None:
+        stage, besides = like.stages[0], math.prod(degree for _, degree in pinned.roles)
+        schedule = pinned.schedule or (like.schedule if like.schedule not in SEARCHED_SCHEDULES else None)
+        pinned = replace(
+            pinned, data=stage.data, tensor=stage.tensor // besides, pipeline=like.pipeline,
+            microbatches=like.microbatches, schedule=schedule,
+        )  # fmt: skip
     try:
         own = replace(
             problem,
             graph=graph,
             costs=problem.costs.of_graph(graph),
             chains=LayoutChains(),
-            constraints=degrees,
+            constraints=pinned,
             kept=[],
         )
         return search(own)
