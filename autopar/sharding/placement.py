@@ -17,6 +17,7 @@ fused query-key-value projection alike. torch calls the latter a strided shard w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 
@@ -72,6 +73,7 @@ class Conversion:
     backward: Action
 
 
+@cache
 def conversion(have: Placement, want: Placement) -> Conversion:
     """The communication that turns `have` into `want`; defined for every pair of placements of one tensor.
 
