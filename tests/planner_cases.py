@@ -15,8 +15,9 @@ from autopar.cluster.spec import Cluster, Device, Link
 from autopar.cost.model import CostModel
 from autopar.cost.types import StageCost
 from autopar.graph import Block, Graph, Op, Ref, Tensor
-from autopar.plan import Layout, Plan
+from autopar.plan import Plan
 from autopar.planner.chains import LayoutChains
+from autopar.planner.inputs.table_problem import whole_layout
 from autopar.planner.methods.exhaustive import every_plan
 from autopar.planner.pricing import Piece, assemble
 from autopar.planner.problem import Chain, Constraints, Problem, Shape
@@ -197,11 +198,6 @@ class WholeLayouts:
 
     def least_s(self, problem: Problem, shape: Shape, most_bytes: float, enough_s: float) -> float:
         return sum(self.pass_s(problem, shape.tensor, shape.shards))
-
-
-def whole_layout(block: Block, tensor: int) -> Layout:
-    whole = (("R",) * len(names) for names in (block.inputs, block.outputs, block.parameters))
-    return Layout(tensor, ("-",) * len(block.ops), *whole)
 
 
 def is_in_wide_space(plan: Plan) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -63,3 +64,20 @@ class LayerMachine:
     memory_bytes: float
     bandwidth_bytes_per_s: float
     samples: int
+
+
+def topological_order(num_layers: int, edges: Sequence[Edge]) -> list[int]:
+    """The layers, each before all that it leads to, in their own order as far as may be; those on cycles or behind are left out."""
+    waiting = [0] * num_layers
+    for edge in edges:
+        waiting[edge.target] += 1
+    ready = [v for v, count in enumerate(waiting) if not count]
+    order = []
+    while ready:
+        order.append(heapq.heappop(ready))
+        for edge in edges:
+            if edge.source == order[-1]:
+                waiting[edge.target] -= 1
+                if not waiting[edge.target]:
+                    heapq.heappush(ready, edge.target)
+    return order

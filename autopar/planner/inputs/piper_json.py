@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .layer_dag import Choice, Edge, Layer, LayerAt, LayerDag, LayerMachine
+from .layer_dag import Choice, Edge, Layer, LayerAt, LayerDag, LayerMachine, topological_order
 from .text import member, number, read_json
 
 _EXPECTED = "a Piper input (an object with nodes and edges)"
@@ -40,7 +40,8 @@ def read_piper(path: str | Path) -> tuple[LayerDag, LayerMachine]:
         index[key] = len(index)
     edges = _edges(path, member(path, "the file", document, "edges", list), index)
     layers = tuple(_layer(path, node, index, edges) for node in nodes)
-    _check_acyclic(path, len(layers), edges)
+    if len(topological_order(len(layers), edges)) < len(layers):
+        raise ValueError(f"{path}: the edges form a cycle; expected a DAG")
     return LayerDag(layers, edges), machine
 
 
@@ -126,21 +127,3 @@ def _synced(path: str | Path, where: str, one: dict, key: str, index: dict[int, 
 
 def _id(index: dict[int, int], position: int) -> int:
     return next(key for key, at in index.items() if at == position)
-
-
-def _check_acyclic(path: str | Path, num_layers: int, edges: tuple[Edge, ...]) -> None:
-    waiting = [0] * num_layers
-    for edge in edges:
-        waiting[edge.target] += 1
-    ready = [v for v in range(num_layers) if not waiting[v]]
-    done = 0
-    while ready:
-        v = ready.pop()
-        done += 1
-        for edge in edges:
-            if edge.source == v:
-                waiting[edge.target] -= 1
-                if not waiting[edge.target]:
-                    ready.append(edge.target)
-    if done < num_layers:
-        raise ValueError(f"{path}: the edges form a cycle; expected a DAG")

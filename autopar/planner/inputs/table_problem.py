@@ -7,7 +7,6 @@ collectives of the model axis. So methods that look into blocks have nothing to 
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -20,7 +19,7 @@ from ..constraints import Constraints, Space
 from ..problem import Problem
 from ..shapes import Chain, Shape
 from .aceso_tables import AcesoProfile, aceso_layers
-from .layer_dag import LayerDag, LayerMachine
+from .layer_dag import LayerDag, LayerMachine, topological_order
 from .pipedream_text import ProfiledGraph, pipedream_layers
 from .table_costs import CHOICES, Points, TableCosts, in_words
 
@@ -46,7 +45,7 @@ class WholeBlocks:
     def smallest(self, problem: Problem, shape: Shape) -> Chain:
         tensor = shape.tensor
         if tensor not in self._chains:
-            layouts = [_whole(block, tensor) for block in problem.graph.blocks]
+            layouts = [whole_layout(block, tensor) for block in problem.graph.blocks]
             self._chains[tensor] = Chain.of(layouts) if tensor > 1 else Chain()
         return self._chains[tensor]
 
@@ -181,16 +180,7 @@ def _check_alike(costs: TableCosts) -> None:
 
 def _ordered(dag: LayerDag) -> LayerDag:
     """The same with layers in a topological order, the given one as far as may be; edges keep their indices."""
-    waiting = [sum(edge.target == v for edge in dag.edges) for v in range(len(dag.layers))]
-    ready = [v for v, count in enumerate(waiting) if not count]
-    order = []
-    while ready:
-        order.append(heapq.heappop(ready))
-        for edge in dag.edges:
-            if edge.source == order[-1]:
-                waiting[edge.target] -= 1
-                if not waiting[edge.target]:
-                    heapq.heappush(ready, edge.target)
+    order = topological_order(len(dag.layers), dag.edges)
     if len(order) < len(dag.layers):
         raise ValueError("the edges between the layers form a cycle; expected a DAG")
     place = {v: i for i, v in enumerate(order)}
@@ -219,7 +209,8 @@ def _graph(costs: TableCosts, name: str, batch_size: int) -> Graph:
     )  # fmt: skip
 
 
-def _whole(block: Block, tensor: int) -> Layout:
+def whole_layout(block: Block, tensor: int) -> Layout:
+    """In which no op uses the model axis."""
     whole = (("R",) * len(names) for names in (block.inputs, block.outputs, block.parameters))
     return Layout(tensor, ("-",) * len(block.ops), *whole)
 

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..inputs.layer_dag import LayerDag, LayerMachine
-from .piper_pieces import DagStage, Pieces, least_time_s, tails
+from .piper_pieces import MANY, DagStage, Pieces, least_time_s, tails
 from .piper_swaps import run_starts
 
 # The answer is within this share of the optimum of the recursion above.
@@ -47,7 +47,7 @@ FIRST_EXCESS, MOST_EXCESS = 0.02, 2.0
 # is but twice as far.
 MAX_FREE, MOST_EXCESS_OF_MANY = 1500, 0.2
 
-_NEVER = np.int32(2**29)
+_NEVER = np.int32(MANY)
 
 
 @dataclass(frozen=True, slots=True)

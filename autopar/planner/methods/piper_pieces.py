@@ -24,7 +24,7 @@ MAX_PIECES, MAX_CANDIDATES = 16_000_000, 48_000_000
 # Tails that are held against all others at once.
 _BLOCK = 512
 # More than any count of stages, in which int32 still has room for sums of it.
-_MANY = 2**29
+MANY = 2**29
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,8 @@ class Pieces:
         self.base_s, self.resync_s, self.fits_fast, self.fits = (
             np.stack([table[i] for table in tables], axis=1) for i in range(4)
         )
-        self.start, self.top, self.extra_s = np.zeros_like(self.fits), np.zeros_like(self.fits), np.zeros(0)
+        self.start, self.top = np.zeros(self.fits.shape, np.int64), np.zeros_like(self.fits)
+        self.extra_s = np.zeros(0)
         self._list_candidates(data, cap_s)
 
     # -- pairs of tails
@@ -131,13 +132,13 @@ class Pieces:
         plain = self.members.astype(np.float32)
         outers, inners, total = [], [], 0
         for begin in range(0, len(plain), _BLOCK):
+            if is_over():
+                break
             block, upto = slice(begin, begin + _BLOCK), slice(0, begin + _BLOCK)
             spare = self.machine.num_devices - self.num_outer[block, None] - self.num_inner[None, upto]
             may = spare >= np.maximum(_up(self.shares[block, None] - self.shares[None, upto]), 1)
             may &= self.held[block, None] - self.held[None, upto] <= self.machine.memory_bytes * (1 + 1e-9)
             may &= self.size_of[block, None] > self.size_of[None, upto]
-            if is_over():
-                break
             if not may.any():
                 continue
             outer, inner = np.nonzero(may)
@@ -206,13 +207,11 @@ class Pieces:
         edges, layers = self.dag.edges, self.dag.layers
         if not edges:
             return np.zeros(len(self.outer))
-        arriving, leaving = (
-            np.array([2 * (e.size_bytes + layers[v].at[t].edge_bytes[i]) if legal[v] else 0.0 for i, (e, v) in ends])
-            for ends in (
-                [(i, (e, e.target)) for i, e in enumerate(edges)],
-                [(i, (e, e.source)) for i, e in enumerate(edges)],
-            )
-        )
+        arriving, leaving = np.zeros(len(edges)), np.zeros(len(edges))
+        for e, edge in enumerate(edges):
+            for sizes, layer in ((arriving, edge.target), (leaving, edge.source)):
+                if legal[layer]:
+                    sizes[e] = 2 * (edge.size_bytes + layers[layer].at[t].edge_bytes[e])
         source, target = (
             self.members[:, [getattr(e, end) for e in edges]].astype(float) for end in ("source", "target")
         )
@@ -338,11 +337,11 @@ class Pieces:
         swapped = np.zeros(len(self.dag.layers), bool)
         if y > fast:
             swapped = self.swaps[i].swapped(piece, self._extra(piece, i, y)[1])
-        names = []
-        for v in self.inside(piece):
+        names, layers = [], self.inside(piece).tolist()
+        for v in layers:
             choices = sorted(self.dag.layers[v].at[t].choices, key=_by_time)
             names.append(choices[-1 if swapped[v] else 0].name)
-        return DagStage(tuple(map(int, self.inside(piece))), data, t, tuple(names))
+        return DagStage(tuple(layers), data, t, tuple(names))
 
 
 def _by_time(choice) -> float:
@@ -350,4 +349,4 @@ def _by_time(choice) -> float:
 
 
 def _up(shares: np.ndarray) -> np.ndarray:
-    return np.ceil(np.minimum(shares, _MANY) * (1 - 1e-9)).astype(np.int32)
+    return np.ceil(np.minimum(shares, MANY) * (1 - 1e-9)).astype(np.int32)
