@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import os
 import pickle
 import shutil
@@ -208,6 +209,7 @@ def _serve(pipe: connection.Connection, stacks_path: str, captures: str) -> None
 
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
+    gc.freeze()  # what the server has imported
     captured.install(captures)
     # An interrupt from the keyboard reaches the whole process group; the pool decides what it means.
     signal.signal(signal.SIGINT, _ignore)

@@ -36,7 +36,8 @@ def problem_of(name: str, cluster: Cluster) -> Problem:
 
 
 @pytest.mark.parametrize(
-    ("name", "cluster"), [("llama", "cpu"), ("gpt2", "h100"), ("experts", "cpu"), ("experts", "h100")]
+    ("name", "cluster"),
+    [("llama", "cpu"), pytest.param("gpt2", "h100", marks=pytest.mark.slow), ("experts", "cpu"), ("experts", "h100")],
 )
 def test_no_plan_is_faster(name: str, cluster: str) -> None:
     problem = problem_of(name, CLUSTERS[cluster])

@@ -255,7 +255,7 @@ def ten_steps(name: str, plan: dict[str, Any]) -> tuple[list[float], list[float]
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=pytest.mark.slow) if n in ("build_llama", "build_gpt2", "build_mlp") else n for n in MODELS],
+    [n if n in ("build_tied_lm", "build_two_inputs") else pytest.param(n, marks=pytest.mark.slow) for n in MODELS],
 )
 def test_ten_optimizer_steps(pool, name: str) -> None:
     zero = {"build_llama": 3, "build_gpt2": 2, "build_mlp": 1}.get(name, 0)

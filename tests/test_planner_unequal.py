@@ -223,7 +223,7 @@ def test_every_path_takes_every_device_once(seed: int) -> None:
             assert room.is_end(move.after) or position[move.after] < position[state]
 
 
-@pytest.mark.parametrize("seed", [0, 3, 4, 9])
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.slow), 3, 4, 9])
 def test_never_worse_than_others(seed: int) -> None:
     """Than Metis, than Whale, and than if all devices were like the slowest, both there and on the real ones."""
     problem = unequal_problem("llama", clusters(seed), microbatches=4, recompute="none")
