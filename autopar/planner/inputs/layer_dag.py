@@ -67,7 +67,7 @@ class LayerMachine:
 
 
 def topological_order(num_layers: int, edges: Sequence[Edge]) -> list[int]:
-    """The layers, each before all that it leads to, in their own order where they may be; those on or behind cycles are left."""
+    """The layers, each before all that it leads to and else in their own order; without those on cycles or behind one."""
     waiting = [0] * num_layers
     for edge in edges:
         waiting[edge.target] += 1
