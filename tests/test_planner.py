@@ -23,7 +23,7 @@ from planner_cases import (
 )
 
 from autopar import capture
-from autopar.cluster.spec import Cluster
+from autopar.cluster.spec import Cluster, Curve
 from autopar.cost.model import CostModel
 from autopar.planner.auto import auto, exact_search
 from autopar.planner.chains import LayoutChains
@@ -275,3 +275,32 @@ def test_planning_is_fast(capsys):
         with capsys.disabled():
             print(f"\nplanning a 32-layer Llama on {8 * hosts} devices took {taken_s:.1f} s: {plan.candidates[0].name}")
         assert taken_s < 60
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bounds_hold_on_devices_that_are_slower_at_large_sizes(graphs, seed):
+    """As measured ones with caches are: half of the work may take less than half of the time."""
+    draw = random.Random(seed)
+    sizes, falling = [10.0**k for k in range(3, 8)], (4e10, 3e10, 1e10, 1e9, 1e8)
+    rates = {
+        name: Curve(tuple((size, rate * draw.uniform(0.6, 1.6)) for size, rate in zip(sizes, falling, strict=True)))
+        for name in ("pointwise", "pointwise_backward", "transcendental", "reduction", "loss", "norm", "softmax")
+    }
+    cluster = Cluster.preset("cpu", hosts=1, devices_per_host=2)
+    quick = replace(cluster.device, rates=rates, flops_per_s={"float32": 1e12}, launch_s=1e-7, backward_launch_s=1e-7)
+    cluster = replace(cluster, device=quick, intra=replace(cluster.intra, latency_s=1e-6, bandwidth_bytes_per_s=1e10))
+    graph = graphs[draw.choice(("llama", "gpt2", "tied_lm"))]
+    pinned = Constraints(recompute="none", rewrites=False)
+    problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), pinned)
+    floors = Floors(problem, StagePrices(problem))
+    shape_of = {(*shape.group, shape.microbatches, shape.schedule): shape for shape in problem.shapes}
+    best_s = float("inf")
+    for plan in every_plan(problem):
+        stage = plan.stages[0]
+        shape = shape_of[plan.pipeline, stage.data, stage.tensor, stage.zero, plan.microbatches, plan.schedule]
+        time_s = simulate(graph, plan, cluster, model=problem.costs).step_time_s
+        best_s = min(best_s, time_s)
+        assert floors.time_s(shape) <= time_s and floors.refined_s(shape) <= time_s, shape
+        if stage.tensor == 1:
+            assert floors.chain_s(shape, Chain()) <= time_s, shape
+    assert exact_search(problem).prediction.step_time_s == pytest.approx(best_s, rel=1e-8)

@@ -40,6 +40,12 @@ class Curve:
     def _log_sizes(self) -> tuple[float, ...]:
         return tuple(math.log(size) for size, _ in self.points)
 
+    @property
+    def is_rising(self) -> bool:
+        """Whether no larger size has a lower rate."""
+        rates = [rate for _, rate in self.points]
+        return rates == sorted(rates)
+
     def at(self, size: float) -> float:
         """The rate at `size`."""
         points = self.points

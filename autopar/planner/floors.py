@@ -23,7 +23,8 @@ per second of forward (a fractional knapsack), and their forward adds to C. Wher
 nothing fits.
 
 Tensor axis of t ranks: C and tau are those of the fastest layouts at the largest share of the batch, where collectives
-cost relatively least, or at the shape's own (`refined_s`); bytes and recomputed forwards are at least a t-th.
+cost relatively least, or at the shape's own (`refined_s`, and everywhere on devices that are slower at large sizes, as
+measured ones with caches are); bytes and recomputed forwards are at least a t-th.
 
 Assumed of the cost model: cutting a stage in two never makes its parts cheaper together, ZeRO and recomputation never
 make a stage faster, and the statements on the tensor axis hold up to the slacks below.
@@ -53,6 +54,7 @@ class Floors:
 
     def __init__(self, problem: Problem, prices: StagePrices) -> None:
         self.problem, self.prices = problem, prices
+        self._rates_fall = any(not curve.is_rising for curve in problem.cluster.device.rates.values())
         self._passes: dict[tuple[int, int], np.ndarray] = {}
         self._again: dict[Shape, float] = {}
         self._fillings: dict[tuple, float] = {}
@@ -60,7 +62,7 @@ class Floors:
 
     def time_s(self, shape: Shape) -> float:
         """No plan of this shape is faster; infinite if none fits in memory."""
-        return self._spread_s(shape, 1)
+        return self._spread_s(shape, shape.shards if self._rates_fall else 1)
 
     def refined_s(self, shape: Shape) -> float:
         """The same, closer, for the price of one layout solve per tensor degree and share of the batch."""
