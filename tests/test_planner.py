@@ -27,7 +27,7 @@ from autopar.cluster.spec import Cluster, Curve
 from autopar.cost.model import CostModel
 from autopar.planner.auto import auto, exact_search
 from autopar.planner.chains import LayoutChains
-from autopar.planner.floors import Floors
+from autopar.planner.floors import TIME_SLACK, Floors
 from autopar.planner.methods.exhaustive import every_plan, exhaustive, the_space
 from autopar.planner.pricing import Piece, StagePrices
 from autopar.planner.problem import Chain, Constraints, Problem
@@ -304,3 +304,12 @@ def test_bounds_hold_on_devices_that_are_slower_at_large_sizes(graphs, seed):
         if stage.tensor == 1:
             assert floors.chain_s(shape, Chain()) <= time_s, shape
     assert exact_search(problem).prediction.step_time_s == pytest.approx(best_s, rel=1e-8)
+    # what the bounds assume: parts of a stage are no cheaper together
+    prices, count = StagePrices(problem), len(graph.blocks)
+    alone = next(shape for shape in problem.shapes if (shape.pipeline, shape.data, shape.microbatches) == (2, 1, 8))
+    whole, *halves = (
+        prices.cost(alone, Chain(), 1, Piece(start, stop, "none"))
+        for start, stop in ((0, count), (0, count // 2), (count // 2, count))
+    )
+    whole_s, *halves_s = (cost.forward_s + cost.backward_s for cost in (whole, *halves))
+    assert whole_s * TIME_SLACK <= sum(halves_s)
