@@ -27,7 +27,7 @@ from autopar.cluster.spec import Cluster, Curve
 from autopar.cost.model import CostModel
 from autopar.planner.auto import auto, exact_search
 from autopar.planner.chains import LayoutChains
-from autopar.planner.floors import TIME_SLACK, Floors
+from autopar.planner.floors import Floors
 from autopar.planner.methods.exhaustive import every_plan, exhaustive, the_space
 from autopar.planner.pricing import Piece, StagePrices
 from autopar.planner.problem import Chain, Constraints, Problem
@@ -277,11 +277,12 @@ def test_planning_is_fast(capsys):
         assert taken_s < 60
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(12))
 def test_bounds_hold_on_devices_that_are_slower_at_large_sizes(graphs, seed):
     """As measured ones with caches are: half of the work may take less than half of the time."""
     draw = random.Random(seed)
-    sizes, falling = [10.0**k for k in range(3, 8)], (4e10, 3e10, 1e10, 1e9, 1e8)
+    start = draw.uniform(2, 4)
+    sizes, falling = [10.0 ** (start + k / 2) for k in range(5)], (4e10, 3e10, 1e10, 1e9, 1e8)
     rates = {
         name: Curve(tuple((size, rate * draw.uniform(0.6, 1.6)) for size, rate in zip(sizes, falling, strict=True)))
         for name in ("pointwise", "pointwise_backward", "transcendental", "reduction", "loss", "norm", "softmax")
@@ -292,7 +293,8 @@ def test_bounds_hold_on_devices_that_are_slower_at_large_sizes(graphs, seed):
     graph = graphs[draw.choice(("llama", "gpt2", "tied_lm"))]
     pinned = Constraints(recompute="none", rewrites=False)
     problem = Problem(graph, cluster, CostModel(graph, cluster), LayoutChains(), pinned)
-    floors = Floors(problem, StagePrices(problem))
+    prices = StagePrices(problem)
+    floors = Floors(problem, prices)
     shape_of = {(*shape.group, shape.microbatches, shape.schedule): shape for shape in problem.shapes}
     best_s = float("inf")
     for plan in every_plan(problem):
@@ -303,13 +305,5 @@ def test_bounds_hold_on_devices_that_are_slower_at_large_sizes(graphs, seed):
         assert floors.time_s(shape) <= time_s and floors.refined_s(shape) <= time_s, shape
         if stage.tensor == 1:
             assert floors.chain_s(shape, Chain()) <= time_s, shape
+            assert StageSearch(problem, shape, Chain(), prices).root_bound_s <= time_s * (1 + 1e-9), shape
     assert exact_search(problem).prediction.step_time_s == pytest.approx(best_s, rel=1e-8)
-    # what the bounds assume: parts of a stage are no cheaper together
-    prices, count = StagePrices(problem), len(graph.blocks)
-    alone = next(shape for shape in problem.shapes if (shape.pipeline, shape.data, shape.microbatches) == (2, 1, 8))
-    whole, *halves = (
-        prices.cost(alone, Chain(), 1, Piece(start, stop, "none"))
-        for start, stop in ((0, count), (0, count // 2), (count // 2, count))
-    )
-    whole_s, *halves_s = (cost.forward_s + cost.backward_s for cost in (whole, *halves))
-    assert whole_s * TIME_SLACK <= sum(halves_s)

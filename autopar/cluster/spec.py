@@ -92,6 +92,11 @@ class Device:
         for dtype, flops in self.flops_per_s.items():
             _positive(f"flops_per_s[{dtype!r}] of a device", flops)
 
+    @property
+    def rates_fall(self) -> bool:
+        """Whether something is slower at large sizes, as where small ones fit into a cache."""
+        return any(not curve.is_rising for curve in self.rates.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Link:

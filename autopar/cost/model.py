@@ -10,7 +10,6 @@ Assumed: the optimizer is AdamW. Ranks of a stage differ by their devices and th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -248,8 +247,8 @@ class CostModel:
         pricer = self._blocks.pricer(plan.precision)
         memory = stage_memory(self.graph, pricer.local, plan, index, runs, self.constants, data_rank, self._parameters)
         if plan.microbatches > 1:
-            # A whole microbatch goes by between two additions to one gradient, so they come from memory, not from a cache.
-            kernel = Kernel("pointwise", 3.0 * memory.local_bytes, math.inf, "")
+            size = 3.0 * memory.local_bytes
+            kernel = Kernel("pointwise", size, size, "")
             backward_s += kernel_s(self.cluster.device, kernel, True, self.corrections, self.constants)
         traffic = self._data_traffic(as_run(plan, index, self.constants), runs, memory, backward_s)
         send_s, boundary_bytes = self._send(plan, index, runs[-1].memory.output_bytes)

@@ -222,11 +222,13 @@ class _Auto:
             # One axis is laid out given the other, so only the floor holds for all their layouts.
             self.open_bound_s = min(self.open_bound_s, entry.bound_s)
         bound_s = self.floors.chain_s(entry.shape, chain)
-        if bound_s < math.inf:
+        may_fit = bound_s < math.inf
+        if may_fit:
             self._push(replace(entry, bound_s=max(entry.bound_s, bound_s), chain=chain))
-            return
-        self.tight.append(TooLarge(self.floors.memory_bytes(entry.shape, chain), entry.shape))
-        if entry.chains is None:
+        else:
+            self.tight.append(TooLarge(self.floors.memory_bytes(entry.shape, chain), entry.shape))
+        # Where rates fall, what it takes to add gradients depends on all of a stage: another chain may be the fastest.
+        if entry.chains is None and (self.floors.rates_fall or not may_fit):
             self._more_chains(entry, entry.bound_s)
 
     def _tabulate(self, entry: _Entry) -> None:
@@ -236,7 +238,8 @@ class _Auto:
             self._push(replace(entry, bound_s=search.root_bound_s, search=search))
         else:
             self.tight.append(TooLarge(search.smallest()[1], entry.shape, search))
-        if entry.chains is None and search.free_bound_s < search.root_bound_s * (1 - TOLERANCE):
+        are_open = entry.chains is None and not self.floors.rates_fall
+        if are_open and search.free_bound_s < search.root_bound_s * (1 - TOLERANCE):
             self._more_chains(entry, search.free_bound_s)
 
     def _more_chains(self, entry: _Entry, bound_s: float) -> None:

@@ -54,7 +54,7 @@ class Floors:
 
     def __init__(self, problem: Problem, prices: StagePrices) -> None:
         self.problem, self.prices = problem, prices
-        self._rates_fall = any(not curve.is_rising for curve in problem.cluster.device.rates.values())
+        self.rates_fall = problem.cluster.device.rates_fall
         self._passes: dict[tuple[int, int], np.ndarray] = {}
         self._again: dict[Shape, float] = {}
         self._fillings: dict[tuple, float] = {}
@@ -62,7 +62,7 @@ class Floors:
 
     def time_s(self, shape: Shape) -> float:
         """No plan of this shape is faster; infinite if none fits in memory."""
-        return self._spread_s(shape, shape.shards if self._rates_fall else 1)
+        return self._spread_s(shape, shape.shards if self.rates_fall else 1)
 
     def refined_s(self, shape: Shape) -> float:
         """The same, closer, for the price of one layout solve per tensor degree and share of the batch."""
@@ -73,7 +73,11 @@ class Floors:
         plain = self._whole(shape, self.problem.recompute_choices[0], chain)
         if not self.may_fit(shape, chain, self.problem.memory_limit_bytes):
             return math.inf
-        most_s = TIME_SLACK * (plain.forward_s + plain.backward_s)
+        if self.rates_fall and shape.pipeline > 1:
+            # The gradients of all blocks together may be too large for a cache that those of a stage fit into.
+            most_s = self._pass_s(shape.tensor, shape.shards).sum()
+        else:
+            most_s = TIME_SLACK * (plain.forward_s + plain.backward_s)
         excess_bytes = MEMORY_SLACK * plain.activation_bytes - self._most_kept_bytes(shape, plain, 1)
         if excess_bytes > 0:
             again = self._whole(shape, self.problem.recompute_choices[-1], chain)
